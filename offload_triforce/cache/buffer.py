@@ -1,0 +1,103 @@
+"""A device buffer that grows at its end and takes tokens back: the piece that every cache is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offload_triforce.kernels import reference as ops
+
+
+class GrowingBuffer:
+    """Keys and values of consecutive tokens for a stack of layers, [layers, 2, K, capacity, D].
+
+    Index 0 of the second dimension is keys, 1 is values. Of the ``length`` tokens held, the last ``pending`` wait
+    for a verdict. A forward step calls ``write`` (or ``attend``) once per layer and then ``end_step``, which makes
+    its tokens pending; ``commit`` and ``rollback`` are the only ways to settle them. Nothing is allocated later.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kv = torch.zeros(layers, 2, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.length = 0
+        self.pending = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.kv.shape[3]
+
+    @property
+    def committed(self) -> int:
+        """Tokens held that are settled."""
+        return self.length - self.pending
+
+    @property
+    def settled(self) -> Tensor:
+        """Committed tokens of all layers, [layers, 2, K, committed, D] (a view)."""
+        return self.kv[:, :, :, : self.committed]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """Put one layer's new tokens ([K, T, D] each) at the end; return all of that layer, [2, K, length + T, D].
+
+        Raises:
+            IndexError: the tokens do not fit.
+        """
+        end = self.length + key.shape[1]
+        if end > self.capacity:
+            raise IndexError(f"{end} tokens do not fit a buffer of {self.capacity}")
+        self.kv[layer, 0, :, self.length : end] = key
+        self.kv[layer, 1, :, self.length : end] = value
+        return self.kv[layer, :, :, :end]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None
+    ) -> Tensor:
+        """Write T new tokens and attend from them to all that is held: query [H, T, D] -> [H, T, D]."""
+        packed = ops.pack_queries(query, key.shape[0])
+        held = self.write(layer, key, value)
+        if window is not None:
+            held = held[:, :, -(window + query.shape[1] - 1) :]
+        mask = ops.causal_mask(query.shape[1], held.shape[2], window, query.device)
+        state = ops.attention_update(ops.attention_start(packed), packed, held[0], held[1], scaling, mask)
+        return ops.attention_finish(state, query.shape[0], query.dtype)
+
+    def end_step(self, tokens: int) -> None:
+        """The step is through all layers: its tokens are held, and pending."""
+        self.length += tokens
+        self.pending += tokens
+
+    def keep_pending(self, tokens: int) -> None:
+        """Drop all but the first ``tokens`` pending tokens; those stay pending."""
+        if not 0 <= tokens <= self.pending:
+            raise IndexError(f"cannot keep {tokens} of {self.pending} pending tokens")
+        self.length = self.committed + tokens
+        self.pending = tokens
+
+    def commit(self, tokens: int) -> None:
+        """Accept the first ``tokens`` pending tokens and drop the others."""
+        self.keep_pending(tokens)
+        self.settle(tokens)
+
+    def settle(self, tokens: int) -> None:
+        """Accept the first ``tokens`` pending tokens; the others stay pending."""
+        if not 0 <= tokens <= self.pending:
+            raise IndexError(f"cannot settle {tokens} of {self.pending} pending tokens")
+        self.pending -= tokens
+
+    def rollback(self) -> None:
+        """Drop all pending tokens."""
+        self.commit(0)
+
+    def drop_front(self, tokens: int) -> None:
+        """Forget the oldest ``tokens`` and move the rest to the front."""
+        if not 0 <= tokens <= self.committed:
+            raise IndexError(f"cannot drop {tokens} of {self.committed} committed tokens")
+        rest = self.kv[:, :, :, tokens : self.length].clone()  # the ranges overlap
+        self.length -= tokens
+        self.kv[:, :, :, : self.length] = rest
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = self.pending = 0

@@ -1,0 +1,158 @@
+"""The retrieval cache: of a long context, the few thousand tokens per KV head that the queries want now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.errors import InputError
+from offload_triforce.kernels import reference as ops
+
+
+@dataclass(frozen=True)
+class RetrievalShape:
+    """How a budget is spent, in tokens: sink chunks, chosen chunks, recent window. Validated on construction."""
+
+    budget: int
+    chunk: int
+    sink: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if self.sink % self.chunk:
+            raise InputError(f"sink must be a multiple of the chunk of {self.chunk} tokens, not {self.sink}")
+        if self.slots < 1:
+            least = self.sink + self.recent + self.chunk
+            raise InputError(
+                f"budget {self.budget} leaves no room for a single chunk: sink {self.sink}, recent window "
+                f"{self.recent} and one chunk of {self.chunk} need at least {least} tokens"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Chunks to choose per KV head and layer."""
+        return (self.budget - self.sink - self.recent) // self.chunk
+
+    def recent_start(self, length: int) -> int:
+        """Where the recent window of ``length`` tokens begins: at a chunk, or at 0 while there is no pool yet."""
+        start = max(0, length - self.recent) // self.chunk * self.chunk
+        return start if start >= self.sink else 0
+
+    def pool(self, length: int) -> range:
+        """Chunk numbers to choose from: all between the sink and the recent window."""
+        first = self.sink // self.chunk
+        return range(first, max(first, self.recent_start(length) // self.chunk))
+
+
+class RetrievalCache(GrowingBuffer):
+    """Sink chunk | chosen chunks | recent window | tokens being drafted, per layer and KV head, on the device.
+
+    The choice is *refreshed* whenever a pass streams the full cache by (``refresh``): held chunks are
+    scored again, chunks on their way through the device are scored and the winners kept as they pass, so it
+    costs no link bytes. Keys keep the rotary position they were computed at.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        shape: RetrievalShape,
+        block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``block``: most tokens that one pass commits, and most that are pending at once."""
+        self.shape = shape
+        held = shape.sink + shape.slots * shape.chunk
+        capacity = held + shape.recent + shape.chunk + 2 * block
+        super().__init__(layers, kv_heads, capacity, head_dim, dtype, device)
+        # Chunk numbers per layer, KV head and slot; -1 is an empty slot.
+        self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
+
+    def refresh(
+        self, layer: int, packed: Tensor, local: ops.PartialAttention, scaling: float, length: int
+    ) -> Refresh:
+        """Begin to choose anew for one layer, at ``length`` committed tokens.
+
+        ``local`` is the attention of the packed queries over the tail. Show the result every token in order.
+        """
+        return Refresh(self, layer, packed, local, scaling, length)
+
+    def sync(self, tail: Tensor, start: int, length: int, refreshed: int) -> None:
+        """Take the recent window from the full cache's tail, after a refresh of all layers.
+
+        Args:
+            tail: [layers, 2, K, n, D], the tokens from position ``start`` on.
+            start: position of the tail's first token.
+            length: committed tokens of the full cache.
+            refreshed: committed tokens at the time of the refresh.
+        """
+        shape = self.shape
+        begin = shape.recent_start(refreshed)
+        filled = min(len(shape.pool(refreshed)), shape.slots)
+        base = shape.sink + filled * shape.chunk if begin else 0
+        self.length, self.pending = base + length - begin, 0
+        self.kv[:, :, :, base : self.length] = tail[:, :, :, begin - start : length - start]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.chosen.fill_(-1)
+
+
+class Refresh:
+    """A new choice in the making, for one layer: sees the context go by once and keeps the best chunks."""
+
+    def __init__(
+        self,
+        cache: RetrievalCache,
+        layer: int,
+        packed: Tensor,
+        local: ops.PartialAttention,
+        scaling: float,
+        length: int,
+    ) -> None:
+        shape, kv = cache.shape, cache.kv[layer]
+        self.shape, self.packed, self.scaling = shape, packed, scaling
+        self.pool = shape.pool(length)
+        self.sink = kv[:, :, : shape.sink]
+        held = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
+        self.slots = held.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
+        self.chosen = cache.chosen[layer]
+        empty = self.chosen < 0
+        if not bool(empty[0, 0]):  # the sink is in, since chunks have been chosen before
+            local = ops.attention_update(local, packed, self.sink[0], self.sink[1], scaling)
+        self.baseline = local.maximum + local.total.log()
+        means = ops.chunk_means(held[0], shape.chunk)
+        self.scores = ops.chunk_scores(packed, means, scaling, self.baseline).masked_fill(empty, float("-inf"))
+
+    def see(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Consider the chunks of the tokens from position ``start`` on; ``key`` and ``value`` are [K, n, D]."""
+        chunk, sink = self.shape.chunk, self.shape.sink
+        first = max(start // chunk, self.pool.start)
+        last = min((start + key.shape[1]) // chunk, self.pool.stop)
+        if start == 0 and len(self.pool):
+            self.sink[0], self.sink[1] = key[:, :sink], value[:, :sink]
+        if first >= last:
+            return
+        tokens = slice(first * chunk - start, last * chunk - start)
+        means = ops.chunk_means(key[:, tokens], chunk)
+        offered = ops.chunk_scores(self.packed, means, self.scaling, self.baseline)
+        offered = offered.masked_fill(self._held(first, last), float("-inf"))
+        top = ops.merge_top_chunks(self.scores, offered)
+        self.scores = top.scores
+        self.chosen[top.head, top.slot] = top.chunk + first
+        for part, source in enumerate((key, value)):
+            chunks = source[:, tokens].unflatten(1, (last - first, chunk))
+            self.slots[part][top.head, top.slot] = chunks[top.head, top.chunk]
+
+    def _held(self, first: int, last: int) -> Tensor:
+        """Which chunks of [first, last) each KV head holds already: bool [K, last - first]."""
+        inside = (self.chosen >= first) & (self.chosen < last)
+        column = torch.where(inside, self.chosen - first, last - first)
+        held = torch.zeros(self.chosen.shape[0], last - first + 1, dtype=torch.bool, device=column.device)
+        return held.scatter_(1, column, True)[:, :-1]

@@ -1,0 +1,375 @@
+"""The one object that a user needs: load a model, generate, stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from offload_triforce.cache.streaming import StreamingCache
+from offload_triforce.config import Settings, replace_settings
+from offload_triforce.detokenize import Detokenizer
+from offload_triforce.errors import InputError
+from offload_triforce.model.adapter import attached
+from offload_triforce.model.layout import ModelLayout, probe
+from offload_triforce.model.loader import load_model, resolve_device, resolve_dtype
+from offload_triforce.request import Request, interpret
+from offload_triforce.runtime import Runtime
+from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft
+from offload_triforce.speculation.hierarchy import Proposer
+from offload_triforce.speculation.sampling import Choices, RandomChoices, Sampler
+from offload_triforce.speculation.text import TokenText
+from offload_triforce.stats import DecodeStats
+
+Prompt = str | Sequence[int] | Tensor
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished (or interrupted) answer. ``text`` is empty when there is no tokenizer."""
+
+    text: str
+    token_ids: list[int]
+    prompt_ids: list[int]
+    stats: DecodeStats
+
+    @property
+    def sequences(self) -> Tensor:
+        """Prompt and answer as transformers returns them, [1, n]."""
+        return torch.tensor([self.prompt_ids + self.token_ids])
+
+
+class TriForce:
+    """A target model with its draft, caches and settings.
+
+    >>> engine = TriForce.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+    >>> for piece in engine.stream("Once upon a time"):
+    ...     print(piece, end="")
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        draft: PreTrainedModel | str | None = "ngram",
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: Settings | None = None,
+        **changes: Any,
+    ) -> None:
+        """Wrap a loaded model. It stays as it is: our attention is attached only while it decodes.
+
+        Args:
+            model: a transformers decoder, on one device. tokenizer: of both models.
+            draft: a small model with the same vocabulary, "ngram" (look-up in the text), "self" (the target's
+                own weights over a streaming cache) or "none".
+            draft_tokenizer: checked against ``tokenizer``.
+            settings: how to run; single ones may be given by name, as ``budget=2048``.
+
+        Raises:
+            UnsupportedModelError: names what this runtime cannot decode exactly.
+            InputError: a setting out of range, or a draft with another tokenizer.
+        """
+        self.settings = replace_settings(settings or Settings(), changes)
+        self.model, self.tokenizer = model, tokenizer
+        self.layout = probe(model)
+        if isinstance(draft, str) and draft not in ("ngram", "self", "none"):
+            raise InputError(f"unknown draft {draft!r}; use a loaded model, 'ngram', 'self' or 'none'")
+        self._draft = model if draft == "self" else draft
+        self._draft_layout: ModelLayout | None = None
+        if isinstance(self._draft, PreTrainedModel):
+            self._draft_layout = self.layout if draft == "self" else probe(self._draft)
+            check_same_tokens(model, tokenizer, self._draft, draft_tokenizer)
+            _check_draft(self._draft_layout, self.settings)
+        self._runtime: Runtime | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        draft: str = "ngram",
+        dtype: str = "auto",
+        device: str = "auto",
+        quantize: str | None = None,
+        settings: Settings | None = None,
+        **changes: Any,
+    ) -> TriForce:
+        """Load by name: hub id, folder, or GGUF file.
+
+        Args:
+            model: the target. draft: likewise, or "ngram", "self", "none".
+            dtype: "auto", "float32", "bfloat16" or "float16"; of the weights and of the KV cache.
+            device: "auto", "cuda", "cuda:N" or "cpu".
+            quantize: "nf4" or "int8" weights (bitsandbytes); the KV cache keeps ``dtype``.
+            settings: how to run; single ones may be given by name.
+
+        Raises:
+            InputError, UnsupportedModelError: one sentence each.
+        """
+        settings = replace_settings(settings or Settings(), changes)  # refused before the weights are read
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        target, tokenizer = load_model(model, kind, where, quantize)
+        if draft in ("ngram", "self", "none"):
+            return cls(target, tokenizer, draft, settings=settings)
+        small, draft_tokenizer = load_model(draft, kind, where)
+        return cls(target, tokenizer, small, draft_tokenizer, settings)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Continue a text; see ``stream`` for the arguments. Returns the answer with its statistics."""
+        stream = self.stream(
+            prompt, generation_config, seed=seed, streamer=streamer, progress=progress, **options
+        )
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Continue a text, piece by piece.
+
+        Args:
+            prompt: text, token ids, or a tensor (n,) or (1, n) of them.
+            generation_config: transformers' own. Its keywords may be given directly too: max_new_tokens,
+                temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, stop_strings,
+                logits_processor, stopping_criteria and so on; the model's defaults fill the rest.
+            seed: of the draws; None takes one from torch's global generator.
+            streamer: a transformers streamer. It gets the prompt, then every token.
+            progress: called with (done, total) during the prefill.
+
+        Returns:
+            An iterator of text. Its ``result`` is what has been generated so far.
+
+        Raises:
+            InputError, MemoryLimitError: before the work starts.
+        """
+        request = interpret(self.model, self._encode(prompt), generation_config, self.tokenizer, options)
+        return self.run(request, seed, streamer, progress)
+
+    def run(
+        self,
+        request: Request,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        progress: Progress | None = None,
+    ) -> TextStream:
+        """Decode a request that has been interpreted already."""
+        needed = len(request.prompt) + request.max_new_tokens
+        self._check_length(len(request.prompt), request.max_new_tokens)
+        self._ensure_runtime(needed)
+        return TextStream(self, request, self._seed(seed), streamer, progress)
+
+    def close(self) -> None:
+        """Give the caches back."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+    def __enter__(self) -> TriForce:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> Tensor:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("a text prompt needs a tokenizer; pass token ids, or load one with the model")
+            if not prompt.strip():
+                raise InputError("the prompt is empty; give at least one word")
+            prompt = self.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
+        return ids
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        total = prompt + new
+        for limit, what in (
+            (self.settings.context, "the context setting"),
+            (self.layout.max_positions, "the model's positions"),
+        ):
+            if limit is not None and total > limit:
+                fits = limit - prompt
+                hint = f"at most {fits} new tokens fit" if fits > 0 else f"shorten the prompt by {1 - fits} tokens"
+                raise InputError(
+                    f"{prompt} prompt tokens and {new} new ones exceed {what}, {limit}, by {total - limit}; {hint}"
+                )
+        switch = self.layout.longrope_switch
+        if switch is not None and prompt <= switch < total:
+            raise InputError(
+                f"longrope changes its frequencies at {switch} tokens, between the prompt's {prompt} and the end at "
+                f"{total}, where cached keys would go stale; stay below with at most {switch - prompt} new tokens, or "
+                f"start with more than {switch}"
+            )
+
+    def _ensure_runtime(self, needed: int) -> None:
+        if self._runtime is not None and self._runtime.context < needed:
+            self.close()
+        if self._runtime is None:
+            context = self.settings.context or needed
+            self._runtime = Runtime(self.model, self.layout, self.settings, context)
+
+    def _seed(self, seed: int | None) -> int:
+        return int(torch.randint(2**62, (1,))) if seed is None else seed
+
+    def _make_draft(self, sampler: Sampler, choices: Choices) -> Proposer:
+        device = self.layout.device
+        if self._draft == "ngram":
+            return NgramDraft(sampler.vocabulary, device)
+        if not isinstance(self._draft, PreTrainedModel):
+            return NoDraft(sampler.vocabulary, device)
+        layout, settings = self._draft_layout, self.settings
+        shape = layout.layers[0]
+        cache = StreamingCache(
+            len(layout.layers),
+            shape.kv_heads,
+            shape.head_dim,
+            settings.draft_cache,
+            settings.draft_sink,
+            layout.dtype,
+            layout.device,
+        )
+        return ModelDraft(self._draft, layout, cache, sampler, choices)
+
+    def _decode(
+        self, request: Request, seed: int, text: TokenText, stats: DecodeStats, progress: Progress | None
+    ) -> Iterator[list[int]]:
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        sampler = Sampler(request.processors, request.do_sample, vocabulary)
+        choices = RandomChoices(seed, self.layout.device)
+        draft_model = self._draft if isinstance(self._draft, PreTrainedModel) else None
+        with attached(self.model, draft_model):
+            yield from self._runtime.decode(
+                text,
+                request.max_new_tokens,
+                self._make_draft(sampler, choices),
+                sampler,
+                choices,
+                stats,
+                stop=lambda text, start: request.cut(text.ids, start),
+                ended=lambda text: text[-1:][0] in request.eos,
+                progress=progress,
+            )
+
+
+class TextStream:
+    """An answer while it comes: iterate for the pieces of text, then (or at any time) look at ``result``."""
+
+    def __init__(
+        self,
+        engine: TriForce,
+        request: Request,
+        seed: int,
+        streamer: BaseStreamer | None,
+        progress: Progress | None,
+    ) -> None:
+        self.stats = DecodeStats()
+        self.token_ids: list[int] = []
+        self._prompt = request.prompt
+        self._tokenizer = engine.tokenizer
+        text = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1)
+        self._tokens = engine._decode(request, seed, text, self.stats, progress)
+        self._pieces = self._run(streamer)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated so far."""
+        text = ""
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(
+                self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return Generation(text, list(self.token_ids), self._prompt.tolist(), self.stats)
+
+    def _run(self, streamer: BaseStreamer | None) -> Iterator[str]:
+        spell = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
+        if streamer is not None:
+            streamer.put(self._prompt[None])
+        try:
+            while (tokens := self._next_tokens()) is not None:
+                self.token_ids.extend(tokens)
+                for token in tokens if streamer is not None else ():
+                    streamer.put(torch.tensor([token]))
+                if spell is not None and (piece := spell.push(tokens)):
+                    yield piece
+            if spell is not None and (piece := spell.push([], last=True)):
+                yield piece
+        except (KeyboardInterrupt, GeneratorExit):
+            self.stats.interrupted = True
+            raise
+        finally:
+            self._tokens.close()
+            if streamer is not None:
+                streamer.end()
+
+    def _next_tokens(self) -> list[int] | None:
+        with torch.no_grad():
+            return next(self._tokens, None)
+
+
+def check_same_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft: PreTrainedModel,
+    draft_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """A draft has to speak the target's tokens.
+
+    Raises:
+        InputError: says how the two differ.
+    """
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        differing = sum(theirs.get(token) != number for token, number in ours.items())
+        if differing or len(ours) != len(theirs):
+            raise InputError(
+                f"the draft's tokenizer is not the target's: {max(differing, abs(len(ours) - len(theirs))):,} of "
+                f"{len(ours):,} tokens differ; take a draft of the same model family, or draft 'ngram'"
+            )
+    elif draft is not model:
+        sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"the draft's vocabulary of {sizes[1]:,} tokens is not the target's of {sizes[0]:,}; take a draft of "
+                "the same model family, or draft 'ngram'"
+            )
+
+
+def _check_draft(layout: ModelLayout, settings: Settings) -> None:
+    if layout.max_positions is not None and settings.draft_cache > layout.max_positions:
+        raise InputError(
+            f"draft_cache {settings.draft_cache} exceeds the draft model's {layout.max_positions} positions; "
+            f"set it to {layout.max_positions} or less"
+        )
+    if len({(s.kv_heads, s.head_dim) for s in layout.layers}) > 1:
+        raise InputError("the layers of the draft model differ in KV heads or head dimension; take another draft")

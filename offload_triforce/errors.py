@@ -1,0 +1,19 @@
+"""Errors that a user can act on. Each message is one sentence: what is wrong, by how much, what would work."""
+
+from __future__ import annotations
+
+
+class TriForceError(Exception):
+    """Base of every error that is the input's fault and not the program's."""
+
+
+class InputError(TriForceError, ValueError):
+    """A setting, prompt or file that cannot be used as given."""
+
+
+class UnsupportedModelError(TriForceError):
+    """A model or feature that this runtime refuses by name."""
+
+
+class MemoryLimitError(TriForceError):
+    """The request needs more host or device memory than there is."""

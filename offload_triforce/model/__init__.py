@@ -1,0 +1,1 @@
+"""transformers models, driven through the attention registry: no model code of our own."""

@@ -1,0 +1,146 @@
+"""Layer-major prefill: all chunks of the prompt through one layer, then the next.
+
+Only one layer's KV is on the device at a time. Host traffic is one copy of each layer's KV from the device to the
+host and nothing back. No family-specific code: the base model is run once per chunk with every layer replaced
+by an identity that records its arguments, and the layers are then replayed in their own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offload_triforce.kernels import reference as ops
+from offload_triforce.model.layout import ModelLayout
+
+Progress = Callable[[int, int], None]
+LayerDone = Callable[[int, Tensor, Tensor, float], None]
+
+
+class _LayerView:
+    """The KV of the layer that is being filled, [2, K, n, D], and its last queries."""
+
+    def __init__(self, tokens: int, queries: int) -> None:
+        self.tokens, self.keep_queries = tokens, queries
+        self.kv: Tensor | None = None
+        self.length = 0
+        self.queries: Tensor | None = None
+        self.scaling = 1.0
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        if self.kv is None or self.kv.shape[1] != key.shape[0] or self.kv.shape[3] != key.shape[2]:
+            self.kv = key.new_empty(2, key.shape[0], self.tokens, key.shape[2])
+        end = self.length + key.shape[1]
+        self.kv[0, :, self.length : end], self.kv[1, :, self.length : end] = key, value
+        self.length, self.scaling = end, scaling
+        self.queries = query[:, -self.keep_queries :]
+        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], scaling, window)
+
+
+class _Call:
+    """The arguments that the base model gave one layer for one chunk, hidden states apart."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    tokens: Tensor,
+    chunk: int,
+    queries: int,
+    layer_done: LayerDone,
+    progress: Progress | None = None,
+) -> None:
+    """Compute the KV of ``tokens`` (n,), layer by layer. At least one more token must follow them.
+
+    Args:
+        model: with our attention attached. layout: of that model.
+        chunk: tokens per step through one layer.
+        queries: how many of the newest queries to hand on.
+        layer_done: called once per layer, in order, with (layer, KV [2, K, n, D], newest queries [H, m, D],
+            scaling). The KV buffer is used again for the next layer.
+        progress: called with (steps done, steps in all).
+    """
+    layers = model.get_decoder().layers
+    hidden: list[Tensor] = []
+    calls: list[list[_Call]] = []
+    for start in range(0, len(tokens), chunk):
+        states, per_layer = _record(model, layout, tokens, slice(start, min(start + chunk, len(tokens))))
+        hidden.append(states)
+        calls.append(per_layer)
+    total, done = len(layers) * len(calls), 0
+    view = _LayerView(len(tokens), queries)
+    for index, layer in enumerate(layers):
+        view.length = 0
+        for i, per_layer in enumerate(calls):
+            call = per_layer[index]
+            hidden[i] = layer(hidden[i], *call.args, **{**call.kwargs, "triforce": view})
+            done += 1
+            if progress:
+                progress(done, total)
+        layer_done(index, view.kv, view.queries, view.scaling)
+
+
+def _record(
+    model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice
+) -> tuple[Tensor, list[_Call]]:
+    """Embed one chunk: the first layer's input [1, T, hidden], and each layer's other arguments."""
+    decoder = model.get_decoder()
+    ids = tokens[part].to(model.device)
+    positions = torch.arange(part.start, part.stop, device=ids.device)
+    if layout.longrope_switch is not None:
+        # longrope takes its frequencies from the largest position of a call: let every chunk have the text's.
+        ids = torch.cat([ids, ids[:1]])
+        positions = torch.cat([positions, positions.new_tensor([len(tokens)])])
+    calls: list[_Call] = []
+    inputs: list[Tensor] = []
+
+    def recorder(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not inputs:
+            inputs.append(states)
+        calls.append(_Call(args, kwargs))
+        return states
+
+    with _replaced_forward(decoder.layers, recorder):
+        decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    states, length = inputs[0], part.stop - part.start
+    if states.shape[1] == length:
+        return states, calls
+    return states[:, :length], [_Call(_shorten(c.args, length), _shorten(c.kwargs, length)) for c in calls]
+
+
+@contextmanager
+def _replaced_forward(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Give every layer another ``forward``; afterwards, whatever was there before (accelerate sets its own)."""
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = own
+
+
+def _shorten(value: Any, length: int) -> Any:
+    """Cut everything that has one entry per token, [1, length + 1, ...], to ``length`` tokens."""
+    if isinstance(value, Tensor):
+        return value[:, :length] if value.dim() >= 2 and value.shape[1] == length + 1 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_shorten(item, length) for item in value)
+    if isinstance(value, dict):
+        return {key: _shorten(item, length) for key, item in value.items()}
+    return value

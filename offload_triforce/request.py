@@ -1,0 +1,159 @@
+"""What is asked for, in transformers' own terms: processors, stopping criteria, lengths.
+
+``model.generate`` accepts a callable in place of a decoding method. Ours hands back what it was given,
+so that transformers itself interprets every argument, merges the model's defaults and validates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from offload_triforce.errors import InputError
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be continued.
+
+    Attributes:
+        prompt: token ids (n,), on the CPU.
+        processors: applied to the scores of every level. do_sample: draw, or take the best.
+        criteria: looked at after every token. eos: ids that end a text.
+        max_new_tokens: limit of the answer.
+    """
+
+    prompt: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    do_sample: bool
+    eos: frozenset[int]
+    max_new_tokens: int
+
+    def cut(self, ids: Tensor, start: int) -> int | None:
+        """Length after the first token, of those from ``start`` on, that a criterion stops at. ``ids``: (n,)."""
+        for length in range(start + 1, len(ids) + 1):
+            if bool(self.criteria(ids[None, :length], None).all()):
+                return length
+        return None
+
+
+def interpret(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: dict[str, Any],
+) -> Request:
+    """Let transformers interpret a request.
+
+    Args:
+        model: the target. prompt: (n,) or (1, n) token ids.
+        generation_config: as for ``model.generate``, or None.
+        tokenizer: for stop strings.
+        options: further keywords of ``model.generate``. ``temperature`` alone switches sampling on (or off at 0),
+            and then ``top_k`` is off unless it is given.
+
+    Raises:
+        InputError: what cannot be decoded exactly here, and what transformers rejects.
+    """
+    prompt = prompt if prompt.dim() == 2 else prompt[None]
+    if prompt.shape[0] != 1:
+        raise InputError(f"one text at a time: got a batch of {prompt.shape[0]}; call generate once for each")
+    if prompt.shape[1] == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    options = _plain_options(model, generation_config, dict(options))
+    if options.get("stop_strings") or getattr(generation_config, "stop_strings", None):
+        if tokenizer is None:
+            raise InputError("stop strings need a tokenizer; load one with the model")
+        options["tokenizer"] = tokenizer
+    options.setdefault("attention_mask", torch.ones_like(prompt))  # else generate guesses padding from token ids
+    try:
+        return model.generate(
+            prompt.to(model.device), generation_config=generation_config, custom_generate=capture, **options
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def capture(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Request:
+    """A ``custom_generate`` callable that decodes nothing and returns the request.
+
+    Raises:
+        InputError: names the option that this runtime does not decode with.
+    """
+    _refuse(generation_config, input_ids, model_kwargs, logits_processor)
+    eos = generation_config.eos_token_id
+    return Request(
+        prompt=input_ids[0].cpu(),
+        processors=logits_processor,
+        criteria=stopping_criteria,
+        do_sample=bool(generation_config.do_sample),
+        eos=frozenset([eos] if isinstance(eos, int) else eos or []),
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+    )
+
+
+def _plain_options(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Fill in what people mean by a temperature alone, and a length where none was given."""
+    temperature = options.get("temperature")
+    if temperature is not None and "do_sample" not in options:
+        if temperature < 0:
+            raise InputError(f"temperature must not be negative, got {temperature}")
+        options["do_sample"] = temperature > 0
+        if temperature > 0 and generation_config is None:
+            options.setdefault("top_k", 0)
+    if options.get("do_sample") is False or temperature == 0:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            options.pop(name, None)
+    lengths = ("max_new_tokens", "max_length")
+    given = [source for source in (generation_config, model.generation_config) if source is not None]
+    if not any(options.get(n) for n in lengths) and not any(getattr(s, n, None) for s in given for n in lengths):
+        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    return options
+
+
+def _refuse(
+    config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any], processors: LogitsProcessorList
+) -> None:
+    if input_ids.shape[0] != 1:
+        raise InputError(f"one text at a time: got a batch of {input_ids.shape[0]}; call generate once for each")
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(config, name, None) or 1) != 1:
+            raise InputError(f"{name}={getattr(config, name)} is not supported; only 1 is")
+    for name in ("cache_implementation", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers"):
+        if getattr(config, name, None):
+            raise InputError(f"{name} is not supported: this runtime brings its own caches and its own speculation")
+    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
+        raise InputError("guidance_scale is not supported: it runs the model a second time for every token")
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
+        raise InputError("the attention mask hides some tokens (padding); pass the text without them")
+    for name in ("inputs_embeds", "assistant_model", "past_key_values"):
+        value = model_kwargs.get(name)
+        if value is not None and (name != "past_key_values" or value.get_seq_length() > 0):
+            raise InputError(f"{name} is not supported; pass token ids")

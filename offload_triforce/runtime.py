@@ -1,0 +1,204 @@
+"""One target model wired up: caches of a given capacity, the lanes of the link, prefill and decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
+from offload_triforce.cache.window import WindowCache
+from offload_triforce.config import Settings
+from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.prefill import Progress, prefill
+from offload_triforce.scheduler.device import Lane, make_lane
+from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.speculation.hierarchy import Middle, Proposer, decode
+from offload_triforce.speculation.levels import FullLevel, RetrievalLevel, TargetCaches
+from offload_triforce.speculation.sampling import Choices, Sampler
+from offload_triforce.speculation.text import TokenText
+from offload_triforce.stats import DecodeStats
+
+# Newest queries of the prompt that make the first choice of chunks: about as many as a pass verifies later.
+PREFILL_QUERIES = 16
+
+
+def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
+    """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window."""
+    if not layout.full:
+        return None
+    shape = layout.layers[layout.full[0]]
+    return TilePlan(
+        layers=len(layout.full),
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        itemsize=layout.dtype.itemsize,
+        tile_tokens=settings.tile,
+        tiles=-(-context // settings.tile),
+        ring=settings.ring,
+        resident=settings.resident,
+    )
+
+
+class Runtime:
+    """The caches of one target model and everything that works on them. One text at a time."""
+
+    def __init__(self, model: PreTrainedModel, layout: ModelLayout, settings: Settings, context: int) -> None:
+        """``context``: most tokens of prompt and answer together.
+
+        Raises:
+            MemoryLimitError, InputError: before anything is allocated.
+        """
+        self.model, self.layout, self.settings, self.context = model, layout, settings, context
+        if settings.link_gbps is not None and layout.device.type == "cuda":
+            raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
+        plan = make_plan(layout, settings, context)
+        shape = RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
+        check_memory(layout, settings, shape, plan, context)
+        self._lanes: list[Lane] = []
+        try:
+            self.caches = self._make_caches(plan, shape)
+        except (RuntimeError, MemoryError) as error:  # torch says OutOfMemoryError or a RuntimeError of pinning
+            self.close()
+            raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
+
+    def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape) -> TargetCaches:
+        layout, settings = self.layout, self.settings
+        where = {"dtype": layout.dtype, "device": layout.device}
+        block = settings.gamma + 1
+        full = retrieval = window = None
+        if plan is not None:
+            self._lanes = [make_lane(layout.device, settings.link_gbps, name) for name in ("h2d", "d2h")]
+            incoming, outgoing = self._lanes
+            store = TileStore(plan, out=outgoing, **where)
+            stream = TileStream(store, incoming, **where)
+            keep = shape.recent + shape.chunk + block
+            full = FullCache(stream, keep, block, **where)
+            retrieval = RetrievalCache(plan.layers, plan.kv_heads, plan.head_dim, shape, block, **where)
+        if layout.sliding:
+            windows = [layout.layers[i].window for i in layout.sliding]
+            first = layout.layers[layout.sliding[0]]
+            window = WindowCache(windows, first.kv_heads, first.head_dim, self.context, block, **where)
+        return TargetCaches(layout, full, retrieval, window)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that have crossed the link so far, both directions."""
+        return sum(lane.moved for lane in self._lanes)
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window."""
+        held = 0
+        for index, layer in enumerate(self.layout.layers):
+            reach = tokens if layer.window is None else min(tokens, layer.window)
+            held += reach * self.layout.token_bytes(index)
+        return held
+
+    def prefill(self, tokens: Tensor, progress: Progress | None) -> None:
+        """Read ``tokens`` (n,) into empty caches. They are ready to decode from when it ends."""
+        self.caches.reset()
+        if len(tokens):
+            prefill(
+                self.model,
+                self.layout,
+                tokens,
+                self.settings.prefill_chunk,
+                PREFILL_QUERIES,
+                self.caches.fill_layer,
+                progress,
+            )
+        self.caches.end_fill(len(tokens))
+
+    def decode(
+        self,
+        text: TokenText,
+        limit: int,
+        draft: Proposer,
+        sampler: Sampler,
+        choices: Choices,
+        stats: DecodeStats,
+        stop: Callable[[TokenText, int], int | None],
+        ended: Callable[[TokenText], bool],
+        progress: Progress | None,
+    ) -> Iterator[list[int]]:
+        """Prefill, then decode up to ``limit`` tokens; yields the new ones after each pass."""
+        started = time.perf_counter()
+        crossed = self.link_bytes
+        stats.prompt_tokens = len(text)
+        self.prefill(text.ids[:-1], progress)
+        prefilled = time.perf_counter()
+        stats.prefill_s = prefilled - started
+        stats.prefill_link_bytes, crossed = self.link_bytes - crossed, self.link_bytes
+        target = FullLevel(self.model, self.caches, sampler)
+        level = RetrievalLevel(self.model, self.caches, sampler)
+        middle = _Timed(Middle(level, draft, self.settings.gamma1, choices, stats.draft, ended), stats)
+        for tokens in decode(target, middle, text, self.settings.gamma, limit, choices, stats, stop):
+            now = time.perf_counter()
+            stats.ttft_s = stats.ttft_s or now - started
+            stats.decode_s = now - prefilled
+            stats.link_bytes = self.link_bytes - crossed
+            stats.full_kv_bytes = self.full_kv_bytes(self.caches.length)
+            yield tokens
+
+    def close(self) -> None:
+        """Stop the lanes."""
+        for lane in self._lanes:
+            lane.close()
+
+
+class _Timed:
+    """A proposer whose time is counted."""
+
+    def __init__(self, proposer: Proposer, stats: DecodeStats) -> None:
+        self._proposer, self._stats = proposer, stats
+        self.keep, self.settle = proposer.keep, proposer.settle
+
+    def propose(self, text: TokenText, limit: int) -> Tensor:
+        started = time.perf_counter()
+        q = self._proposer.propose(text, limit)
+        self._stats.draft_s += time.perf_counter() - started
+        return q
+
+
+def check_memory(
+    layout: ModelLayout, settings: Settings, shape: RetrievalShape, plan: TilePlan | None, context: int
+) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        MemoryLimitError: how much is missing, and a context that would fit.
+    """
+    block = settings.gamma + 1
+    device = context * max(layout.token_bytes(i) for i in range(len(layout.layers)))  # one layer during prefill
+    for i in layout.sliding:
+        device += min(context, layout.layers[i].window) * layout.token_bytes(i)
+    host = 0
+    if plan is not None:
+        held = shape.budget + shape.chunk + 2 * block  # retrieval
+        held += plan.tile_tokens + shape.recent + shape.chunk + 2 * block  # tail
+        device += plan.resident_bytes + plan.ring_bytes + held * plan.token_bytes * plan.layers
+        host = plan.host_bytes
+    per_token = sum(layout.token_bytes(i) for i in range(len(layout.layers)))
+    if layout.device.type == "cuda":
+        _compare("device", device, torch.cuda.mem_get_info(layout.device)[0], context, per_token)
+        _compare("host", host, psutil.virtual_memory().available, context, per_token)
+    else:
+        _compare("host", host + device, psutil.virtual_memory().available, context, per_token)
+
+
+def _compare(kind: str, needed: int, free: int, context: int, per_token: int) -> None:
+    if needed <= free:
+        return
+    fits = max(0, context - -(-(needed - free) * 21 // (20 * per_token))) // 1024 * 1024
+    hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
+    raise MemoryLimitError(
+        f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "
+        f"free, {(needed - free) / 1e9:.1f} GB too little; {hint}"
+    )

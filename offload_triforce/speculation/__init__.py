@@ -1,0 +1,1 @@
+"""Hierarchical speculation: exact sampling, the levels, and the algorithm that ties them."""

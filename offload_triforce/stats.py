@@ -1,0 +1,81 @@
+"""What one decoding run counts and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Acceptance:
+    """Verdicts on one level's guesses."""
+
+    proposed: int = 0
+    judged: int = 0
+    accepted: int = 0
+
+    def add(self, proposed: int, accepted: int) -> None:
+        """One round. Guesses after the first rejected one are not judged."""
+        self.proposed += proposed
+        self.accepted += accepted
+        self.judged += min(proposed, accepted + 1)
+
+    @property
+    def rate(self) -> float | None:
+        """Share of the judged guesses that were accepted; None if there were none."""
+        return self.accepted / self.judged if self.judged else None
+
+
+@dataclass
+class DecodeStats:
+    """Counts and times of one run. Times in seconds, sizes in bytes."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    passes: int = 0
+    draft: Acceptance = field(default_factory=Acceptance)
+    retrieval: Acceptance = field(default_factory=Acceptance)
+    link_bytes: int = 0
+    prefill_link_bytes: int = 0
+    full_kv_bytes: int = 0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens for each time that the full cache was streamed."""
+        return self.new_tokens / self.passes if self.passes else 0.0
+
+    @property
+    def link_bytes_per_token(self) -> float:
+        """Bytes over the link while decoding, both directions, per new token."""
+        return self.link_bytes / self.new_tokens if self.new_tokens else 0.0
+
+    @property
+    def ms_per_token(self) -> float:
+        """Decoding time (prefill apart) per new token."""
+        return 1e3 * self.decode_s / self.new_tokens if self.new_tokens else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, under the names of the JSON report."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "passes": self.passes,
+            "tokens_per_pass": self.tokens_per_pass,
+            "acceptance": {"draft": self.draft.rate, "retrieval": self.retrieval.rate},
+            "proposed": {"draft": self.draft.proposed, "retrieval": self.retrieval.proposed},
+            "link_bytes": self.link_bytes,
+            "link_bytes_per_token": self.link_bytes_per_token,
+            "prefill_link_bytes": self.prefill_link_bytes,
+            "full_kv_bytes": self.full_kv_bytes,
+            "prefill_s": self.prefill_s,
+            "ttft_s": self.ttft_s,
+            "decode_s": self.decode_s,
+            "draft_s": self.draft_s,
+            "ms_per_token": self.ms_per_token,
+            "interrupted": self.interrupted,
+        }

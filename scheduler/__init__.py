@@ -1,0 +1,1 @@
+"""What crosses the link and when. Installed as ``offload_triforce.scheduler``."""

@@ -1,0 +1,71 @@
+"""What streams when, and what stays on the device: decided in pure Python, before any tensor exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Where the tiles of a full cache lie and in which order a pass reads them.
+
+    Args:
+        layers: layers with a full cache (sliding-window layers are not counted).
+        kv_heads: K. head_dim: D.
+        itemsize: bytes of one element.
+        tile_tokens: tokens per tile.
+        tiles: tiles per layer at the full context.
+        ring: staging buffers on the device, each one tile.
+        resident: share of all tiles that stays on the device, 0 to 1.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+    tile_tokens: int
+    tiles: int
+    ring: int
+    resident: float = 0.0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile."""
+        return self.token_bytes * self.tile_tokens
+
+    def is_resident(self, layer: int, tile: int) -> bool:
+        """Whether this tile stays on the device.
+
+        Resident tiles are spread evenly over the order of a pass, so that while the device works
+        on them the link goes on filling the ring.
+        """
+        index = layer * self.tiles + tile
+        return int((index + 1) * self.resident) > int(index * self.resident)
+
+    def resident_tiles(self) -> list[tuple[int, int]]:
+        """All (layer, tile) that stay on the device."""
+        return [(la, t) for la in range(self.layers) for t in range(self.tiles) if self.is_resident(la, t)]
+
+    def stream_order(self, tiles: int) -> list[tuple[int, int]]:
+        """The (layer, tile) that a pass fetches, in order, when each layer has ``tiles`` whole tiles."""
+        return [(la, t) for la in range(self.layers) for t in range(tiles) if not self.is_resident(la, t)]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device bytes of all resident tiles at the full context."""
+        return len(self.resident_tiles()) * self.tile_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host bytes of all other tiles at the full context."""
+        return self.layers * self.tiles * self.tile_bytes - self.resident_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Device bytes of the ring."""
+        return self.ring * self.tile_bytes

@@ -57,7 +57,12 @@ def attention_start(packed: Tensor) -> PartialAttention:
 
 
 def attention_update(
-    state: PartialAttention, packed: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None
+    state: PartialAttention,
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
 ) -> PartialAttention:
     """Take the keys and values of one tile in: ``key`` and ``value`` are [K, n, D].
 

@@ -4,11 +4,32 @@ The full KV cache lives in host memory and is streamed over the link; TriForce's
 each of those passes yield many tokens.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from offload_triforce._version import __version__
-from offload_triforce.config import Settings
-from offload_triforce.engine import Generation, TextStream, TriForce
-from offload_triforce.errors import InputError, MemoryLimitError, TriForceError, UnsupportedModelError
-from offload_triforce.hf import triforce_generate
+
+if TYPE_CHECKING:
+    from offload_triforce.answer import Generation, TextStream
+    from offload_triforce.config import Settings
+    from offload_triforce.engine import TriForce
+    from offload_triforce.errors import InputError, MemoryLimitError, TriForceError, UnsupportedModelError
+    from offload_triforce.hf import triforce_generate
+
+# Imported on first use, so that `offload-triforce --help` does not wait for torch.
+_HOMES = {
+    "Settings": "config",
+    "Generation": "answer",
+    "TextStream": "answer",
+    "TriForce": "engine",
+    "InputError": "errors",
+    "MemoryLimitError": "errors",
+    "TriForceError": "errors",
+    "UnsupportedModelError": "errors",
+    "triforce_generate": "hf",
+}
 
 __all__ = [
     "Generation",
@@ -22,3 +43,9 @@ __all__ = [
     "__version__",
     "triforce_generate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

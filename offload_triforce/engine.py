@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from offload_triforce.answer import Generation, TextStream
 from offload_triforce.cache.streaming import StreamingCache
+from offload_triforce.checks import check_context, check_draft, check_length, check_same_tokens
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.detokenize import Detokenizer
 from offload_triforce.errors import InputError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout, probe
-from offload_triforce.model.loader import load_model, resolve_device, resolve_dtype
+from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
+from offload_triforce.model.prefill import Progress
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime
 from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft
@@ -27,22 +28,6 @@ from offload_triforce.speculation.text import TokenText
 from offload_triforce.stats import DecodeStats
 
 Prompt = str | Sequence[int] | Tensor
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished (or interrupted) answer. ``text`` is empty when there is no tokenizer."""
-
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    stats: DecodeStats
-
-    @property
-    def sequences(self) -> Tensor:
-        """Prompt and answer as transformers returns them, [1, n]."""
-        return torch.tensor([self.prompt_ids + self.token_ids])
 
 
 class TriForce:
@@ -85,7 +70,9 @@ class TriForce:
         if isinstance(self._draft, PreTrainedModel):
             self._draft_layout = self.layout if draft == "self" else probe(self._draft)
             check_same_tokens(model, tokenizer, self._draft, draft_tokenizer)
-            _check_draft(self._draft_layout, self.settings)
+            check_draft(self._draft_layout, self.settings)
+        if self.settings.context is not None:
+            check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
 
     @classmethod
@@ -114,6 +101,8 @@ class TriForce:
         settings = replace_settings(settings or Settings(), changes)  # refused before the weights are read
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
+        if settings.context is not None:
+            check_context(settings.context, max_positions(model))
         target, tokenizer = load_model(model, kind, where, quantize)
         if draft in ("ngram", "self", "none"):
             return cls(target, tokenizer, draft, settings=settings)
@@ -131,9 +120,7 @@ class TriForce:
         **options: Any,
     ) -> Generation:
         """Continue a text; see ``stream`` for the arguments. Returns the answer with its statistics."""
-        stream = self.stream(
-            prompt, generation_config, seed=seed, streamer=streamer, progress=progress, **options
-        )
+        stream = self.stream(prompt, generation_config, seed=seed, streamer=streamer, progress=progress, **options)
         for _ in stream:
             pass
         return stream.result
@@ -177,9 +164,12 @@ class TriForce:
     ) -> TextStream:
         """Decode a request that has been interpreted already."""
         needed = len(request.prompt) + request.max_new_tokens
-        self._check_length(len(request.prompt), request.max_new_tokens)
+        check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
         self._ensure_runtime(needed)
-        return TextStream(self, request, self._seed(seed), streamer, progress)
+        seed = int(torch.randint(2**62, (1,))) if seed is None else seed
+        text, stats = TokenText(request.prompt, needed + 1), DecodeStats()
+        tokens = self._decode(request, seed, text, stats, progress)
+        return TextStream(tokens, request.prompt, self.tokenizer, stats, streamer)
 
     def close(self) -> None:
         """Give the caches back."""
@@ -206,35 +196,12 @@ class TriForce:
             raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
         return ids
 
-    def _check_length(self, prompt: int, new: int) -> None:
-        total = prompt + new
-        for limit, what in (
-            (self.settings.context, "the context setting"),
-            (self.layout.max_positions, "the model's positions"),
-        ):
-            if limit is not None and total > limit:
-                fits = limit - prompt
-                hint = f"at most {fits} new tokens fit" if fits > 0 else f"shorten the prompt by {1 - fits} tokens"
-                raise InputError(
-                    f"{prompt} prompt tokens and {new} new ones exceed {what}, {limit}, by {total - limit}; {hint}"
-                )
-        switch = self.layout.longrope_switch
-        if switch is not None and prompt <= switch < total:
-            raise InputError(
-                f"longrope changes its frequencies at {switch} tokens, between the prompt's {prompt} and the end at "
-                f"{total}, where cached keys would go stale; stay below with at most {switch - prompt} new tokens, or "
-                f"start with more than {switch}"
-            )
-
     def _ensure_runtime(self, needed: int) -> None:
         if self._runtime is not None and self._runtime.context < needed:
             self.close()
         if self._runtime is None:
             context = self.settings.context or needed
             self._runtime = Runtime(self.model, self.layout, self.settings, context)
-
-    def _seed(self, seed: int | None) -> int:
-        return int(torch.randint(2**62, (1,))) if seed is None else seed
 
     def _make_draft(self, sampler: Sampler, choices: Choices) -> Proposer:
         device = self.layout.device
@@ -274,102 +241,3 @@ class TriForce:
                 ended=lambda text: text[-1:][0] in request.eos,
                 progress=progress,
             )
-
-
-class TextStream:
-    """An answer while it comes: iterate for the pieces of text, then (or at any time) look at ``result``."""
-
-    def __init__(
-        self,
-        engine: TriForce,
-        request: Request,
-        seed: int,
-        streamer: BaseStreamer | None,
-        progress: Progress | None,
-    ) -> None:
-        self.stats = DecodeStats()
-        self.token_ids: list[int] = []
-        self._prompt = request.prompt
-        self._tokenizer = engine.tokenizer
-        text = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1)
-        self._tokens = engine._decode(request, seed, text, self.stats, progress)
-        self._pieces = self._run(streamer)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def result(self) -> Generation:
-        """What has been generated so far."""
-        text = ""
-        if self._tokenizer is not None:
-            text = self._tokenizer.decode(
-                self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        return Generation(text, list(self.token_ids), self._prompt.tolist(), self.stats)
-
-    def _run(self, streamer: BaseStreamer | None) -> Iterator[str]:
-        spell = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
-        if streamer is not None:
-            streamer.put(self._prompt[None])
-        try:
-            while (tokens := self._next_tokens()) is not None:
-                self.token_ids.extend(tokens)
-                for token in tokens if streamer is not None else ():
-                    streamer.put(torch.tensor([token]))
-                if spell is not None and (piece := spell.push(tokens)):
-                    yield piece
-            if spell is not None and (piece := spell.push([], last=True)):
-                yield piece
-        except (KeyboardInterrupt, GeneratorExit):
-            self.stats.interrupted = True
-            raise
-        finally:
-            self._tokens.close()
-            if streamer is not None:
-                streamer.end()
-
-    def _next_tokens(self) -> list[int] | None:
-        with torch.no_grad():
-            return next(self._tokens, None)
-
-
-def check_same_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    draft: PreTrainedModel,
-    draft_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """A draft has to speak the target's tokens.
-
-    Raises:
-        InputError: says how the two differ.
-    """
-    if tokenizer is not None and draft_tokenizer is not None:
-        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        differing = sum(theirs.get(token) != number for token, number in ours.items())
-        if differing or len(ours) != len(theirs):
-            raise InputError(
-                f"the draft's tokenizer is not the target's: {max(differing, abs(len(ours) - len(theirs))):,} of "
-                f"{len(ours):,} tokens differ; take a draft of the same model family, or draft 'ngram'"
-            )
-    elif draft is not model:
-        sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the draft's vocabulary of {sizes[1]:,} tokens is not the target's of {sizes[0]:,}; take a draft of "
-                "the same model family, or draft 'ngram'"
-            )
-
-
-def _check_draft(layout: ModelLayout, settings: Settings) -> None:
-    if layout.max_positions is not None and settings.draft_cache > layout.max_positions:
-        raise InputError(
-            f"draft_cache {settings.draft_cache} exceeds the draft model's {layout.max_positions} positions; "
-            f"set it to {layout.max_positions} or less"
-        )
-    if len({(s.kv_heads, s.head_dim) for s in layout.layers}) > 1:
-        raise InputError("the layers of the draft model differ in KV heads or head dimension; take another draft")

@@ -39,9 +39,7 @@ def triforce_generate(
         Token ids [1, n] of prompt and answer; with ``return_dict_in_generate`` an output that holds them and, as
         ``triforce_stats``, what was counted.
     """
-    request = capture(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    )
+    request = capture(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
     with TriForce(model, draft=triforce_draft, settings=triforce_settings) as engine:
         stream = engine.run(request, triforce_seed, triforce_streamer)
         for _ in stream:

@@ -65,7 +65,10 @@ class Runtime:
         self._lanes: list[Lane] = []
         try:
             self.caches = self._make_caches(plan, shape)
-        except (RuntimeError, MemoryError) as error:  # torch says OutOfMemoryError or a RuntimeError of pinning
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # torch says OutOfMemoryError or a RuntimeError of pinning
             self.close()
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
 
@@ -144,7 +147,7 @@ class Runtime:
             stats.ttft_s = stats.ttft_s or now - started
             stats.decode_s = now - prefilled
             stats.link_bytes = self.link_bytes - crossed
-            stats.full_kv_bytes = self.full_kv_bytes(self.caches.length)
+            stats.full_kv_bytes = self.full_kv_bytes(len(text) - 1)  # the newest token has no KV yet
             yield tokens
 
     def close(self) -> None:

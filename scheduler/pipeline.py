@@ -61,7 +61,7 @@ class TileStream:
     """Fetches the streamed tiles of a pass into a ring of device buffers, in order, as far ahead as the ring goes.
 
     ``begin`` starts a pass; then ``tiles(layer)`` is to be exhausted for each layer in turn. A slot is given
-    to the next copy when the caller asks for the tile after it. Copies run over layer boundaries: the order is one list.
+    to the next copy when the caller asks for the tile after it. Copies run on over layer boundaries.
     """
 
     def __init__(self, store: TileStore, incoming: Lane, dtype: torch.dtype, device: torch.device) -> None:

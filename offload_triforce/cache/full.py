@@ -60,7 +60,13 @@ class FullCache:
         self.stream.begin(self.tiles)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, observe: Observe | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        observe: Observe | None = None,
     ) -> Tensor:
         """Attention of the step's T new tokens over all that is held: query [H, T, D] -> [H, T, D].
 

@@ -72,10 +72,9 @@ class RetrievalCache(GrowingBuffer):
         super().__init__(layers, kv_heads, capacity, head_dim, dtype, device)
         # Chunk numbers per layer, KV head and slot; -1 is an empty slot.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
+        self.filled = 0  # slots in use: the same number for every layer and head, from the first on
 
-    def refresh(
-        self, layer: int, packed: Tensor, local: ops.PartialAttention, scaling: float, length: int
-    ) -> Refresh:
+    def refresh(self, layer: int, packed: Tensor, local: ops.PartialAttention, scaling: float, length: int) -> Refresh:
         """Begin to choose anew for one layer, at ``length`` committed tokens.
 
         ``local`` is the attention of the packed queries over the tail. Show the result every token in order.
@@ -93,8 +92,8 @@ class RetrievalCache(GrowingBuffer):
         """
         shape = self.shape
         begin = shape.recent_start(refreshed)
-        filled = min(len(shape.pool(refreshed)), shape.slots)
-        base = shape.sink + filled * shape.chunk if begin else 0
+        self.filled = min(len(shape.pool(refreshed)), shape.slots)
+        base = shape.sink + self.filled * shape.chunk if begin else 0
         self.length, self.pending = base + length - begin, 0
         self.kv[:, :, :, base : self.length] = tail[:, :, :, begin - start : length - start]
 
@@ -102,6 +101,7 @@ class RetrievalCache(GrowingBuffer):
         """Forget everything."""
         super().reset()
         self.chosen.fill_(-1)
+        self.filled = 0
 
 
 class Refresh:
@@ -123,12 +123,13 @@ class Refresh:
         held = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
         self.slots = held.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
         self.chosen = cache.chosen[layer]
-        empty = self.chosen < 0
-        if not bool(empty[0, 0]):  # the sink is in, since chunks have been chosen before
+        if cache.filled:  # the sink is in, since chunks have been chosen before
             local = ops.attention_update(local, packed, self.sink[0], self.sink[1], scaling)
         self.baseline = local.maximum + local.total.log()
-        means = ops.chunk_means(held[0], shape.chunk)
-        self.scores = ops.chunk_scores(packed, means, scaling, self.baseline).masked_fill(empty, float("-inf"))
+        self.scores = torch.full(self.chosen.shape, float("-inf"), device=kv.device)
+        if cache.filled:
+            means = ops.chunk_means(held[0, :, : cache.filled * shape.chunk], shape.chunk)
+            self.scores[:, : cache.filled] = ops.chunk_scores(packed, means, scaling, self.baseline)
 
     def see(self, start: int, key: Tensor, value: Tensor) -> None:
         """Consider the chunks of the tokens from position ``start`` on; ``key`` and ``value`` are [K, n, D]."""

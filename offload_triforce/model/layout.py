@@ -93,7 +93,11 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         )
     shapes, dtypes, devices = zip(*(view.seen[i] for i in sorted(view.seen)), strict=True)
     layout = ModelLayout(
-        shapes, dtypes[0], devices[0], getattr(config, "max_position_embeddings", None), _longrope_switch(config)
+        shapes,
+        dtypes[0],
+        devices[0],
+        getattr(config, "max_position_embeddings", None),
+        _longrope_switch(config),
     )
     for kind, group in (("full-attention", layout.full), ("sliding-window", layout.sliding)):
         if len({(shapes[i].kv_heads, shapes[i].head_dim) for i in group}) > 1:
@@ -114,8 +118,8 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 def _refuse_dynamic_rope(name: str, config: Any) -> None:
     if any(p.get("rope_type") == "dynamic" for p in _rope_parameters(config)):
         raise UnsupportedModelError(
-            f"{name} uses dynamic NTK rotary scaling: its frequencies change as the text grows, so cached keys go stale; "
-            "set rope_type to 'yarn' or 'linear' with a fixed factor"
+            f"{name} uses dynamic NTK rotary scaling: its frequencies change as the text grows, so cached keys go "
+            "stale; set rope_type to 'yarn' or 'linear' with a fixed factor"
         )
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from offload_triforce.errors import InputError, UnsupportedModelError
 
@@ -77,6 +83,20 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise _explain(source, error) from error
     return model.eval(), tokenizer
+
+
+def max_positions(source: str) -> int | None:
+    """The longest text a model takes, read from its configuration alone; None if it does not say.
+
+    Raises:
+        InputError: as ``load_model``.
+    """
+    folder, gguf = _locate(source)
+    try:
+        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(source, error) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _locate(source: str) -> tuple[str, str | None]:

@@ -91,9 +91,7 @@ def prefill(
         layer_done(index, view.kv, view.queries, view.scaling)
 
 
-def _record(
-    model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice
-) -> tuple[Tensor, list[_Call]]:
+def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice) -> tuple[Tensor, list[_Call]]:
     """Embed one chunk: the first layer's input [1, T, hidden], and each layer's other arguments."""
     decoder = model.get_decoder()
     ids = tokens[part].to(model.device)

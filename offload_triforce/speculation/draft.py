@@ -75,7 +75,12 @@ class ModelDraft:
     """A small transformers model over a streaming cache."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: ModelLayout, cache: StreamingCache, sampler: Sampler, choices: Choices
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        cache: StreamingCache,
+        sampler: Sampler,
+        choices: Choices,
     ) -> None:
         self.model, self.cache, self.sampler, self.choices = model, cache, sampler, choices
         self.windows = [layer.window for layer in layout.layers]

@@ -46,9 +46,7 @@ class Level(Protocol):
         """What is held now is final."""
 
 
-def judge(
-    level: Level, below: Proposer, text: TokenText, guesses: int, choices: Choices, count: Acceptance
-) -> Tensor:
+def judge(level: Level, below: Proposer, text: TokenText, guesses: int, choices: Choices, count: Acceptance) -> Tensor:
     """One round: ``below`` guesses up to ``guesses`` tokens, ``level`` verifies them all at once and adds one.
 
     Returns the level's distributions [m, V] of the m = accepted + 1 tokens that the text has grown by.

@@ -40,9 +40,12 @@ class TargetCaches:
         self.full.fill_layer(index, kv)
         length, tokens = kv.shape[2], queries.shape[1]
         packed = ops.pack_queries(queries, kv.shape[1])
-        near = kv[:, :, -max(self.retrieval.shape.recent, tokens) :]
+        recent, sink = max(self.retrieval.shape.recent, tokens), self.retrieval.shape.sink
+        near = kv[:, :, -recent:]
         mask = ops.causal_mask(tokens, near.shape[2], device=kv.device)
         local = ops.attention_update(ops.attention_start(packed), packed, near[0], near[1], scaling, mask)
+        if 0 < sink <= length - recent:
+            local = ops.attention_update(local, packed, kv[0, :, :sink], kv[1, :, :sink], scaling)
         self.retrieval.refresh(index, packed, local, scaling, length).see(0, kv[0], kv[1])
 
     def end_fill(self, tokens: int) -> None:

@@ -1,0 +1,89 @@
+"""What is refused before any work starts."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload_triforce.config import Settings
+from offload_triforce.errors import InputError
+from offload_triforce.model.layout import ModelLayout
+
+
+def check_context(context: int, positions: int | None) -> None:
+    """A context setting has to fit the model.
+
+    Raises:
+        InputError: by how much it does not.
+    """
+    if positions is not None and context > positions:
+        raise InputError(
+            f"context {context:,} exceeds the model's {positions:,} positions by {context - positions:,}; set it to "
+            f"{positions:,} or less"
+        )
+
+
+def check_same_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft: PreTrainedModel,
+    draft_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """A draft has to speak the target's tokens.
+
+    Raises:
+        InputError: says how the two differ.
+    """
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        differing = sum(theirs.get(token) != number for token, number in ours.items())
+        if differing or len(ours) != len(theirs):
+            raise InputError(
+                f"the draft's tokenizer is not the target's: {max(differing, abs(len(ours) - len(theirs))):,} of "
+                f"{len(ours):,} tokens differ; take a draft of the same model family, or draft 'ngram'"
+            )
+    elif draft is not model:
+        sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"the draft's vocabulary of {sizes[1]:,} tokens is not the target's of {sizes[0]:,}; take a draft of "
+                "the same model family, or draft 'ngram'"
+            )
+
+
+def check_draft(layout: ModelLayout, settings: Settings) -> None:
+    """A draft model has to fit its streaming cache.
+
+    Raises:
+        InputError: why it does not.
+    """
+    if layout.max_positions is not None and settings.draft_cache > layout.max_positions:
+        raise InputError(
+            f"draft_cache {settings.draft_cache} exceeds the draft model's {layout.max_positions} positions; "
+            f"set it to {layout.max_positions} or less"
+        )
+    if len({(s.kv_heads, s.head_dim) for s in layout.layers}) > 1:
+        raise InputError("the layers of the draft model differ in KV heads or head dimension; take another draft")
+
+
+def check_length(layout: ModelLayout, settings: Settings, prompt: int, new: int) -> None:
+    """Prompt and answer have to fit.
+
+    Raises:
+        InputError: by how much they do not, and what would.
+    """
+    total = prompt + new
+    limits = ((settings.context, "the context setting"), (layout.max_positions, "the model's positions"))
+    for limit, what in limits:
+        if limit is not None and total > limit:
+            fits = limit - prompt
+            hint = f"at most {fits:,} new tokens fit" if fits > 0 else f"shorten the prompt by {1 - fits:,} tokens"
+            raise InputError(
+                f"{prompt:,} prompt tokens and {new:,} new ones exceed {what}, {limit:,}, by {total - limit:,}; {hint}"
+            )
+    switch = layout.longrope_switch
+    if switch is not None and prompt <= switch < total:
+        raise InputError(
+            f"longrope changes its frequencies at {switch:,} tokens, between the prompt's {prompt:,} and the end at "
+            f"{total:,}, where cached keys would go stale; ask for at most {switch - prompt:,} new tokens, or start "
+            f"with more than {switch:,}"
+        )

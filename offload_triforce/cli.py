@@ -1,0 +1,230 @@
+"""The command line. Text goes to standard output; progress and reports go to standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offload_triforce._version import __version__
+from offload_triforce.errors import InputError, TriForceError
+
+app = typer.Typer(
+    help="Lossless long-context decoding: the KV cache in host memory, TriForce's hierarchical speculation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+notes = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake is one sentence and exit code 2; Ctrl-C is one sentence and 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            _quiet()
+            command(*args, **kwargs)
+        except TriForceError as error:
+            notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            notes.print("interrupted", style="red")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _quiet() -> None:
+    """transformers' own bars and warnings are not for the user of this tool."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the GGUF reader has a bar of its own
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """Nothing but options that belong to no command."""
+
+
+Draft = Annotated[str, typer.Option(help="Hub id, folder or GGUF file of a small model; or ngram, self, none.")]
+Budget = Annotated[int | None, typer.Option(help="Tokens in the retrieval cache, per KV head and layer.")]
+Gamma = Annotated[int | None, typer.Option(help="Guesses per pass over the full cache; 0 decodes plainly.")]
+Gamma1 = Annotated[int | None, typer.Option(help="Guesses of the draft per step of the retrieval level.")]
+DraftCache = Annotated[int | None, typer.Option(help="Tokens in the draft model's streaming cache.")]
+Tile = Annotated[int | None, typer.Option(help="Tokens per transfer.")]
+Resident = Annotated[float | None, typer.Option(help="Share of the KV cache that stays on the device, 0 to 1.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the draws.")]
+
+
+@app.command()
+@_guarded
+def generate(
+    model: Annotated[str, typer.Option(help="Hub id, local folder or GGUF file of the target.")],
+    draft: Draft = "ngram",
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file; - is standard input.")] = None,
+    ask: Annotated[str | None, typer.Option(help="A question about it, put after the text.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Use the model's chat format; by default, when there is --ask.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of the answer.")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.")] = None,
+    seed: Seed = None,
+    context: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    budget: Budget = None,
+    gamma: Gamma = None,
+    gamma1: Gamma1 = None,
+    draft_cache: DraftCache = None,
+    tile: Tile = None,
+    resident: Resident = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
+    device: Device = "auto",
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
+    link_gbps: Annotated[float | None, typer.Option(help="Emulate a link of this speed; CPU only.")] = None,
+    config: Annotated[str | None, typer.Option(help="A JSON file of settings; options win over it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Continue a text, or answer a question about it."""
+    settings = _settings(
+        config,
+        context=context,
+        budget=budget,
+        gamma=gamma,
+        gamma1=gamma1,
+        draft_cache=draft_cache,
+        tile=tile,
+        resident=resident,
+        link_gbps=link_gbps,
+    )
+    from offload_triforce.prompt import build_prompt, read_text
+
+    if prompt is not None and prompt_file is not None:
+        raise InputError("--prompt and --prompt-file exclude each other; give one of them")
+    text = read_text(prompt_file) if prompt_file is not None else prompt
+    if not (text or "").strip() and not (ask or "").strip():
+        raise InputError("the prompt is empty; give --prompt-file, --prompt or --ask")
+    from offload_triforce.engine import TriForce
+
+    with notes.status(f"loading {model}"):
+        engine = TriForce.load(model, draft, dtype, device, quantize, settings)
+    ids = build_prompt(engine.tokenizer, text, ask, chat=bool(ask) if chat is None else chat)
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p or None,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    _answer(engine, ids, seed, as_json, sampling | ({"stop_strings": stop} if stop else {}))
+
+
+def _answer(engine: Any, ids: list[int], seed: int | None, as_json: bool, sampling: dict[str, Any]) -> None:
+    """Stream the answer, then the report; an interrupted one is reported as far as it came."""
+    from offload_triforce import report
+
+    with engine:
+        try:
+            with report.prefill_bar(notes) as progress:
+                stream = engine.stream(ids, seed=seed, progress=progress, **sampling)
+                for piece in stream:
+                    if not as_json:
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
+        finally:
+            if "stream" in locals() and stream.stats.prompt_tokens:
+                _report(stream.result, as_json)
+
+
+def _report(result: Any, as_json: bool) -> None:
+    from offload_triforce import report
+
+    if as_json:
+        typer.echo(report.as_json(result))
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    for line in report.summary(result.stats):
+        notes.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_guarded
+def demo(
+    draft: Draft = "ngram",
+    prompt_tokens: Annotated[int, typer.Option(min=512, max=8000, help="Length of the text.")] = 6000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of each answer.")] = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    budget: Budget = 1024,
+    gamma: Gamma = None,
+    gamma1: Gamma1 = None,
+    draft_cache: DraftCache = None,
+    device: Device = "auto",
+    link_gbps: Annotated[float, typer.Option(help="Speed of the emulated link in GB/s; CPU only.")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Watch it work: SmolLM2 reads 6,000 tokens and answers, plainly and through the hierarchy."""
+    settings = _settings(None, budget=budget, gamma=gamma, gamma1=gamma1, draft_cache=draft_cache)
+    from offload_triforce import report
+    from offload_triforce.config import replace_settings
+    from offload_triforce.demo import run_demo
+    from offload_triforce.model.loader import resolve_device
+
+    if resolve_device(device).type == "cpu":
+        settings = replace_settings(settings, {"link_gbps": link_gbps})
+    console = notes if as_json else Console()
+    runs = run_demo(console, settings, draft, prompt_tokens, max_new_tokens, temperature, seed, device)
+    if as_json:
+        typer.echo(json.dumps({name: json.loads(report.as_json(run)) for name, run in runs.items()}))
+
+
+def _settings(config: str | None, **options: Any) -> Any:
+    """Settings from a file and from options that were given."""
+    from offload_triforce.config import Settings, replace_settings
+    from offload_triforce.prompt import read_text
+
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            values = json.loads(read_text(config))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{config} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{config} must hold one JSON object of settings")
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace_settings(Settings(), values | given)
+
+
+if __name__ == "__main__":
+    main()

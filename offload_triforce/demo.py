@@ -1,0 +1,83 @@
+"""The demo: a real model, a real long text, plain and hierarchical decoding over an emulated slow link."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import optparse
+import textwrap
+
+from rich.console import Console
+
+from offload_triforce.answer import Generation
+from offload_triforce.config import Settings
+from offload_triforce.engine import TriForce
+from offload_triforce.errors import TriForceError
+from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.prompt import build_prompt
+from offload_triforce.report import comparison, prefill_bar
+
+QUESTION = "Explain what this code does, function by function."
+
+
+def demo_prompt(engine: TriForce, tokens: int) -> list[int]:
+    """About that many tokens of standard-library source, and a question about it."""
+    source = "\n\n".join(inspect.getsource(module) for module in (textwrap, argparse, optparse))
+    ids = engine.tokenizer(source, add_special_tokens=False).input_ids[: tokens - 64]
+    return build_prompt(engine.tokenizer, engine.tokenizer.decode(ids), QUESTION, chat=True)
+
+
+def run_demo(
+    console: Console,
+    settings: Settings,
+    draft: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str = "auto",
+) -> dict[str, Generation]:
+    """Decode the same prompt plainly and through the hierarchy, and print both in one table.
+
+    Raises:
+        TriForceError: greedy tokens differ, which must not happen.
+    """
+    with console.status("bringing SmolLM2-135M-Instruct (98 MB, once)"):
+        path = fetch_smollm2()
+    with console.status("loading it"):
+        plain = TriForce.load(path, draft="none", device=device, settings=settings, gamma=0)
+    if draft not in ("ngram", "self", "none"):
+        raise TriForceError(f"the demo's drafts are ngram, self and none, not {draft!r}")
+    prompt = demo_prompt(plain, prompt_tokens)
+    link = f"an emulated link of {settings.link_gbps:g} GB/s" if settings.link_gbps else "the link"
+    console.print(f"{len(prompt):,} tokens of Python's standard library; KV cache in host memory behind {link}.")
+    console.print(f"[bold]{QUESTION}[/bold]\n")
+    runs = {}
+    for name, engine in (
+        ("plain", plain),
+        ("hierarchy", TriForce(plain.model, plain.tokenizer, draft, settings=settings)),
+    ):
+        console.rule(f"{name} decoding", align="left")
+        with engine, prefill_bar(console) as progress:
+            stream = engine.stream(
+                prompt, max_new_tokens=new_tokens, temperature=temperature, seed=seed, progress=progress
+            )
+            for piece in stream:
+                console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            runs[name] = stream.result
+        console.print("\n")
+    console.print(comparison({name: run.stats for name, run in runs.items()}))
+    _judge(console, runs, temperature)
+    return runs
+
+
+def _judge(console: Console, runs: dict[str, Generation], temperature: float) -> None:
+    plain, hierarchy = runs["plain"], runs["hierarchy"]
+    faster = plain.stats.ms_per_token / hierarchy.stats.ms_per_token if hierarchy.stats.ms_per_token else 0.0
+    if temperature > 0:
+        console.print(f"{faster:.1f}x the speed; at a temperature the two draw different tokens of one distribution.")
+    elif plain.token_ids == hierarchy.token_ids:
+        console.print(f"[bold green]Identical tokens[/bold green], {faster:.1f}x the speed.")
+    else:
+        at = next(i for i, (a, b) in enumerate(zip(plain.token_ids, hierarchy.token_ids, strict=False)) if a != b)
+        raise TriForceError(f"the two decodings differ from new token {at} on, which must not happen: please report it")

@@ -1,0 +1,85 @@
+"""What the command line says about a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from offload_triforce.answer import Generation
+from offload_triforce.model.prefill import Progress as ProgressCallback
+from offload_triforce.stats import DecodeStats
+
+
+def as_json(result: Generation) -> str:
+    """One JSON object with the answer and all statistics."""
+    return json.dumps(
+        {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "prompt_ids": result.prompt_ids,
+            **result.stats.as_dict(),
+        }
+    )
+
+
+def summary(stats: DecodeStats) -> list[str]:
+    """The short report, line by line."""
+    levels = [("draft", stats.draft.rate), ("retrieval", stats.retrieval.rate)]
+    accepted = ", ".join(f"{name} {percent(rate)}" for name, rate in levels)
+    saved = stats.full_kv_bytes / stats.link_bytes_per_token if stats.link_bytes else 0.0
+    lines = [
+        f"prompt {stats.prompt_tokens:,} tokens, answer {stats.new_tokens:,} tokens in {stats.passes:,} passes: "
+        f"{stats.tokens_per_pass:.2f} tokens per pass",
+        f"first token after {stats.ttft_s:.1f} s (prefill {stats.prefill_s:.1f} s), then "
+        f"{stats.ms_per_token:.0f} ms/token",
+        f"accepted guesses: {accepted}",
+        f"link: {stats.link_bytes_per_token / 1e6:.1f} MB/token; the full KV cache has "
+        f"{stats.full_kv_bytes / 1e6:.1f} MB" + (f", {saved:.1f}x as much" if saved else ""),
+    ]
+    return [*lines, "interrupted: this is what there was until then"] if stats.interrupted else lines
+
+
+def percent(rate: float | None) -> str:
+    """A share for people; a dash where there was nothing to share."""
+    return "-" if rate is None else f"{rate:.0%}"
+
+
+def comparison(runs: dict[str, DecodeStats]) -> Table:
+    """Several runs of the same work, side by side."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    rows = {
+        "new tokens": lambda s: f"{s.new_tokens}",
+        "passes over the full cache": lambda s: f"{s.passes}",
+        "tokens per pass": lambda s: f"{s.tokens_per_pass:.2f}",
+        "accepted from draft / retrieval": lambda s: f"{percent(s.draft.rate)} / {percent(s.retrieval.rate)}",
+        "link MB per token": lambda s: f"{s.link_bytes_per_token / 1e6:.1f}",
+        "full KV cache, MB": lambda s: f"{s.full_kv_bytes / 1e6:.1f}",
+        "time to first token, s": lambda s: f"{s.ttft_s:.1f}",
+        "ms per token": lambda s: f"{s.ms_per_token:.0f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, *[value(stats) for stats in runs.values()])
+    return table
+
+
+@contextmanager
+def prefill_bar(console: Console) -> Iterator[ProgressCallback]:
+    """A progress bar for the prefill; it vanishes when the first token comes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading the prompt", total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:
+                bar.stop()
+
+        yield update

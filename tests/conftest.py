@@ -1,0 +1,19 @@
+"""Shared by all tests: threads that fit the number of workers, and the one real model."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct with its tokenizer: (model, tokenizer). Brought once per machine."""
+    from offload_triforce.fetch import fetch_smollm2
+    from offload_triforce.model.loader import load_model
+
+    return load_model(fetch_smollm2(hub=False), torch.float32, torch.device("cpu"))

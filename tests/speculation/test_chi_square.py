@@ -1,0 +1,153 @@
+"""The whole engine against the target's own distribution: 20,000 short texts and chi-square tests.
+
+Prefill, caches, refresh, draft, both levels and stopping are the real ones. The model is tiny and random, its
+caches so small that both levels reject often. Expected counts come from plain transformers forward passes on
+every possible continuation, so only the engine's side is sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from speculation_toys import tiny_llama
+
+from offload_triforce.engine import TriForce
+from offload_triforce.request import interpret
+from offload_triforce.speculation import hierarchy, sampling
+from offload_triforce.speculation.levels import RetrievalLevel
+from offload_triforce.stats import Acceptance
+
+VOCABULARY = 6
+TOKENS = 3  # compared; a fourth is asked for, so that the first pass has its full length
+SMALL = {"chunk": 2, "sink": 2, "recent": 2, "tile": 16, "ring": 2, "gamma": 3, "gamma1": 2}
+SMALL |= {"draft_cache": 10, "draft_sink": 0}
+
+
+def noisy(model, amount):
+    """A worse copy of a model: a draft that is often right."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += amount * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+class Setup:
+    """A target, its engine and one request."""
+
+    def __init__(self, draft, layers=1, budget=8, **options):
+        self.model = tiny_llama(seed=2, vocabulary=VOCABULARY, layers=layers, spread=0.4)
+        draft = noisy(self.model, 0.2) if draft == "model" else draft
+        self.engine = TriForce(self.model, draft=draft, **SMALL, budget=budget)
+        options |= {"max_new_tokens": TOKENS + 1}
+        self.request = interpret(self.model, self._prompt(), None, None, options)
+
+    def _prompt(self):
+        """60 tokens of the target's own, so that there is something to look up."""
+        torch.manual_seed(4)
+        return self.model.generate(torch.tensor([[1, 2]]), do_sample=True, temperature=0.7, max_new_tokens=58)
+
+    @torch.no_grad()
+    def expected(self):
+        """Probability of every text of three tokens, or fewer if it ends."""
+        texts, prompt = {(): 1.0}, self.request.prompt.tolist()
+        for length in range(TOKENS):
+            growing = [text for text in texts if len(text) == length and text[-1:] not in self._ends()]
+            ids = torch.tensor([prompt + list(text) for text in growing])
+            scores = self.model(ids, use_cache=False).logits[:, -1].float()
+            rows = torch.softmax(self.request.processors(ids, scores), -1).tolist()
+            for text, row in zip(growing, rows, strict=True):
+                chance = texts.pop(text)
+                texts |= {(*text, token): chance * p for token, p in enumerate(row) if p > 0}
+        return texts
+
+    def _ends(self):
+        return [(token,) for token in self.request.eos]
+
+    def sample(self, count):
+        """Texts, and the verdicts of levels 1 and 2."""
+        texts, draft, retrieval = Counter(), Acceptance(), Acceptance()
+        for seed in range(count):
+            stream = self.engine.run(self.request, seed)
+            assert list(stream) == []  # no tokenizer, no text
+            texts[tuple(stream.token_ids[:TOKENS])] += 1
+            for total, one in ((draft, stream.stats.draft), (retrieval, stream.stats.retrieval)):
+                total.accepted, total.judged = total.accepted + one.accepted, total.judged + one.judged
+        return texts, draft, retrieval
+
+
+def p_value(texts, expected):
+    """Of the chi-square test. The rarest texts share bins, until every bin expects at least five."""
+    impossible = set(texts) - set(expected)
+    assert not impossible, f"the target cannot write {sorted(impossible)}"
+    bins = [(texts.total() * chance, texts[text]) for text, chance in expected.items()]
+    heapq.heapify(bins)
+    while bins[0][0] < 5:
+        one, other = heapq.heappop(bins), heapq.heappop(bins)
+        heapq.heappush(bins, (one[0] + other[0], one[1] + other[1]))
+    assert len(bins) > 5, "too few bins to see anything"
+    wanted, seen = (torch.tensor(column, dtype=torch.float64).numpy() for column in zip(*bins, strict=True))
+    return float(chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue)
+
+
+# Texts, and what they are made with. More of them where they are cheap.
+SETUPS = {
+    "self": (1700, {"draft": "self", "temperature": 1.0}),
+    "self, nucleus": (1700, {"draft": "self", "temperature": 0.6, "top_p": 0.9}),
+    "self, penalty": (1700, {"draft": "self", "temperature": 1.0, "repetition_penalty": 1.3}),
+    "self, two layers": (1000, {"draft": "self", "layers": 2, "temperature": 1.5, "top_p": 0.8}),
+    "model": (1700, {"draft": "model", "temperature": 1.0}),
+    "model, nucleus": (1600, {"draft": "model", "temperature": 1.5, "top_p": 0.8}),
+    "model, penalty": (1600, {"draft": "model", "temperature": 0.8, "top_k": 5, "repetition_penalty": 1.3}),
+    "ngram": (3000, {"draft": "ngram", "temperature": 1.0}),
+    "ngram, nucleus": (3000, {"draft": "ngram", "temperature": 0.6, "top_p": 0.9}),
+    "ngram, texts that end": (3000, {"draft": "ngram", "temperature": 1.0, "min_p": 0.05, "eos_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_texts_have_the_targets_distribution(name):
+    """The seeds are fixed, so a failure is a bug and not bad luck. Apart from each other, for pytest -n."""
+    count, options = SETUPS[name]
+    setup = Setup(**options)
+    texts, draft, retrieval = setup.sample(count)
+    p = p_value(texts, setup.expected())
+    print(f"{name}: accepted {draft.rate:.2f} (draft), {retrieval.rate:.2f} (retrieval level); p = {p:.3f}")
+    assert draft.rate < 0.9
+    assert retrieval.rate < 0.9
+    assert p > 1e-4
+
+
+def test_a_wrong_residual_shows(monkeypatch):
+    """The same test with far fewer texts, when rejected tokens are drawn from p itself."""
+    monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    setup = Setup(**SETUPS["self, nucleus"][1])
+    assert p_value(setup.sample(300)[0], setup.expected()) < 1e-6
+
+
+def test_a_wrong_residual_at_level_1_shows(monkeypatch):
+    """The error of the released TriForce. Level 1 sees everything here, so the target corrects none of it."""
+    judge, residual = hierarchy.judge, sampling.residual
+
+    def mutant(level, *others):
+        if not isinstance(level, RetrievalLevel):
+            return judge(level, *others)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "residual", lambda p, q: p)
+            return judge(level, *others)
+
+    setup = Setup(**SETUPS["model, nucleus"][1], budget=64)
+    expected = setup.expected()
+    texts, draft, retrieval = setup.sample(300)
+    assert retrieval.rate > 0.99
+    assert draft.rate < 0.9
+    assert p_value(texts, expected) > 1e-4
+    monkeypatch.setattr(hierarchy, "judge", mutant)
+    assert p_value(setup.sample(300)[0], expected) < 1e-6
+    assert sampling.residual is residual

@@ -1,0 +1,127 @@
+"""Tiny random models of every family: odd head counts, short windows, weights large enough that texts do not loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 101
+
+# Six query heads on two KV heads: groups of three.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+_LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.2, 2.0, 5.0, 9.0]}
+_LONGROPE = _rope("longrope", factor=16.0, original_max_position_embeddings=128, **_LONG)
+
+# Family -> (class prefix, changes to the common settings).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_hidden_layers": 3, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12}),
+    "llama-llama3": (
+        "Llama",
+        _rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "llama-linear": ("Llama", _rope("linear", factor=4.0)),
+    "llama-yarn": ("Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=512)),
+    "llama-longrope": ("Llama", _LONGROPE),
+    "qwen2": ("Qwen2", {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "qwen2-sliding": (
+        "Qwen2",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "mistral-sliding": ("Mistral", {"sliding_window": 51, "head_dim": 8}),
+    "phi3": ("Phi3", {"num_key_value_heads": 3}),
+    "phi3-longrope": ("Phi3", {**_LONGROPE, "original_max_position_embeddings": 128}),
+    "phi3-longrope-below": (
+        "Phi3",
+        {
+            **_rope("longrope", factor=2.0, original_max_position_embeddings=1024, **_LONG),
+            "original_max_position_embeddings": 1024,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 37,
+            "head_dim": 10,
+            "query_pre_attn_scalar": 10,
+        },
+    ),
+}
+
+
+def tiny_config(prefix: str, **changes: Any) -> transformers.PretrainedConfig:
+    name = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
+    return getattr(transformers, name)(**{**_COMMON, **changes})
+
+
+def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of a class: ``Llama`` makes a LlamaForCausalLM."""
+    config = tiny_config(prefix, **changes)
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of one of ``FAMILIES``."""
+    prefix, settings = FAMILIES[family]
+    return build(prefix, seed, **{**settings, **changes})
+
+
+def disturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:
+    """A copy that is right often, but not always: every weight off by ``noise`` of its matrix' spread."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in other.parameters():
+            if weight.dim() > 1:
+                weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+    return other
+
+
+def prompt_ids(tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random ids [1, n], without the special ones."""
+    return torch.randint(3, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **options: Any) -> list[int]:
+    """transformers' own greedy answer."""
+    options = {"max_new_tokens": new_tokens, "do_sample": False, **options}
+    with torch.no_grad():
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return output[0, prompt.shape[1] :].tolist()

@@ -1,4 +1,4 @@
-"""How to give positions to a draft's streaming cache: StreamingLLM's way against refilling.
+"""Where a draft with a streaming cache should begin to read: at the start of the text, or of its window.
 
 SmolLM2-135M-Instruct is its own draft here, with a streaming cache of 256 tokens, on about 6,000 tokens of
 standard-library source and an answer that the target itself drew at temperature 1. Reported is the overlap of the
@@ -20,76 +20,32 @@ import transformers
 from torch import Tensor
 
 from offload_triforce import TriForce
-from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.demo import demo_prompt
 from offload_triforce.fetch import fetch_smollm2
 from offload_triforce.model.adapter import attached, run
+from offload_triforce.model.rotary import KeyTurner
 
 SINK = 4
-BLOCK = 16  # tokens per step while StreamingLLM reads the prompt
+BLOCK = 16  # tokens per step while the whole text is read
 
 
-class RollingCache(GrowingBuffer):
-    """StreamingLLM's cache (arXiv 2309.17453): whoever stays is rotated to close the gap that eviction leaves."""
-
-    def __init__(self, model, capacity):
-        config = model.config
-        super().__init__(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            capacity,
-            config.head_dim,
-            model.dtype,
-            model.device,
-        )
-        self.rotary = model.model.rotary_emb
-
-    def make_room(self, tokens: int) -> None:
-        evicted = self.length + tokens - self.capacity
-        if evicted <= 0:
-            return
-        stay = self.kv[:, :, :, SINK + evicted : self.length].clone()
-        cos, sin = self.rotary(stay, torch.tensor([[-evicted]]))
-        keys = stay[:, 0]
-        turned = torch.cat([-keys[..., keys.shape[-1] // 2 :], keys[..., : keys.shape[-1] // 2]], dim=-1)
-        stay[:, 0] = keys * cos + turned * sin
-        self.length -= evicted
-        self.kv[:, :, :, SINK : self.length] = stay
-
-
-def rolling(model, tokens: list[int], start: int, capacity: int) -> Tensor:
-    """Distributions after each token from ``start`` on, the whole text having been read through the cache."""
-    cache, rows = RollingCache(model, capacity), []
-    steps = [tokens[i : min(i + BLOCK, start)] for i in range(0, start, BLOCK)] + [[t] for t in tokens[start:]]
-    for step in steps:
+def streaming(model, tokens: list[int], start: int, capacity: int, whole: bool) -> Tensor:
+    """Distributions after each token from ``start`` on. ``whole``: read the text from its very beginning."""
+    config = model.config
+    shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, capacity, SINK)
+    cache = StreamingCache(*shape, KeyTurner(model).turn, model.dtype, model.device)
+    rows = []
+    if whole:
+        steps = [tokens[i : min(i + BLOCK, start)] for i in range(0, start, BLOCK)]
+    else:
+        steps = [[token for part in cache.begin(start) for token in tokens[part.start : part.stop]]]
+    for step in steps + [[token] for token in tokens[start:]]:
         cache.make_room(len(step))
         rows.append(run(model, step, cache.length, cache, keep=1))
         cache.end_step(len(step))
-    return torch.softmax(torch.cat(rows[-len(tokens) + start :]), dim=-1)
-
-
-def refilling(model, tokens: list[int], start: int, capacity: int) -> Tensor:
-    """The same with the project's own cache: sink and window are read afresh whenever it is full."""
-    config = model.config
-    cache = StreamingCache(
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        config.head_dim,
-        capacity,
-        SINK,
-        model.dtype,
-        model.device,
-    )
-    rows = []
-    for end in range(start + 1, len(tokens) + 1):
-        step = tokens[cache.text : end]
-        if cache.length + len(step) > capacity:
-            step = [t for part in cache.refill(end) for t in tokens[part.start : part.stop]]
-        rows.append(run(model, step, cache.length, cache, keep=1))
-        cache.end_step(len(step))
-        cache.settle(cache.pending)
-    return torch.softmax(torch.cat(rows), dim=-1)
+        cache.settle(len(step))
+    return torch.softmax(torch.cat(rows[len(steps) :]), dim=-1)
 
 
 def full(model, tokens: list[int], start: int) -> Tensor:
@@ -114,15 +70,15 @@ def main() -> None:
     p = full(model, tokens, start)
     results = {}
     with attached(model):
-        for name, draft in (("rolling (StreamingLLM)", rolling), ("refilling (ours)", refilling)):
+        for name, whole in (("whole text (StreamingLLM)", True), ("window only (ours)", False)):
             began = time.perf_counter()
-            overlap = torch.minimum(p, draft(model, tokens, start, options.capacity)).sum(dim=-1)
+            overlap = torch.minimum(p, streaming(model, tokens, start, options.capacity, whole)).sum(dim=-1)
             results[name] = {
                 "acceptance": overlap.mean().item(),
                 "standard_error": (overlap.std() / len(overlap) ** 0.5).item(),
                 "seconds": time.perf_counter() - began,
             }
-            print(f"{name:24} acceptance {results[name]['acceptance']:.3f} +- {results[name]['standard_error']:.3f}, "
+            print(f"{name:26} acceptance {results[name]['acceptance']:.3f} +- {results[name]['standard_error']:.3f}, "
                   f"{results[name]['seconds']:.0f} s with reading the prompt")  # fmt: skip
     if options.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

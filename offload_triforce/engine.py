@@ -19,6 +19,7 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout, probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.prefill import Progress
+from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime
 from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft
@@ -71,6 +72,7 @@ class TriForce:
             self._draft_layout = self.layout if draft == "self" else probe(self._draft)
             check_same_tokens(model, tokenizer, self._draft, draft_tokenizer)
             check_draft(self._draft_layout, self.settings)
+            self._turner = KeyTurner(self._draft)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
@@ -217,10 +219,11 @@ class TriForce:
             shape.head_dim,
             settings.draft_cache,
             settings.draft_sink,
+            self._turner.turn,
             layout.dtype,
             layout.device,
         )
-        return ModelDraft(self._draft, layout, cache, sampler, choices)
+        return ModelDraft(self._draft, cache, sampler, choices)
 
     def _decode(
         self, request: Request, seed: int, text: TokenText, stats: DecodeStats, progress: Progress | None

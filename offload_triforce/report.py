@@ -72,7 +72,10 @@ def comparison(runs: dict[str, DecodeStats]) -> Table:
 
 @contextmanager
 def prefill_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A progress bar for the prefill; it vanishes when the first token comes."""
+    """A progress bar for the prefill: comes with the first step, and vanishes before the first token."""
+    if not console.is_interactive:  # a file or a pipe has no use for it
+        yield lambda done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading the prompt", total=None)

@@ -6,6 +6,7 @@ so that transformers itself interprets every argument, merges the model's defaul
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -76,10 +78,7 @@ def interpret(
     if prompt.shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token")
     options = _plain_options(model, generation_config, dict(options))
-    if options.get("stop_strings") or getattr(generation_config, "stop_strings", None):
-        if tokenizer is None:
-            raise InputError("stop strings need a tokenizer; load one with the model")
-        options["tokenizer"] = tokenizer
+    generation_config = _take_stop_strings(generation_config, options, tokenizer)
     options.setdefault("attention_mask", torch.ones_like(prompt))  # else generate guesses padding from token ids
     try:
         return model.generate(
@@ -135,6 +134,23 @@ def _plain_options(
     if not any(options.get(n) for n in lengths) and not any(getattr(s, n, None) for s in given for n in lengths):
         options["max_new_tokens"] = DEFAULT_NEW_TOKENS
     return options
+
+
+def _take_stop_strings(
+    config: GenerationConfig | None, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig | None:
+    """Turn stop strings into a criterion: ``generate`` forgets the tokenizer it would need when given a callable."""
+    strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not strings:
+        return config
+    if tokenizer is None:
+        raise InputError("stop strings need a tokenizer; load one with the model")
+    if config is not None:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    given = options.get("stopping_criteria") or []
+    options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
+    return config
 
 
 def _refuse(

@@ -161,7 +161,7 @@ class _Timed:
 
     def __init__(self, proposer: Proposer, stats: DecodeStats) -> None:
         self._proposer, self._stats = proposer, stats
-        self.keep, self.settle = proposer.keep, proposer.settle
+        self.keep = proposer.keep
 
     def propose(self, text: TokenText, limit: int) -> Tensor:
         started = time.perf_counter()
@@ -188,18 +188,17 @@ def check_memory(
         held += plan.tile_tokens + shape.recent + shape.chunk + 2 * block  # tail
         device += plan.resident_bytes + plan.ring_bytes + held * plan.token_bytes * plan.layers
         host = plan.host_bytes
-    per_token = sum(layout.token_bytes(i) for i in range(len(layout.layers)))
     if layout.device.type == "cuda":
-        _compare("device", device, torch.cuda.mem_get_info(layout.device)[0], context, per_token)
-        _compare("host", host, psutil.virtual_memory().available, context, per_token)
+        _compare("device", device, torch.cuda.mem_get_info(layout.device)[0], context)
+        _compare("host", host, psutil.virtual_memory().available, context)
     else:
-        _compare("host", host + device, psutil.virtual_memory().available, context, per_token)
+        _compare("host", host + device, psutil.virtual_memory().available, context)
 
 
-def _compare(kind: str, needed: int, free: int, context: int, per_token: int) -> None:
+def _compare(kind: str, needed: int, free: int, context: int) -> None:
     if needed <= free:
         return
-    fits = max(0, context - -(-(needed - free) * 21 // (20 * per_token))) // 1024 * 1024
+    fits = int(context * free / needed * 0.95) // 1024 * 1024  # nearly all of it grows with the context
     hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
     raise MemoryLimitError(
         f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "

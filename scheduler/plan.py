@@ -49,6 +49,8 @@ class TilePlan:
 
     def resident_tiles(self) -> list[tuple[int, int]]:
         """All (layer, tile) that stay on the device."""
+        if not self.resident:
+            return []
         return [(la, t) for la in range(self.layers) for t in range(self.tiles) if self.is_resident(la, t)]
 
     def stream_order(self, tiles: int) -> list[tuple[int, int]]:
@@ -58,7 +60,7 @@ class TilePlan:
     @property
     def resident_bytes(self) -> int:
         """Device bytes of all resident tiles at the full context."""
-        return len(self.resident_tiles()) * self.tile_bytes
+        return int(self.layers * self.tiles * self.resident) * self.tile_bytes
 
     @property
     def host_bytes(self) -> int:

@@ -42,11 +42,7 @@ def test_imports_point_downward(name, path):
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            names = (
-                [node.module]
-                if node.module != "offload_triforce"
-                else [f"offload_triforce.{node.names[0].name}"]
-            )
+            names = [node.module] if node.module != "offload_triforce" else [f"offload_triforce.{node.names[0].name}"]
         for imported in names:
             if imported and imported.startswith("offload_triforce."):
                 assert rank(imported) <= rank(name), f"{name} imports {imported}"

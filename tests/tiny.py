@@ -36,7 +36,10 @@ _LONGROPE = _rope("longrope", factor=16.0, original_max_position_embeddings=128,
 
 # Family -> (class prefix, changes to the common settings).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"num_hidden_layers": 3, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12}),
+    "llama": (
+        "Llama",
+        {"num_hidden_layers": 3, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12},
+    ),
     "llama-llama3": (
         "Llama",
         _rope(
@@ -80,6 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 37,
             "head_dim": 10,
             "query_pre_attn_scalar": 10,
+            "tie_word_embeddings": False,
         },
     ),
 }
@@ -97,10 +101,21 @@ def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
 
 
-def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of one of ``FAMILIES``."""
+def tiny_model(family: str = "llama", seed: int = 0, calm: bool = False, **changes: Any) -> PreTrainedModel:
+    """A random model of one of ``FAMILIES``.
+
+    As it comes, the least error in the attention changes what it says, and a guesser is nearly always wrong.
+    ``calm`` turns the attention down until cheap guesses are right about half of the time.
+    """
     prefix, settings = FAMILIES[family]
-    return build(prefix, seed, **{**settings, **changes})
+    if not calm:
+        return build(prefix, seed, **{**settings, **changes})
+    model = build(prefix, seed, **{"initializer_range": 0.12, **settings, **changes})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "o_proj" in name:
+                weight *= 0.3
+    return model
 
 
 def disturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:

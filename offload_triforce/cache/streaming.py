@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.errors import InputError
+
+# (keys [layers, K, n, D], e) -> the same keys, e positions earlier.
+Turn = Callable[[Tensor, int], Tensor]
 
 
 class StreamingCache(GrowingBuffer):
     """Sink + recent tokens of a text that may be far longer, after StreamingLLM (arXiv 2309.17453).
 
-    As there, positions are those *inside the cache*: the window follows the sink without a gap, however much
-    text was skipped between them. StreamingLLM turns every cached key at every step to keep it so. Here tokens
-    append at growing positions until the cache is full; then its owner reads the sink and the newest ``keep``
-    tokens afresh in one forward pass (``refill``). That holds for any position scheme and never reads the middle
-    of a long prompt; benchmarks/streaming_positions.py compares the acceptance of both ways.
+    Positions are those inside the cache: the window follows the sink without a gap, however much text was left
+    out between them, and moves up when its oldest tokens go. A long text is not read from its beginning but
+    from where the window begins, which costs no acceptance (benchmarks/streaming_positions.py).
     """
 
     def __init__(
@@ -25,34 +29,53 @@ class StreamingCache(GrowingBuffer):
         head_dim: int,
         capacity: int,
         sink: int,
+        turn: Turn,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """``capacity``: tokens held at most, of which ``sink`` from the start of the text."""
-        self.sink = sink
-        self.keep = capacity - max(1, capacity // 4)
-        if self.keep <= sink:
+        """``capacity``: tokens held at most, of which ``sink`` from the start of the text. ``turn`` moves keys."""
+        # Tokens that go at once: moving the window is work, and rounds the keys.
+        self.step = max(1, capacity // 8)
+        if capacity - sink < 2 * self.step:
             raise InputError(
                 f"a draft cache of {capacity} tokens leaves no room for a recent window beside {sink} sink tokens; "
-                f"it takes at least {2 * sink + 2}"
+                f"use at least {2 * sink + 2}"
             )
+        self.sink, self._turn = sink, turn
         self.skipped = 0
         super().__init__(layers, kv_heads, capacity, head_dim, dtype, device)
 
     @property
     def text(self) -> int:
-        """Tokens of the text that have been read or skipped."""
+        """Tokens of the text that have been read or left out."""
         return self.skipped + self.length
 
-    def refill(self, length: int) -> list[range]:
-        """Start over for a text of ``length`` tokens: returns which of them must be read now, in order."""
-        self.length = self.pending = 0
-        if length <= self.keep:
-            ranges = [range(length)]
-        else:
-            ranges = [range(self.sink), range(length - self.keep + self.sink, length)]
-        self.skipped = length - sum(len(r) for r in ranges)
-        return ranges
+    def begin(self, length: int) -> list[range]:
+        """Start on a text of ``length`` tokens: returns which of them must be read, in order."""
+        self.reset()
+        held = self.capacity - self.step
+        if length <= held:
+            return [range(length)]
+        self.skipped = length - held
+        return [range(self.sink), range(length - held + self.sink, length)]
+
+    def make_room(self, tokens: int) -> None:
+        """Let the oldest settled tokens of the window go, until ``tokens`` more fit.
+
+        Raises:
+            IndexError: too many tokens are pending for that.
+        """
+        missing = self.length + tokens - self.capacity
+        if missing <= 0:
+            return
+        gone = max(missing, min(self.step, self.committed - self.sink))
+        if gone > self.committed - self.sink:
+            raise IndexError(f"{tokens} tokens do not fit beside {self.pending} pending ones")
+        stay = self.kv[:, :, :, self.sink + gone : self.length].clone()  # the ranges overlap
+        stay[:, 0] = self._turn(stay[:, 0], gone)
+        self.length -= gone
+        self.skipped += gone
+        self.kv[:, :, :, self.sink : self.length] = stay
 
     def reset(self) -> None:
         """Forget everything."""

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.model.adapter import run
-from offload_triforce.model.layout import ModelLayout
 from offload_triforce.speculation.sampling import Choices, Sampler
 from offload_triforce.speculation.text import TokenText
 
@@ -25,9 +24,6 @@ class NoDraft:
         return self._nothing
 
     def keep(self, length: int) -> None:
-        """Nothing is held."""
-
-    def settle(self) -> None:
         """Nothing is held."""
 
 
@@ -74,16 +70,8 @@ def longest_match(ids: np.ndarray, shortest: int, longest: int, limit: int) -> l
 class ModelDraft:
     """A small transformers model over a streaming cache."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layout: ModelLayout,
-        cache: StreamingCache,
-        sampler: Sampler,
-        choices: Choices,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, cache: StreamingCache, sampler: Sampler, choices: Choices) -> None:
         self.model, self.cache, self.sampler, self.choices = model, cache, sampler, choices
-        self.windows = [layer.window for layer in layout.layers]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -102,21 +90,15 @@ class ModelDraft:
 
     def _read(self, text: TokenText) -> Tensor:
         """Read what is unread of the text: logits after its last token, [1, V']."""
-        cache, settled = self.cache, self.cache.text - self.cache.pending
-        unread = range(cache.text, len(text))
-        tokens = text[unread.start :]
-        if cache.length + len(unread) > cache.capacity:
-            tokens = [token for part in cache.refill(len(text)) for token in text[part.start : part.stop]]
+        cache = self.cache
+        parts = [range(cache.text, len(text))] if cache.length else cache.begin(len(text))
+        tokens = [token for part in parts for token in text[part.start : part.stop]]
+        cache.settle(cache.pending - min(cache.pending, max(0, cache.text - text.decided)))
+        cache.make_room(len(tokens))
         logits = run(self.model, tokens, cache.length, self, keep=1)
         cache.end_step(len(tokens))
-        # After a refill, tokens that were final before are so again.
-        cache.settle(max(0, cache.pending - max(0, len(text) - settled)))
         return logits
 
     def keep(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of the text."""
         self.cache.keep_pending(self.cache.pending - max(0, self.cache.text - length))
-
-    def settle(self) -> None:
-        """What is held now is final."""
-        self.cache.settle(self.cache.pending)

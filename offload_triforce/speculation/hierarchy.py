@@ -29,9 +29,6 @@ class Proposer(Protocol):
     def keep(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of the text."""
 
-    def settle(self) -> None:
-        """What is held now is final."""
-
 
 class Level(Protocol):
     """A model with a cache."""
@@ -41,6 +38,10 @@ class Level(Protocol):
 
     def keep(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of the text."""
+
+
+class Target(Level, Protocol):
+    """The level that has the last word."""
 
     def settle(self) -> None:
         """What is held now is final."""
@@ -93,14 +94,9 @@ class Middle:
         self.level.keep(length)
         self.below.keep(length)
 
-    def settle(self) -> None:
-        """What is held now is final."""
-        self.level.settle()
-        self.below.settle()
-
 
 def decode(
-    target: Level,
+    target: Target,
     middle: Proposer,
     text: TokenText,
     gamma: int,
@@ -124,7 +120,7 @@ def decode(
         start = len(text)
         judge(target, middle, text, min(gamma, end - start - 1), choices, stats.retrieval)
         target.settle()
-        middle.settle()
+        text.decide()
         cut = stop(text, start)
         if cut is not None:
             text.truncate(cut)

@@ -126,9 +126,6 @@ class RetrievalLevel(_TargetLevel):
             keep_pending((caches.retrieval, caches.window), kept)
             caches.drafted = kept
 
-    def settle(self) -> None:
-        """Nothing to do: the target's own KV has taken the place of what was drafted."""
-
 
 class FullLevel(_TargetLevel):
     """Level 2: attends to everything, and chooses anew for the retrieval cache on the way."""

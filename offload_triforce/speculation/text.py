@@ -12,10 +12,17 @@ class TokenText:
     """Token ids on the CPU, in one buffer: growing and taking back move no memory."""
 
     def __init__(self, prompt: Tensor, capacity: int) -> None:
-        """``prompt``: (n,) token ids. ``capacity``: most tokens there will ever be."""
+        """``prompt``: (n,) token ids. ``capacity``: most tokens there will ever be.
+
+        ``decided`` counts the tokens that are final; all behind them are guesses.
+        """
         self._ids = torch.empty(capacity, dtype=torch.long)
         self._ids[: len(prompt)] = prompt
-        self._length = len(prompt)
+        self._length = self.decided = len(prompt)
+
+    def decide(self) -> None:
+        """What there is now is final."""
+        self.decided = self._length
 
     def __len__(self) -> int:
         return self._length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
@@ -26,20 +25,6 @@ def dense_attention(query, kv, window=None):
 def assert_attends(output, query, kv, window=None):
     expected = dense_attention(query, kv, window).to(output.dtype)
     torch.testing.assert_close(output, expected, rtol=TOLERANCE[output.dtype], atol=TOLERANCE[output.dtype])
-
-
-class LateLane:
-    """Copies when waited for: reading without waiting, or changing a source before, fails every time."""
-
-    def __init__(self):
-        self.moved = 0
-
-    def submit(self, target, source):
-        self.moved += source.nbytes
-        return SimpleNamespace(wait=lambda: target.copy_(source))
-
-    def close(self):
-        pass
 
 
 class PlainText:
@@ -93,9 +78,7 @@ class PlainText:
 def operations(most, restart=60):
     """Lists of operations that grow by at most ``most`` tokens each. For hypothesis."""
     few = st.integers(0, most)
-    kinds = [
-        st.tuples(st.just(name), few) for name in ("step", "step", "commit", "commit", "keep", "rollback")
-    ]
+    kinds = [st.tuples(st.just(name), few) for name in ("step", "step", "commit", "commit", "keep", "rollback")]
     return st.lists(st.one_of(*kinds, st.tuples(st.just("restart"), st.integers(0, restart))), max_size=40)
 
 

@@ -8,19 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from offload_triforce.cache.full import FullCache
 from offload_triforce.scheduler.device import ThreadLane
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
-from plain_text import CPU, SCALING, LateLane, PlainText, Rig, assert_attends, many_operations, operations
-
-from offload_triforce.cache.full import FullCache
+from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
+from tests.scheduler.lanes import LateLane
 
 
 class FullRig(Rig):
     def __init__(self, text, lane, tile=8, tiles=12, keep=5, ring=2, resident=0.0):
-        self.plan = TilePlan(
-            *text.shape, text.dim, text.dtype.itemsize, tile, tiles, ring=ring, resident=resident
-        )
+        self.plan = TilePlan(*text.shape, text.dim, text.dtype.itemsize, tile, tiles, ring=ring, resident=resident)
         self.incoming, self.outgoing = lane(), lane()
         self.keep_on_device, self.written = keep, 0
         where = (text.dtype, CPU)
@@ -39,9 +38,7 @@ class FullRig(Rig):
         super().restart(tokens)
 
     def begin(self):
-        self.fetched = (
-            self.incoming.moved + len(self.plan.stream_order(self.cache.tiles)) * self.plan.tile_bytes
-        )
+        self.fetched = self.incoming.moved + len(self.plan.stream_order(self.cache.tiles)) * self.plan.tile_bytes
         self.cache.begin_step()
 
     def attend(self, layer, query, key, value):
@@ -63,7 +60,7 @@ class FullRig(Rig):
 
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
 @given(operations(most=4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 5, 11]))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=60)
 def test_equals_a_plain_list(resident, steps, layers, ring, keep):
     with FullRig(PlainText(layers), LateLane, ring=ring, keep=keep, resident=resident) as rig:
         rig.run(steps)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
 
 from offload_triforce.cache.buffer import GrowingBuffer
+from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
 
 
 def make(capacity, layers=2, heads=2, dim=4):
@@ -35,7 +35,7 @@ class BufferRig(Rig):
 
 
 @given(operations(most=4))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 def test_equals_a_plain_list(steps):
     BufferRig(make(70), PlainText(), limit=70).run(steps)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
 
 from offload_triforce.cache.window import WindowCache
+from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
 
 
 class WindowRig(Rig):
@@ -29,10 +29,8 @@ class WindowRig(Rig):
         assert self.cache.committed >= min(self.text.committed, max(self.windows))
 
 
-@given(
-    operations(most=4), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.sampled_from([10, 40, 1000])
-)
-@settings(deadline=None, max_examples=80)
+@given(operations(most=4), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.sampled_from([10, 40, 1000]))
+@settings(deadline=None, max_examples=150)
 def test_equals_a_plain_list(steps, windows, context):
     WindowRig(windows, context).run(steps)
 

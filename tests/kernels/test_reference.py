@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload_triforce.kernels import reference as ops
 
 # (relative, absolute): online attention accumulates in float32 and rounds once, to the output's type.
@@ -67,9 +68,7 @@ def test_online_attention_is_softmax_attention(groups, dim, dtype):
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 30, 500])
-@pytest.mark.parametrize(
-    ("tokens", "total", "tile"), [(1, 1, 1), (1, 123, 123), (5, 123, 1), (37, 37, 5), (5, 37, 8)]
-)
+@pytest.mark.parametrize(("tokens", "total", "tile"), [(1, 1, 1), (1, 123, 123), (5, 123, 1), (37, 37, 5), (5, 37, 8)])
 def test_masks_hold_across_tiles(tokens, total, tile, window):
     """Includes tiles that a window hides from every query, before and after the first visible key."""
     query, key, value = draw(2, 3, tokens, total, 64)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload_triforce.scheduler.device import ThreadLane, make_lane
 
 pytestmark = pytest.mark.timeout(30)
@@ -70,9 +71,7 @@ def test_emulated_link_is_never_faster_than_its_bandwidth(sizes):
     gbps = 0.01
     lane = ThreadLane(gbps)
     started = time.perf_counter()
-    copies = [
-        lane.submit(torch.empty(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)) for n in sizes
-    ]
+    copies = [lane.submit(torch.empty(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)) for n in sizes]
     for done, copy in enumerate(copies, start=1):
         copy.wait()
         assert time.perf_counter() - started >= sum(sizes[:done]) / (gbps * 1e9)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lanes import LANES, EagerLane, LateLane
+
 from offload_triforce.scheduler.device import ThreadLane
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from tests.scheduler.lanes import LANES, EagerLane, LateLane
 
 CPU = torch.device("cpu")
 
@@ -103,9 +104,7 @@ def test_ring_stays_full_until_the_last_copy(ring):
                 assert len(pipe.incoming.submitted) == min(12, ring + asked - 1)
 
 
-@given(
-    st.integers(1, 5), st.floats(0, 1), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 13)), max_size=6)
-)
+@given(st.integers(1, 5), st.floats(0, 1), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 13)), max_size=6))
 @settings(deadline=None, max_examples=50)
 def test_interrupted_passes_leave_no_trace(ring, resident, interrupted):
     """A pass may be given up anywhere, even inside a layer; the next one starts afresh."""

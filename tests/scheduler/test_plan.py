@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offload_triforce.scheduler.plan import TilePlan
 
 plans = st.builds(

@@ -22,9 +22,7 @@ class Walk:
         assert all(chance >= 0 for chance in odds)
         assert abs(sum(odds) - 1) < 1e-6
         at = len(self.trace)
-        taken = (
-            self.plan[at] if at < len(self.plan) else next(i for i, chance in enumerate(odds) if chance > 0)
-        )
+        taken = self.plan[at] if at < len(self.plan) else next(i for i, chance in enumerate(odds) if chance > 0)
         self.trace.append((taken, odds))
         self.probability *= odds[taken]
         return taken

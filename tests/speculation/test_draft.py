@@ -1,4 +1,4 @@
-"""Level 0: the look-up against brute force, the draft model against dense forward passes."""
+"""Level 0: the look-up against brute force, the draft model against StreamingLLM written out plainly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from speculation_toys import tiny_llama
 from transformers import LogitsProcessorList, MistralConfig, MistralForCausalLM
 from transformers.generation import TemperatureLogitsWarper
+from transformers.models.llama.modeling_llama import rotate_half
 
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.config import Settings
-from offload_triforce.errors import InputError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
+from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft, longest_match
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
@@ -87,7 +88,6 @@ def test_ngram_without_a_match_guesses_nothing():
 @pytest.mark.parametrize("draft", [NoDraft(VOCABULARY, CPU), NgramDraft(VOCABULARY, CPU)])
 def test_nothing_to_forget(draft):
     draft.keep(3)
-    draft.settle()
 
 
 def test_no_draft_guesses_nothing():
@@ -96,31 +96,58 @@ def test_no_draft_guesses_nothing():
     assert text[:] == [1, 2, 1]
 
 
-class Dense:
-    """The draft as it is documented: which tokens it holds, and a plain forward pass over all of them.
+class Reference:
+    """StreamingLLM at its plainest: keys are kept unturned, and turned to their place in the cache at every step.
 
-    It holds the text until the cache is full; then the sink and the newest tokens, three quarters of a cache.
+    Which tokens are held is the draft's to decide: the sink, and everything after the tokens it has left out.
     """
 
-    def __init__(self, model, sampler, capacity, sink):
-        self.model, self.sampler, self.capacity, self.sink = copy.deepcopy(model), sampler, capacity, sink
-        self.keep_tokens = capacity - max(1, capacity // 4)
-        self.held, self.refills = [], 0
+    def __init__(self, model, sampler, sink):
+        self.model, self.sampler, self.sink = copy.deepcopy(model), sampler, sink
+        self.held = []  # positions in the text
+        self.kv = [None] * model.config.num_hidden_layers  # per layer, [2, K, held, D]
 
-    def row(self, tokens):
-        """The distribution after all of ``tokens``."""
+    def row(self, tokens, left_out):
+        """The distribution after ``tokens``, of which ``left_out`` after the sink are not to be seen (any more)."""
         unread = range(self.held[-1] + 1 if self.held else 0, len(tokens))
-        self.held += unread
-        if len(self.held) > self.capacity:
-            self.refills += 1
-            newest = max(self.sink, len(tokens) - self.keep_tokens + self.sink)
-            self.held = [*range(self.sink), *range(newest, len(tokens))]
-        ids = torch.tensor([[tokens[i] for i in self.held]])
-        logits = self.model(ids, use_cache=False).logits[0, -1:]
-        return self.sampler.distributions(logits, torch.tensor(tokens), len(tokens))
+        self._drop([i for i in self.held if i < self.sink or i >= self.sink + left_out])
+        new = [i for i in unread if i < self.sink or i >= self.sink + left_out]
+        self.held += new
+        logits = self._forward(torch.tensor([tokens[i] for i in new]))
+        return self.sampler.distributions(logits[-1:], torch.tensor(tokens), len(tokens))
 
     def keep(self, length):
-        self.held = [i for i in self.held if i < length]
+        self._drop([i for i in self.held if i < length])
+
+    def _drop(self, stay):
+        index = [self.held.index(i) for i in stay]
+        self.kv = [kv if kv is None else kv[:, :, index] for kv in self.kv]
+        self.held = stay
+
+    def _forward(self, ids):
+        base = self.model.model
+        hidden, positions = base.embed_tokens(ids), torch.arange(len(self.held))
+        cos, sin = base.rotary_emb(hidden, positions[None])
+        for index, layer in enumerate(base.layers):
+            attention = layer.self_attn
+            x = layer.input_layernorm(hidden)
+            query, key, value = (
+                projection(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            new = torch.stack([key, value])
+            held = new if self.kv[index] is None else torch.cat([self.kv[index], new], dim=2)
+            self.kv[index] = held
+            key = held[0] * cos + rotate_half(held[0]) * sin
+            query = query * cos[:, -len(ids) :] + rotate_half(query) * sin[:, -len(ids) :]
+            back = positions[-len(ids) :, None] - positions
+            seen = (back >= 0) & (back < (getattr(self.model.config, "sliding_window", None) or len(positions)))
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                query[None], key[None], held[1][None], attn_mask=seen, enable_gqa=True
+            )
+            hidden = hidden + attention.o_proj(mixed[0].transpose(0, 1).flatten(1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(base.norm(hidden))
 
 
 def mistral(window):
@@ -139,34 +166,37 @@ def mistral(window):
     return MistralForCausalLM(config).eval()
 
 
-MODELS = {"llama": lambda: tiny_llama(layers=2), "sliding window": lambda: mistral(5)}
+MODELS = {
+    "one layer": lambda: tiny_llama(),
+    "llama": lambda: tiny_llama(layers=3),
+    "sliding window": lambda: mistral(5),
+}
 
 
 class Recorder(RandomChoices):
-    """Remembers what it was asked to draw from."""
+    """Remembers what it was asked to draw from, and what the cache had left out at that time."""
 
     def __init__(self, seed):
         super().__init__(seed, CPU)
-        self.rows = []
+        self.cache, self.drawn = None, []
 
     def draw(self, distribution):
-        self.rows.append(distribution.clone())
+        self.drawn.append((distribution.clone(), self.cache.skipped))
         return super().draw(distribution)
 
 
 class Pair:
-    """A ModelDraft and its dense twin, led through the same life as in ``hierarchy``."""
+    """A ModelDraft and its reference, led through the same life as in ``hierarchy``."""
 
     def __init__(self, name, capacity, sink, prompt, room=0, seed=0):
         model = MODELS[name]()
-        sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.8)]), True, VOCABULARY)
-        layout, shape = probe(model), probe(model).layers[0]
-        cache = StreamingCache(
-            len(layout.layers), shape.kv_heads, shape.head_dim, capacity, sink, layout.dtype, CPU
-        )
-        self.choices, self.chance = Recorder(seed), random.Random(seed)
-        self.draft = ModelDraft(model, layout, cache, sampler, self.choices)
-        self.dense = Dense(model, sampler, capacity, sink)
+        layout, self.choices, self.chance = probe(model), Recorder(seed), random.Random(seed)
+        self.sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.8)]), True, VOCABULARY)
+        shape = (len(layout.layers), layout.layers[0].kv_heads, layout.layers[0].head_dim, capacity, sink)
+        cache = StreamingCache(*shape, KeyTurner(model).turn, layout.dtype, CPU)
+        self.choices.cache = cache
+        self.draft = ModelDraft(model, cache, self.sampler, self.choices)
+        self.reference = Reference(model, self.sampler, sink)
         self.text = TokenText(torch.randint(VOCABULARY, (prompt,)), prompt + room)
         self.worst = 0.0
 
@@ -174,20 +204,26 @@ class Pair:
     def propose(self, limit):
         """One proposal; both must have the same distributions for it."""
         start = len(self.text)
-        self.choices.rows.clear()
+        self.choices.drawn.clear()
         with attached(self.draft.model):
             rows = self.draft.propose(self.text, limit)
         assert rows.shape == (limit, VOCABULARY)
         assert len(self.text) == start + limit
-        assert all(map(torch.equal, rows, self.choices.rows)), "reported other rows than were drawn from"
-        for n, row in enumerate(rows, start):
-            self.worst = max(self.worst, float((self.dense.row(self.text[:n]) - row).abs().max()))
+        for n, row, (drawn, left_out) in zip(range(start, start + limit), rows, self.choices.drawn, strict=True):
+            assert torch.equal(row, drawn), "reported another row than was drawn from"
+            self.check(self.text[:n], row, left_out)
+
+    def check(self, tokens, row, left_out):
+        expected = self.reference.row(tokens, left_out)
+        self.worst = max(self.worst, float((expected - row).abs().max()))
+        held, capacity = len(self.reference.held), self.draft.cache.capacity
+        assert min(len(tokens), capacity // 2) <= held <= capacity  # what made room for rejected guesses stays out
 
     def keep(self, length):
         """The verdict of the level above, and the token it adds."""
         self.text.truncate(length)
         self.draft.keep(length)
-        self.dense.keep(length)
+        self.reference.keep(length)
         self.text.append([self.chance.randrange(VOCABULARY)])
 
     def one_pass(self, gamma, gamma1):
@@ -198,23 +234,24 @@ class Pair:
             self.propose(min(gamma1, start + gamma - before - 1))
             self.keep(self.chance.randint(before, len(self.text)))
         self.keep(self.chance.randint(start, len(self.text)))
-        self.draft.settle()
+        self.text.decide()
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("capacity", "sink", "gamma", "gamma1", "prompt", "tokens"),
     [
-        (16, 2, 4, 2, 60, 2000),
-        (17, 0, 6, 3, 1, 600),
-        (40, 4, 14, 4, 40, 600),
+        (48, 4, 12, 4, 60, 1500),
+        (16, 2, 4, 2, 60, 1500),
+        (17, 0, 6, 3, 1, 500),
+        (36, 4, 12, 4, 36, 500),
         (4, 0, 0, 4, 9, 300),
         (8, 1, 1, 4, 3, 300),
         (12, 0, 4, 9, 12, 300),
     ],
 )
-def test_model_draft_is_dense_over_what_it_holds(name, capacity, sink, gamma, gamma1, prompt, tokens):
-    """Before and after refills, with guesses forgotten at random; also in the smallest caches allowed."""
+def test_model_draft_is_streaming_llm(name, capacity, sink, gamma, gamma1, prompt, tokens):
+    """Through thousands of evictions, guesses forgotten at random; also with the smallest caches that are allowed."""
     Settings(draft_cache=capacity, draft_sink=sink, gamma=gamma, chunk=1, sink=0)
     pair = Pair(name, capacity, sink, prompt, room=tokens + 2 * gamma + 2)
     while len(pair.text) < prompt + tokens:
@@ -222,35 +259,55 @@ def test_model_draft_is_dense_over_what_it_holds(name, capacity, sink, gamma, ga
         if gamma < 2:  # the draft was not asked for a guess
             pair.propose(1)
             pair.keep(len(pair.text) - pair.chance.randrange(2))
-            pair.draft.settle()
-    assert pair.worst < 1e-5
-    assert pair.dense.refills > tokens // capacity
+            pair.text.decide()
+    assert pair.worst < 1e-4
+    assert pair.draft.cache.skipped > tokens - capacity
+
+
+def test_one_layer_is_the_plain_model_over_what_is_held():
+    """With one layer no key has seen evicted tokens: transformers' own forward over the held tokens, contiguously."""
+    pair = Pair("one layer", capacity=16, sink=2, prompt=40, room=500)
+    for _ in range(60):
+        start = len(pair.text)
+        pair.propose(3)
+        for n, (row, left_out) in zip(range(start, start + 3), pair.choices.drawn, strict=True):
+            tokens = pair.text[:2] + pair.text[2 + left_out : n]
+            with torch.no_grad():
+                logits = pair.reference.model(torch.tensor([tokens])).logits[0, -1:]
+            assert torch.allclose(row, torch.softmax(logits / 0.8, -1)[0], atol=1e-5)
+        pair.keep(start + 1)
+        pair.text.decide()
 
 
 def test_a_short_text_is_the_plain_model():
-    """Nothing is skipped while the text fits: the draft is the model itself."""
+    """Nothing is left out while the text fits: the draft is the model itself."""
     pair = Pair("llama", capacity=64, sink=4, prompt=10, room=60)
     for _ in range(8):
         start = len(pair.text)
         pair.propose(4)
-        rows = torch.stack(pair.choices.rows)
+        rows = torch.stack([row for row, _ in pair.choices.drawn])
         with torch.no_grad():
-            logits = pair.dense.model(pair.text.ids[None]).logits[0, start - 1 : -1]
+            logits = pair.reference.model(pair.text.ids[None]).logits[0, start - 1 : -1]
         assert torch.allclose(rows, torch.softmax(logits / 0.8, -1), atol=1e-5)
         pair.keep(start + 2)
-        pair.draft.settle()
-    assert pair.dense.refills == 0
+        pair.text.decide()
+    assert pair.draft.cache.skipped == 0
 
 
 def test_a_long_prompt_is_not_read_in_full():
-    """Of a text of 3000 tokens, the first proposal reads the sink and the newest."""
+    """Of a text of 3000 tokens, the first proposal reads what fits the cache."""
     pair = Pair("llama", capacity=16, sink=2, prompt=3000, room=10)
     pair.propose(1)
     assert pair.worst < 1e-5
-    assert pair.draft.cache.length == 12
+    assert 12 <= pair.draft.cache.length <= 16
     assert pair.draft.cache.text == 3000
 
 
-def test_a_cache_without_a_window_is_refused():
-    with pytest.raises(InputError, match="no room for a recent window beside 6 sink tokens"):
-        StreamingCache(1, 1, 8, 8, 6, torch.float32, CPU)
+def test_drawing_is_only_from_the_targets_vocabulary():
+    """A draft with padding tokens of its own never guesses them."""
+    pair = Pair("llama", capacity=16, sink=2, prompt=5, room=40)
+    pair.sampler.vocabulary = VOCABULARY - 2
+    with attached(pair.draft.model), torch.no_grad():
+        rows = pair.draft.propose(pair.text, 10)
+    assert rows.shape == (10, VOCABULARY - 2)
+    assert max(pair.text[5:]) < VOCABULARY - 2

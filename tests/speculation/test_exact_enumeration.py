@@ -45,38 +45,47 @@ class Tables:
 
 
 class Toy:
-    """What a toy has read of the text; as a real cache would, it goes wrong if it is not told what to forget.
-
-    Epochs: levels 0 and 1 change their mind after each pass, as a refreshed retrieval cache does.
-    """
+    """What a toy has read of the text; as a real cache would, it goes wrong if it is not told what to forget."""
 
     scored_last = None
 
     def __init__(self, tables, level):
-        self.tables, self.level = tables, level
-        self.read, self.epoch = [], 0
+        self.tables, self.level, self.read = tables, level, []
 
-    def row(self, tokens):
-        return self.tables.row(self.level, self.epoch, tokens[len(PROMPT) :])
+    def row(self, text, n):
+        """After the first n tokens. Levels 0 and 1 change their mind after each pass, as a refreshed cache does."""
+        epoch = 0 if self.level == TARGET else text.decided
+        return self.tables.row(self.level, epoch, text[len(PROMPT) : n])
 
-    def take_in(self, tokens, rows):
-        assert tokens[: len(self.read)] == self.read, "it holds tokens that are no longer in the text"
-        assert len(tokens) - len(self.read) >= rows, "it is asked about tokens that it has read before"
-        self.read = tokens
+    def take_in(self, text, rows):
+        assert text[: len(self.read)] == self.read, "it holds tokens that are no longer in the text"
+        assert len(text) - len(self.read) >= rows, "it is asked about tokens that it has read before"
+        self.read = text[:]
 
     def keep(self, length):
         self.read = self.read[:length]
-
-    def settle(self):
-        self.epoch += self.level != TARGET
 
 
 class ToyLevel(Toy):
     def score(self, text, guesses):
         Toy.scored_last = self.level
-        tokens = text[:]
-        self.take_in(tokens, guesses + 1)
-        return torch.stack([self.row(tokens[:n]) for n in range(len(tokens) - guesses, len(tokens) + 1)])
+        self.take_in(text, guesses + 1)
+        return torch.stack([self.row(text, n) for n in range(len(text) - guesses, len(text) + 1)])
+
+
+class ToyTarget(ToyLevel):
+    """Commits what it has been told to, and nothing else."""
+
+    def __init__(self, tables):
+        super().__init__(tables, TARGET)
+        self.committed = []
+
+    def score(self, text, guesses):
+        assert self.read == self.committed == text[: text.decided - 1][: len(self.read)]
+        return super().score(text, guesses)
+
+    def settle(self):
+        self.committed = self.read
 
 
 class ToyDraft(Toy):
@@ -91,8 +100,8 @@ class ToyDraft(Toy):
     def propose(self, text, limit):
         rows = [torch.empty(0, VOCABULARY)]
         for i in range(limit):
-            self.take_in(text[:], 1)
-            row = self.row(text[:])
+            self.take_in(text, 1)
+            row = self.row(text, len(text))
             if self.kind == "none" or (self.kind == "onehot" and i and row[0] > 0.5):
                 break
             if self.kind == "onehot":
@@ -111,7 +120,7 @@ class Case:
         self.tokens, self.ahead, self.tables = tokens, ahead, Tables(seed, style)
 
     def run(self, choices):
-        target, level = ToyLevel(self.tables, TARGET), ToyLevel(self.tables, MIDDLE)
+        target, level = ToyTarget(self.tables), ToyLevel(self.tables, MIDDLE)
         draft, stats = ToyDraft(self.tables, self.draft, choices), DecodeStats()
         middle = Middle(level, draft, self.gamma1, choices, stats.draft, lambda text: text[-1:] == [EOS])
         limit = self.tokens + self.ahead
@@ -248,7 +257,7 @@ def test_reporting_the_drafts_distributions_shows(monkeypatch):
         p = hierarchy_judge(level, below, text, guesses, choices, count)
         if level.level == TARGET:
             return p
-        return torch.stack([below.row(text[:n]) for n in range(start, len(text))])
+        return torch.stack([below.row(text, n) for n in range(start, len(text))])
 
     hierarchy_judge = hierarchy.judge
     monkeypatch.setattr(hierarchy, "judge", mutant)

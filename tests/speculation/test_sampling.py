@@ -68,9 +68,7 @@ def test_several_guesses_emit_p(data, vocabulary, guesses):
 
 def outcomes(guesses, q, p):
     """Every (probability, result) of ``verify``."""
-    return [
-        (odds, out) for out, odds in distribution_of(lambda chance: verify(guesses, q, p, chance)).items()
-    ]
+    return [(odds, out) for out, odds in distribution_of(lambda chance: verify(guesses, q, p, chance)).items()]
 
 
 def test_without_guesses_the_token_is_ps():
@@ -132,9 +130,7 @@ def test_random_choices_have_their_odds():
     choices = RandomChoices(0, torch.device("cpu"))
     tries = 4000
     assert sum(choices.accept(0.3) for _ in range(tries)) == pytest.approx(0.3 * tries, abs=150)
-    assert sum(choices.draw(torch.tensor([0.7, 0.3])) for _ in range(tries)) == pytest.approx(
-        0.3 * tries, abs=150
-    )
+    assert sum(choices.draw(torch.tensor([0.7, 0.3])) for _ in range(tries)) == pytest.approx(0.3 * tries, abs=150)
     assert all(choices.accept(1.0) and not choices.accept(0.0) for _ in range(100))
 
 
@@ -211,9 +207,7 @@ def test_tokens_after_the_last_row_are_not_seen(logits, prefix):
     sampler = Sampler(LogitsProcessorList(PROCESSORS["repetition penalty"]), True, VOCABULARY)
     longer = torch.cat([prefix, torch.tensor([9, 10, 11])])
     first = len(prefix) - len(logits) + 1
-    assert torch.equal(
-        sampler.distributions(logits, longer, first), sampler.distributions(logits, prefix, first)
-    )
+    assert torch.equal(sampler.distributions(logits, longer, first), sampler.distributions(logits, prefix, first))
 
 
 def test_the_logits_stay_as_they_are(logits, prefix):
@@ -237,9 +231,7 @@ def test_logits_of_another_width(width, do_sample, prefix):
     """A draft with fewer padding tokens never guesses the missing ones; one with more never guesses those."""
     logits = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
     logits[:, VOCABULARY:] = 50.0
-    got = Sampler(LogitsProcessorList([TopKLogitsWarper(4)]), do_sample, VOCABULARY).distributions(
-        logits, prefix, 9
-    )
+    got = Sampler(LogitsProcessorList([TopKLogitsWarper(4)]), do_sample, VOCABULARY).distributions(logits, prefix, 9)
     assert got.shape == (2, VOCABULARY)
     assert bool((got[:, width:] == 0).all())
     assert torch.allclose(got.sum(-1), torch.ones(2))
@@ -249,7 +241,5 @@ def test_logits_of_another_width(width, do_sample, prefix):
 
 def test_greedy_takes_the_first_of_equals(prefix):
     """As transformers' argmax does."""
-    got = Sampler(LogitsProcessorList(), False, 4).distributions(
-        torch.tensor([[0.0, 2.0, 2.0, 1.0]]), prefix, 10
-    )
+    got = Sampler(LogitsProcessorList(), False, 4).distributions(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), prefix, 10)
     assert got.tolist() == [[0.0, 1.0, 0.0, 0.0]]

@@ -44,3 +44,13 @@ def test_the_prompt_is_not_written_to():
     text.append([9])
     assert prompt.tolist() == [1, 2, 3]
     assert text[:] == [1, 9]
+
+
+def test_decided_is_what_there_was_at_the_last_verdict():
+    text = TokenText(torch.tensor([1, 2]), 10)
+    assert text.decided == 2
+    text.append([3, 4])
+    assert text.decided == 2
+    text.truncate(3)
+    text.decide()
+    assert text.decided == 3

@@ -1,0 +1,80 @@
+"""Moving cached keys to other positions, for caches whose positions are those inside the cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload_triforce.errors import UnsupportedModelError
+from offload_triforce.model.adapter import attached, run
+
+
+class KeyTurner:
+    """Turns keys of a model back by a number of positions.
+
+    Rotary embedding (arXiv 2104.09864) multiplies the key at position p by a rotation R(p), and R(-e) R(p) =
+    R(p - e). The angles come from the model's own rotary module. Whether the model really works this way is
+    found out by running one token through it at two positions.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Try it out.
+
+        Raises:
+            UnsupportedModelError: the model places its keys in another way.
+        """
+        self.model = model
+        self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
+        config = model.config.get_text_config()
+        self.types: list[str | None] = [None] * config.num_hidden_layers
+        if self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters:
+            self.types = list(config.layer_types)
+        if self.rotary is None or not self._turns():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be a draft: it gives its keys positions in a way that a streaming "
+                "cache cannot follow; take another model, or draft 'ngram'"
+            )
+
+    def turn(self, keys: Tensor, back: int) -> Tensor:
+        """Keys [layers, K, n, D] as they would be ``back`` positions earlier, computed in float32."""
+        return torch.stack([self._turn(key.float(), back, kind) for key, kind in zip(keys, self.types, strict=True)])
+
+    def _turn(self, key: Tensor, back: int, kind: str | None) -> Tensor:
+        position = torch.tensor([[back]], device=key.device)
+        cos, sin = self.rotary(key[None], position, *([] if kind is None else [kind]))
+        length = torch.sqrt(cos**2 + sin**2)  # YaRN and longrope scale the keys here, which must not happen twice
+        cos, sin = cos / length, sin / length
+        turned, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]  # some models turn a part only
+        half = turned.shape[-1] // 2
+        swapped = torch.cat([turned[..., half:], -turned[..., :half]], dim=-1)
+        return torch.cat([turned * cos + swapped * sin, rest], dim=-1)
+
+    @torch.no_grad()
+    def _turns(self) -> bool:
+        """A single token sees only itself, so its keys at two positions differ by the rotation alone."""
+        keys = []
+        for position in (0, 7):
+            view = _KeyRecorder()
+            with attached(self.model):
+                run(self.model, [0], position, view, keep=1)
+            keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
+        try:
+            error = (self.turn(keys[1], 7) - keys[0]).abs().max()
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return bool(error <= 0.05 * keys[0].abs().max())
+
+
+class _KeyRecorder:
+    """A view that keeps each layer's keys; a single token attends to itself alone."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        self.keys[layer] = key
+        return value.repeat_interleave(query.shape[0] // key.shape[0], dim=0)

@@ -65,7 +65,7 @@ class TextStream:
         if streamer is not None:
             streamer.put(self._prompt[None])
         try:
-            while (tokens := self._next_tokens()) is not None:
+            for tokens in self._tokens:
                 self.token_ids.extend(tokens)
                 for token in tokens if streamer is not None else ():
                     streamer.put(torch.tensor([token]))
@@ -80,7 +80,3 @@ class TextStream:
             self._tokens.close()
             if streamer is not None:
                 streamer.end()
-
-    def _next_tokens(self) -> list[int] | None:
-        with torch.no_grad():
-            return next(self._tokens, None)

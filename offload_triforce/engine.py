@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class TriForce:
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
+        self._ticket: object = None  # of the answer that the caches belong to
 
     @classmethod
     def load(
@@ -228,19 +230,27 @@ class TriForce:
     def _decode(
         self, request: Request, seed: int, text: TokenText, stats: DecodeStats, progress: Progress | None
     ) -> Iterator[list[int]]:
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        sampler = Sampler(request.processors, request.do_sample, vocabulary)
+        sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
         choices = RandomChoices(seed, self.layout.device)
         draft_model = self._draft if isinstance(self._draft, PreTrainedModel) else None
-        with attached(self.model, draft_model):
-            yield from self._runtime.decode(
-                text,
-                request.max_new_tokens,
-                self._make_draft(sampler, choices),
-                sampler,
-                choices,
-                stats,
-                stop=lambda text, start: request.cut(text.ids, start),
-                ended=lambda text: text[-1:][0] in request.eos,
-                progress=progress,
-            )
+        steps = self._runtime.decode(
+            text,
+            request.max_new_tokens,
+            self._make_draft(sampler, choices),
+            sampler,
+            choices,
+            stats,
+            stop=lambda text, start: request.cut(text.ids, start),
+            ended=lambda text: text[-1:][0] in request.eos,
+            progress=progress,
+        )
+        ticket = self._ticket = object()
+        with contextlib.closing(steps):
+            while True:
+                if self._ticket is not ticket:
+                    raise InputError("this answer has been given up: the engine has begun another one since")
+                with attached(self.model, draft_model), torch.no_grad():
+                    tokens = next(steps, None)
+                if tokens is None:
+                    return
+                yield tokens

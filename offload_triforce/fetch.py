@@ -99,5 +99,8 @@ def _from_registry(wanted: RegistryFile, target: Path) -> Path:
 def _is_whole(path: Path, wanted: RegistryFile) -> bool:
     if path.stat().st_size != wanted.size:
         return False
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == wanted.sha256

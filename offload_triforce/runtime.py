@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -63,6 +64,7 @@ class Runtime:
         shape = RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
         check_memory(layout, settings, shape, plan, context)
         self._lanes: list[Lane] = []
+        weakref.finalize(self, _close, self._lanes)
         try:
             self.caches = self._make_caches(plan, shape)
         except (
@@ -78,7 +80,7 @@ class Runtime:
         block = settings.gamma + 1
         full = retrieval = window = None
         if plan is not None:
-            self._lanes = [make_lane(layout.device, settings.link_gbps, name) for name in ("h2d", "d2h")]
+            self._lanes += [make_lane(layout.device, settings.link_gbps, name) for name in ("h2d", "d2h")]
             incoming, outgoing = self._lanes
             store = TileStore(plan, out=outgoing, **where)
             stream = TileStream(store, incoming, **where)
@@ -152,8 +154,12 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the lanes."""
-        for lane in self._lanes:
-            lane.close()
+        _close(self._lanes)
+
+
+def _close(lanes: list[Lane]) -> None:
+    while lanes:
+        lanes.pop().close()
 
 
 class _Timed:

@@ -123,7 +123,7 @@ class Refresh:
         held = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
         self.slots = held.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
         self.chosen = cache.chosen[layer]
-        if cache.filled:  # the sink is in, since chunks have been chosen before
+        if cache.filled and shape.sink:  # the sink is in, since chunks have been chosen before
             local = ops.attention_update(local, packed, self.sink[0], self.sink[1], scaling)
         self.baseline = local.maximum + local.total.log()
         self.scores = torch.full(self.chosen.shape, float("-inf"), device=kv.device)

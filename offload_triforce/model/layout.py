@@ -29,6 +29,7 @@ class ModelLayout:
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     device: torch.device
+    vocabulary: int  # number of logits
     max_positions: int | None
     longrope_switch: int | None  # text length above which longrope uses its long frequencies
 
@@ -77,7 +78,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     view = _Probe()
     try:
         with attached(model), torch.no_grad():
-            run(model, [0], 0, view, keep=1)
+            vocabulary = run(model, [0], 0, view, keep=1).shape[-1]
     except UnsupportedModelError:
         raise
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
@@ -92,13 +93,8 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             f"(the first is layer {missing[0]}); only attention layers are supported"
         )
     shapes, dtypes, devices = zip(*(view.seen[i] for i in sorted(view.seen)), strict=True)
-    layout = ModelLayout(
-        shapes,
-        dtypes[0],
-        devices[0],
-        getattr(config, "max_position_embeddings", None),
-        _longrope_switch(config),
-    )
+    positions = getattr(config, "max_position_embeddings", None)
+    layout = ModelLayout(shapes, dtypes[0], devices[0], vocabulary, positions, _longrope_switch(config))
     for kind, group in (("full-attention", layout.full), ("sliding-window", layout.sliding)):
         if len({(shapes[i].kv_heads, shapes[i].head_dim) for i in group}) > 1:
             raise UnsupportedModelError(f"the {kind} layers of {name} differ in their KV heads or head dimension")

@@ -79,7 +79,7 @@ def operations(most, restart=60):
     """Lists of operations that grow by at most ``most`` tokens each. For hypothesis."""
     few = st.integers(0, most)
     kinds = [st.tuples(st.just(name), few) for name in ("step", "step", "commit", "commit", "keep", "rollback")]
-    return st.lists(st.one_of(*kinds, st.tuples(st.just("restart"), st.integers(0, restart))), max_size=40)
+    return st.lists(st.one_of(*kinds, st.tuples(st.just("restart"), st.integers(0, restart))), min_size=15, max_size=60)
 
 
 def many_operations(count, most, seed=0):
@@ -132,6 +132,7 @@ class Rig:
         """Another text, with a prompt of that many tokens."""
         tokens = min(tokens, self.limit)
         self.cache.reset()
+        assert self.cache.length == self.cache.pending == 0
         self.text.clear()
         self.fill(self.text.draw(tokens))
 

@@ -100,7 +100,8 @@ def rigs(draw, slots=None):
 few = st.integers(1, BLOCK)
 operations = st.lists(
     st.tuples(st.sampled_from(["grow", "grow", "draft"]), few) | st.tuples(st.just("restart"), st.integers(0, 90)),
-    max_size=20,
+    min_size=5,
+    max_size=25,
 )
 
 

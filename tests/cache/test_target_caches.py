@@ -39,7 +39,7 @@ class TargetRig:
         text = self.kv_text = PlainText(layers=len(windows))
         where = (text.dtype, CPU)
         shapes = tuple(LayerShape(text.kv_heads, text.dim, window) for window in windows)
-        layout = ModelLayout(shapes, *where, None, None)
+        layout = ModelLayout(shapes, *where, vocabulary=7, max_positions=None, longrope_switch=None)
         heads = (text.kv_heads, text.dim)
         full = retrieval = window = None
         self.lanes = lane(), lane()
@@ -170,7 +170,8 @@ rounds = st.lists(
         st.tuples(st.just("verify"), few),
         st.tuples(st.just("prompt"), st.integers(0, 150)),
     ),
-    max_size=25,
+    min_size=8,
+    max_size=30,
 )
 
 

@@ -117,6 +117,17 @@ def test_interrupted_passes_leave_no_trace(ring, resident, interrupted):
         pipe.check_pass(4)
 
 
+@pytest.mark.parametrize("steps", range(13))
+def test_an_interrupted_pass_gives_all_slots_back(steps):
+    with Pipeline(make_plan(ring=3), "late") as pipe:
+        pipe.stream.begin(4)
+        for _ in zip(range(steps), (tile for la in range(3) for tile in pipe.stream.tiles(la)), strict=False):
+            pass
+        before = len(pipe.incoming.submitted)
+        pipe.stream.begin(4)
+        assert len(pipe.incoming.submitted) == before + 3
+
+
 @pytest.mark.parametrize("lane", LANES)
 def test_rewritten_tiles_are_fetched_anew(lane):
     with Pipeline(make_plan(resident=0.4), lane) as pipe:

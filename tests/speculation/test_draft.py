@@ -237,21 +237,21 @@ class Pair:
         self.text.decide()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "sliding window"])
 @pytest.mark.parametrize(
     ("capacity", "sink", "gamma", "gamma1", "prompt", "tokens"),
     [
-        (48, 4, 12, 4, 60, 1500),
+        (48, 4, 12, 4, 60, 700),
         (16, 2, 4, 2, 60, 1500),
         (17, 0, 6, 3, 1, 500),
-        (36, 4, 12, 4, 36, 500),
+        (36, 4, 12, 4, 36, 300),
         (4, 0, 0, 4, 9, 300),
         (8, 1, 1, 4, 3, 300),
         (12, 0, 4, 9, 12, 300),
     ],
 )
 def test_model_draft_is_streaming_llm(name, capacity, sink, gamma, gamma1, prompt, tokens):
-    """Through thousands of evictions, guesses forgotten at random; also with the smallest caches that are allowed."""
+    """Through many evictions, guesses forgotten at random; also with the smallest caches that are allowed."""
     Settings(draft_cache=capacity, draft_sink=sink, gamma=gamma, chunk=1, sink=0)
     pair = Pair(name, capacity, sink, prompt, room=tokens + 2 * gamma + 2)
     while len(pair.text) < prompt + tokens:

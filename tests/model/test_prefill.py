@@ -1,0 +1,162 @@
+"""Layer-major prefill gives the keys and values of a plain forward, moves each once, and leaves no trace on the model."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from offload_triforce import Settings
+from offload_triforce.model.adapter import attached
+from offload_triforce.model.layout import probe
+from offload_triforce.model.prefill import prefill
+from offload_triforce.runtime import Runtime
+from tests.tiny import FAMILIES, prompt_ids, tiny_model
+
+TOKENS = 150
+
+
+@cache
+def model_of(family):
+    return tiny_model(family, calm=True)
+
+
+@cache
+def plain_kv(family):
+    """What transformers' own forward caches for the first tokens of a text that has one more: [2, K, n, D] per layer."""
+    seen = DynamicCache()  # without a config: sliding layers keep everything too
+    with torch.no_grad():
+        model_of(family)(prompt_ids(TOKENS + 1), past_key_values=seen, use_cache=True)
+    return [torch.cat([layer.keys, layer.values])[:, :, :TOKENS] for layer in seen.layers]
+
+
+def run_prefill(model, chunk, queries=16, tokens=TOKENS, **kwargs):
+    """What is handed on for each layer, (layer, KV, queries, scaling, address of the KV)."""
+    done = []
+
+    def layer_done(layer, kv, queries, scaling):
+        done.append((layer, kv.clone(), queries, scaling, kv.data_ptr()))
+
+    with attached(model):
+        prefill(model, probe(model), prompt_ids(TOKENS + 1)[0, :tokens], chunk, queries, layer_done, **kwargs)
+    return done
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_plain_forward(family, chunk):
+    done = run_prefill(model_of(family), chunk)
+    expected = plain_kv(family)
+    assert [layer for layer, *_ in done] == list(range(len(expected)))
+    for (_, kv, *_), reference in zip(done, expected, strict=True):
+        torch.testing.assert_close(kv, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_one_buffer_for_all_layers(family):
+    """Only one layer's KV is on the device at a time: every layer is handed on in the same memory."""
+    assert len({address for *_, address in run_prefill(model_of(family), 64)}) == 1
+
+
+def test_newest_queries():
+    """They choose the first chunks of the retrieval cache; they are the same however the prompt was cut."""
+    at_once = run_prefill(model_of("llama"), 1000, queries=5)
+    for other in (run_prefill(model_of("llama"), 50, queries=5), run_prefill(model_of("llama"), 145, queries=5)):
+        for (_, _, queries, scaling, _), (_, _, expected, _, _) in zip(other, at_once, strict=True):
+            assert queries.shape == (5, 5, 12)
+            assert scaling == pytest.approx(12**-0.5)
+            torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_progress_counts_every_step():
+    steps = []
+    run_prefill(model_of("llama"), 64, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(i, 9) for i in range(1, 10)]  # 3 chunks through 3 layers
+
+
+@pytest.fixture
+def llama():
+    """A model of its own, with an instance attribute on one layer as accelerate sets it."""
+    model = tiny_model("llama")
+    layer = model.model.layers[1]
+    original = layer.forward
+    layer.calls = 0
+
+    def hooked(*args, **kwargs):
+        layer.calls += 1
+        return original(*args, **kwargs)
+
+    layer.forward = hooked
+    return model
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(*args):
+    raise Stop
+
+
+def assert_untouched(model, hooked, before):
+    assert model.config._attn_implementation == "sdpa"
+    assert ["forward" in vars(layer) for layer in model.model.layers] == [False, True, False]
+    assert vars(model.model.layers[1])["forward"] is hooked
+    with torch.no_grad():
+        assert torch.equal(model(prompt_ids(40)).logits, before)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "between two layers", "while arguments are recorded", "layer done"])
+def test_forward_is_put_back(llama, where):
+    """Whatever happens in between; and a forward that somebody else had set runs in the replay."""
+    hooked = llama.model.layers[1].forward
+    with torch.no_grad():
+        before = llama(prompt_ids(40)).logits
+    llama.model.layers[1].calls = 0
+    handle = None
+    if where == "nowhere":
+        run_prefill(llama, 64)
+        assert llama.model.layers[1].calls == 3 + 1  # chunks, and the probe
+    elif where == "between two layers":
+        with pytest.raises(Stop):
+            run_prefill(llama, 64, progress=lambda done, total: stop() if done == 5 else None)
+    elif where == "while arguments are recorded":
+        layout = probe(llama)
+        handle = llama.model.norm.register_forward_pre_hook(stop)
+        with pytest.raises(Stop), attached(llama):
+            prefill(llama, layout, prompt_ids(TOKENS)[0], 64, 16, stop)
+        handle.remove()
+    else:
+        layout = probe(llama)
+        with pytest.raises(Stop), attached(llama):
+            prefill(llama, layout, prompt_ids(TOKENS)[0], 64, 16, stop)
+    assert_untouched(llama, hooked, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
+def test_every_byte_crosses_the_link_once(family, resident):
+    """Whole tiles go to the host; nothing comes back, and the tail and sliding layers stay."""
+    model = model_of(family)
+    layout = probe(model)
+    settings = Settings(chunk=4, sink=4, recent=8, tile=16, gamma=3, prefill_chunk=33, draft_cache=64, resident=resident)
+    runtime = Runtime(model, layout, settings, 200)
+    try:
+        with attached(model):
+            runtime.prefill(prompt_ids(TOKENS + 1)[0, :TOKENS], None)
+        # The newest 8 + 4 + 4 tokens stay in the tail: (150 - 16) // 16 tiles.
+        full, tiles = len(layout.full), 8
+        moved = [lane.moved for lane in runtime._lanes]
+        if not full:
+            assert moved == []
+            return
+        store = runtime.caches.full.stream.store
+        host = sum(not store.plan.is_resident(layer, tile) for layer in range(full) for tile in range(tiles))
+        assert runtime.caches.full.tiles == tiles
+        assert moved == [0, host * store.plan.tile_bytes]
+        assert runtime.link_bytes == host * store.plan.tile_bytes
+        for index, layer in enumerate(layout.full):
+            kv = runtime.caches.full.read(index)
+            torch.testing.assert_close(kv, plain_kv(family)[layer], rtol=1e-5, atol=1e-5)
+    finally:
+        runtime.close()

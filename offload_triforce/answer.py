@@ -26,7 +26,7 @@ class Generation:
     @property
     def sequences(self) -> Tensor:
         """Prompt and answer as transformers returns them, [1, n]."""
-        return torch.tensor([self.prompt_ids + self.token_ids])
+        return torch.tensor([self.prompt_ids + self.token_ids], device="cpu")
 
 
 class TextStream:
@@ -68,7 +68,7 @@ class TextStream:
             for tokens in self._tokens:
                 self.token_ids.extend(tokens)
                 for token in tokens if streamer is not None else ():
-                    streamer.put(torch.tensor([token]))
+                    streamer.put(torch.tensor([token], device="cpu"))
                 if spell is not None and (piece := spell.push(tokens)):
                     yield piece
             if spell is not None and (piece := spell.push([], last=True)):

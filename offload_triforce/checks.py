@@ -50,12 +50,19 @@ def check_same_tokens(
             )
 
 
-def check_draft(layout: ModelLayout, settings: Settings) -> None:
+def check_draft(layout: ModelLayout, target: ModelLayout, settings: Settings) -> None:
     """A draft model has to fit its streaming cache.
 
     Raises:
         InputError: why it does not.
     """
+    least = 2 * (settings.draft_sink + settings.gamma + 2)
+    if settings.draft_cache < least:
+        raise InputError(
+            f"draft_cache {settings.draft_cache} is too small for gamma {settings.gamma}; use at least {least}"
+        )
+    if layout.device != target.device:
+        raise InputError(f"the draft is on {layout.device} and the target on {target.device}; put both on one device")
     if layout.max_positions is not None and settings.draft_cache > layout.max_positions:
         raise InputError(
             f"draft_cache {settings.draft_cache} exceeds the draft model's {layout.max_positions} positions; "

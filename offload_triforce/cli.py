@@ -153,17 +153,17 @@ def _answer(engine: Any, ids: list[int], seed: int | None, as_json: bool, sampli
     """Stream the answer, then the report; an interrupted one is reported as far as it came."""
     from offload_triforce import report
 
-    with engine:
+    with engine, report.prefill_bar(notes) as progress:
+        stream = engine.stream(ids, seed=seed, progress=progress, **sampling)
         try:
-            with report.prefill_bar(notes) as progress:
-                stream = engine.stream(ids, seed=seed, progress=progress, **sampling)
-                for piece in stream:
-                    if not as_json:
-                        sys.stdout.write(piece)
-                        sys.stdout.flush()
-        finally:
-            if "stream" in locals() and stream.stats.prompt_tokens:
-                _report(stream.result, as_json)
+            for piece in stream:
+                if not as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            _report(stream.result, as_json)
+            raise
+        _report(stream.result, as_json)
 
 
 def _report(result: Any, as_json: bool) -> None:
@@ -181,7 +181,7 @@ def _report(result: Any, as_json: bool) -> None:
 @app.command()
 @_guarded
 def demo(
-    draft: Draft = "ngram",
+    draft: Annotated[str, typer.Option(help="ngram, self or none.")] = "ngram",
     prompt_tokens: Annotated[int, typer.Option(min=512, max=8000, help="Length of the text.")] = 6000,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of each answer.")] = 64,
     temperature: Temperature = 0.0,

@@ -14,7 +14,7 @@ DEFAULT_BUDGET = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. None of it changes what comes out, only how fast.
+    """How a model is run. None of it changes the distribution of what comes out, only how fast it comes.
 
     Attributes:
         context: most tokens of prompt and answer together; None takes what each request needs.
@@ -63,11 +63,6 @@ class Settings:
                 raise InputError(f"{name} must be a multiple of the chunk of {self.chunk}, not {getattr(self, name)}")
         if self.tile < self.sink:
             raise InputError(f"tile ({self.tile}) must not be smaller than sink ({self.sink})")
-        if self.draft_cache // 2 < self.draft_sink + self.gamma + 2:
-            raise InputError(
-                f"draft_cache {self.draft_cache} is too small for gamma {self.gamma}; "
-                f"use at least {2 * (self.draft_sink + self.gamma + 2)}"
-            )
         if self.context is not None and self.budget is not None and self.budget > self.context:
             raise InputError(
                 f"budget {self.budget} is larger than the context of {self.context} tokens by "
@@ -84,20 +79,11 @@ class Settings:
         return replace_settings(cls(), values)
 
     def budget_for(self, context: int) -> int:
-        """The budget at a context of that many tokens.
-
-        Raises:
-            InputError: a budget was set that is larger than the context.
-        """
-        if self.budget is not None:
-            if self.budget > context:
-                raise InputError(
-                    f"budget {self.budget} is larger than the context of {context} tokens by {self.budget - context}; "
-                    f"set it to {max(1, context // 4)} or leave it out"
-                )
-            return self.budget
+        """The budget at a context of that many tokens: as set, but no more than the context can use."""
         least = self.sink + self.recent + self.chunk
-        return max(least, min(DEFAULT_BUDGET, context // 4))
+        if self.budget is None:
+            return max(least, min(DEFAULT_BUDGET, context // 4))
+        return min(self.budget, max(least, context))
 
 
 def replace_settings(settings: Settings, values: Mapping[str, Any]) -> Settings:

@@ -12,7 +12,7 @@ from rich.console import Console
 from offload_triforce.answer import Generation
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
-from offload_triforce.errors import TriForceError
+from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.fetch import fetch_smollm2
 from offload_triforce.prompt import build_prompt
 from offload_triforce.report import comparison, prefill_bar
@@ -42,12 +42,12 @@ def run_demo(
     Raises:
         TriForceError: greedy tokens differ, which must not happen.
     """
+    if draft not in ("ngram", "self", "none"):
+        raise InputError(f"the demo's drafts are ngram, self and none, not {draft!r}")
     with console.status("bringing SmolLM2-135M-Instruct (98 MB, once)"):
         path = fetch_smollm2()
     with console.status("loading it"):
-        plain = TriForce.load(path, draft="none", device=device, settings=settings, gamma=0)
-    if draft not in ("ngram", "self", "none"):
-        raise TriForceError(f"the demo's drafts are ngram, self and none, not {draft!r}")
+        plain = TriForce.load(path, draft="none", dtype="float32", device=device, settings=settings, gamma=0)
     prompt = demo_prompt(plain, prompt_tokens)
     link = f"an emulated link of {settings.link_gbps:g} GB/s" if settings.link_gbps else "the link"
     console.print(f"{len(prompt):,} tokens of Python's standard library; KV cache in host memory behind {link}.")
@@ -79,5 +79,6 @@ def _judge(console: Console, runs: dict[str, Generation], temperature: float) ->
     elif plain.token_ids == hierarchy.token_ids:
         console.print(f"[bold green]Identical tokens[/bold green], {faster:.1f}x the speed.")
     else:
-        at = next(i for i, (a, b) in enumerate(zip(plain.token_ids, hierarchy.token_ids, strict=False)) if a != b)
+        pairs = enumerate(zip(plain.token_ids, hierarchy.token_ids, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(plain.token_ids), len(hierarchy.token_ids)))
         raise TriForceError(f"the two decodings differ from new token {at} on, which must not happen: please report it")

@@ -72,7 +72,7 @@ class TriForce:
         if isinstance(self._draft, PreTrainedModel):
             self._draft_layout = self.layout if draft == "self" else probe(self._draft)
             check_same_tokens(model, tokenizer, self._draft, draft_tokenizer)
-            check_draft(self._draft_layout, self.settings)
+            check_draft(self._draft_layout, self.layout, self.settings)
             self._turner = KeyTurner(self._draft)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
@@ -169,17 +169,20 @@ class TriForce:
         """Decode a request that has been interpreted already."""
         needed = len(request.prompt) + request.max_new_tokens
         check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
-        self._ensure_runtime(needed)
-        seed = int(torch.randint(2**62, (1,))) if seed is None else seed
+        runtime = self._ensure_runtime(needed)
+        ticket = self._ticket = object()
+        seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
         text, stats = TokenText(request.prompt, needed + 1), DecodeStats()
-        tokens = self._decode(request, seed, text, stats, progress)
+        tokens = self._decode(runtime, ticket, request, seed, text, stats, progress)
         return TextStream(tokens, request.prompt, self.tokenizer, stats, streamer)
 
     def close(self) -> None:
         """Give the caches back."""
         if self._runtime is not None:
             self._runtime.close()
-            self._runtime = None
+            self._runtime = self._ticket = None
+            if self.layout.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that what was freed counts as free
 
     def __enter__(self) -> TriForce:
         return self
@@ -194,18 +197,23 @@ class TriForce:
             if not prompt.strip():
                 raise InputError("the prompt is empty; give at least one word")
             prompt = self.tokenizer(prompt, return_tensors="pt").input_ids
-        ids = torch.as_tensor(prompt, dtype=torch.long)
+        try:
+            ids = torch.as_tensor(prompt, dtype=torch.long, device="cpu")
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the prompt is neither text nor one list of token ids ({error})") from error
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
         return ids
 
-    def _ensure_runtime(self, needed: int) -> None:
+    def _ensure_runtime(self, needed: int) -> Runtime:
         if self._runtime is not None and self._runtime.context < needed:
             self.close()
         if self._runtime is None:
             context = self.settings.context or needed
-            self._runtime = Runtime(self.model, self.layout, self.settings, context)
+            with torch.inference_mode(False):  # the lanes' threads could not write to tensors made in that mode
+                self._runtime = Runtime(self.model, self.layout, self.settings, context)
+        return self._runtime
 
     def _make_draft(self, sampler: Sampler, choices: Choices) -> Proposer:
         device = self.layout.device
@@ -228,12 +236,19 @@ class TriForce:
         return ModelDraft(self._draft, cache, sampler, choices)
 
     def _decode(
-        self, request: Request, seed: int, text: TokenText, stats: DecodeStats, progress: Progress | None
+        self,
+        runtime: Runtime,
+        ticket: object,
+        request: Request,
+        seed: int,
+        text: TokenText,
+        stats: DecodeStats,
+        progress: Progress | None,
     ) -> Iterator[list[int]]:
         sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
         choices = RandomChoices(seed, self.layout.device)
-        draft_model = self._draft if isinstance(self._draft, PreTrainedModel) else None
-        steps = self._runtime.decode(
+        draft = self._draft if isinstance(self._draft, PreTrainedModel) else None
+        steps = runtime.decode(
             text,
             request.max_new_tokens,
             self._make_draft(sampler, choices),
@@ -244,12 +259,11 @@ class TriForce:
             ended=lambda text: text[-1:][0] in request.eos,
             progress=progress,
         )
-        ticket = self._ticket = object()
         with contextlib.closing(steps):
             while True:
                 if self._ticket is not ticket:
-                    raise InputError("this answer has been given up: the engine has begun another one since")
-                with attached(self.model, draft_model), torch.no_grad():
+                    raise InputError("this answer was given up: its engine has been closed or asked for another since")
+                with attached(self.model, draft), torch.inference_mode(False), torch.no_grad():
                     tokens = next(steps, None)
                 if tokens is None:
                     return

@@ -17,7 +17,10 @@ def read_text(path: str) -> str:
         InputError: there is none, or it is no text.
     """
     if path == "-":
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8 text (byte {error.start:,} cannot be decoded)") from error
     else:
         file = Path(path).expanduser()
         if not file.exists():

@@ -72,7 +72,7 @@ def comparison(runs: dict[str, DecodeStats]) -> Table:
 
 @contextmanager
 def prefill_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A progress bar for the prefill: comes with the first step, and vanishes before the first token."""
+    """A progress bar for the prefill; it vanishes before the first token."""
     if not console.is_interactive:  # a file or a pipe has no use for it
         yield lambda done, total: None
         return

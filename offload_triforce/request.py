@@ -20,11 +20,17 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from offload_triforce.errors import InputError
 
 DEFAULT_NEW_TOKENS = 256
+
+# What generate() itself adds to the model's inputs for a plain text.
+_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def capture(
     Raises:
         InputError: names the option that this runtime does not decode with.
     """
-    _refuse(generation_config, input_ids, model_kwargs, logits_processor)
+    _refuse(model.generation_config, generation_config, input_ids, model_kwargs, logits_processor)
     eos = generation_config.eos_token_id
     return Request(
         prompt=input_ids[0].cpu(),
@@ -131,6 +137,8 @@ def _plain_options(
             options.pop(name, None)
     lengths = ("max_new_tokens", "max_length")
     given = [source for source in (generation_config, model.generation_config) if source is not None]
+    if options.get("max_new_tokens") is not None and options["max_new_tokens"] < 1:
+        raise InputError(f"max_new_tokens must be at least 1, not {options['max_new_tokens']}")
     if not any(options.get(n) for n in lengths) and not any(getattr(s, n, None) for s in given for n in lengths):
         options["max_new_tokens"] = DEFAULT_NEW_TOKENS
     return options
@@ -154,7 +162,11 @@ def _take_stop_strings(
 
 
 def _refuse(
-    config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any], processors: LogitsProcessorList
+    defaults: GenerationConfig,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    processors: LogitsProcessorList,
 ) -> None:
     if input_ids.shape[0] != 1:
         raise InputError(f"one text at a time: got a batch of {input_ids.shape[0]}; call generate once for each")
@@ -162,14 +174,27 @@ def _refuse(
         if (getattr(config, name, None) or 1) != 1:
             raise InputError(f"{name}={getattr(config, name)} is not supported; only 1 is")
     for name in ("cache_implementation", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers"):
-        if getattr(config, name, None):
+        value = getattr(config, name, None)
+        if value and value != getattr(defaults, name, None):
             raise InputError(f"{name} is not supported: this runtime brings its own caches and its own speculation")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise InputError(f"{name} is not supported; leave it out")
     if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
         raise InputError("guidance_scale is not supported: it runs the model a second time for every token")
+    if any(isinstance(p, SynthIDTextWatermarkLogitsProcessor) for p in processors):
+        raise InputError("SynthID watermarks are not supported: they count calls, and guesses would count too")
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
         raise InputError("the attention mask hides some tokens (padding); pass the text without them")
-    for name in ("inputs_embeds", "assistant_model", "past_key_values"):
-        value = model_kwargs.get(name)
-        if value is not None and (name != "past_key_values" or value.get_seq_length() > 0):
-            raise InputError(f"{name} is not supported; pass token ids")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise InputError("past_key_values that hold tokens are not supported; pass the whole text as token ids")
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _KNOWN_INPUTS:
+            raise InputError(f"{name} is not supported; pass token ids alone")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+        raise InputError("position_ids other than 0, 1, 2 and so on are not supported; leave them out")
+    if config.max_length <= input_ids.shape[1]:
+        raise InputError("there is nothing to generate: ask for at least 1 new token")

@@ -62,16 +62,15 @@ class Runtime:
             raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
         plan = make_plan(layout, settings, context)
         shape = RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
-        check_memory(layout, settings, shape, plan, context)
+        check_memory(model, layout, settings, shape, plan, context)
         self._lanes: list[Lane] = []
         weakref.finalize(self, _close, self._lanes)
         try:
             self.caches = self._make_caches(plan, shape)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch says OutOfMemoryError or a RuntimeError of pinning
+        except (MemoryError, RuntimeError) as error:
             self.close()
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
+                raise
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
 
     def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape) -> TargetCaches:
@@ -84,7 +83,7 @@ class Runtime:
             incoming, outgoing = self._lanes
             store = TileStore(plan, out=outgoing, **where)
             stream = TileStream(store, incoming, **where)
-            keep = shape.recent + shape.chunk + block
+            keep = shape.tail_needed(block)
             full = FullCache(stream, keep, block, **where)
             retrieval = RetrievalCache(plan.layers, plan.kv_heads, plan.head_dim, shape, block, **where)
         if layout.sliding:
@@ -141,19 +140,21 @@ class Runtime:
         prefilled = time.perf_counter()
         stats.prefill_s = prefilled - started
         stats.prefill_link_bytes, crossed = self.link_bytes - crossed, self.link_bytes
-        target = FullLevel(self.model, self.caches, sampler)
+        target = FullLevel(self.model, self.caches, sampler, refresh=self.settings.gamma > 0)
         level = RetrievalLevel(self.model, self.caches, sampler)
         middle = _Timed(Middle(level, draft, self.settings.gamma1, choices, stats.draft, ended), stats)
+        resumed = prefilled
         for tokens in decode(target, middle, text, self.settings.gamma, limit, choices, stats, stop):
             now = time.perf_counter()
             stats.ttft_s = stats.ttft_s or now - started
-            stats.decode_s = now - prefilled
+            stats.decode_s += now - resumed
             stats.link_bytes = self.link_bytes - crossed
             stats.full_kv_bytes = self.full_kv_bytes(len(text) - 1)  # the newest token has no KV yet
             yield tokens
+            resumed = time.perf_counter()  # the reader's own time does not count
 
     def close(self) -> None:
-        """Stop the lanes."""
+        """Stop the lanes. The memory is given back with the last reference to the caches."""
         _close(self._lanes)
 
 
@@ -177,7 +178,12 @@ class _Timed:
 
 
 def check_memory(
-    layout: ModelLayout, settings: Settings, shape: RetrievalShape, plan: TilePlan | None, context: int
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    settings: Settings,
+    shape: RetrievalShape,
+    plan: TilePlan | None,
+    context: int,
 ) -> None:
     """Refuse what cannot fit.
 
@@ -185,20 +191,23 @@ def check_memory(
         MemoryLimitError: how much is missing, and a context that would fit.
     """
     block = settings.gamma + 1
-    device = context * max(layout.token_bytes(i) for i in range(len(layout.layers)))  # one layer during prefill
-    for i in layout.sliding:
-        device += min(context, layout.layers[i].window) * layout.token_bytes(i)
+    # During the prefill: one layer's KV, and the hidden states of all tokens.
+    device = context * max(layout.token_bytes(i) for i in range(len(layout.layers)))
+    device += context * model.config.get_text_config().hidden_size * layout.dtype.itemsize
     host = 0
+    if layout.sliding:
+        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block)
+        device += room * sum(layout.token_bytes(i) for i in layout.sliding)
     if plan is not None:
-        held = shape.budget + shape.chunk + 2 * block  # retrieval
-        held += plan.tile_tokens + shape.recent + shape.chunk + 2 * block  # tail
+        held = shape.capacity(block) + FullCache.tail_capacity(plan, shape.tail_needed(block), block)
         device += plan.resident_bytes + plan.ring_bytes + held * plan.token_bytes * plan.layers
         host = plan.host_bytes
+    free = psutil.virtual_memory().available
     if layout.device.type == "cuda":
         _compare("device", device, torch.cuda.mem_get_info(layout.device)[0], context)
-        _compare("host", host, psutil.virtual_memory().available, context)
+        _compare("host", host, free, context)
     else:
-        _compare("host", host + device, psutil.virtual_memory().available, context)
+        _compare("host", host + device, free, context)
 
 
 def _compare(kind: str, needed: int, free: int, context: int) -> None:

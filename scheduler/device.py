@@ -32,15 +32,15 @@ class Lane(Protocol):
         """Queue a copy. It starts after the copies before it and the computation issued so far."""
 
     def close(self) -> None:
-        """Stop. Copies that have not begun are dropped."""
+        """Stop. Nothing is under way afterwards; waiting for a copy that was dropped raises."""
 
 
 class _EventCopy:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class CudaLane:
@@ -48,11 +48,12 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.moved = 0
+        self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def submit(self, target: Tensor, source: Tensor) -> Copy:
         """Queue a copy. It starts after the copies before it and the computation issued so far."""
-        issued = torch.cuda.current_stream().record_event()
+        issued = torch.cuda.current_stream(self._device).record_event()
         self._stream.wait_event(issued)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -61,7 +62,7 @@ class CudaLane:
             if tensor.is_cuda:
                 tensor.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
         self.moved += source.numel() * source.element_size()
-        return _EventCopy(landed)
+        return _EventCopy(landed, self._device)
 
     def close(self) -> None:
         """Let what is under way land."""
@@ -94,20 +95,26 @@ class ThreadLane:
 
     def submit(self, target: Tensor, source: Tensor) -> Copy:
         """Queue a copy. The computation issued so far is through: on a CPU, calls return when they are done."""
+        if self._closed:
+            raise RuntimeError("this lane has been closed")
         copy = _ThreadCopy(target, source)
         self.moved += source.numel() * source.element_size()
         self._queue.put(copy)
         return copy
 
     def close(self) -> None:
-        """Stop the thread. Copies that have not begun are dropped."""
+        """Stop the thread. Copies that have not begun are dropped; waiting for one raises."""
+        if self._closed:
+            return
         self._closed = True
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (copy := self._queue.get()) is not None and not self._closed:
+        while (copy := self._queue.get()) is not None:
             try:
+                if self._closed:
+                    raise RuntimeError("the lane was closed before this copy began")
                 started = time.perf_counter()
                 with torch.no_grad():
                     copy.target.copy_(copy.source)

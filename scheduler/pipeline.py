@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -32,10 +33,12 @@ class TileStore:
         resident = plan.resident_tiles()
         self._resident = torch.empty((len(resident), *shape), dtype=dtype, device=device)
         self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(resident)}
-        pin = device.type == "cuda"
         for layer in range(plan.layers):
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
-            slab = torch.empty((len(streamed), *shape), dtype=dtype, pin_memory=pin)
+            slab = torch.empty((len(streamed), *shape), dtype=dtype, device="cpu")
+            if device.type == "cuda" and slab.numel():
+                pin(slab)
+                weakref.finalize(self, unpin, slab)
             self._places.update({(layer, tile): slab[i] for i, tile in enumerate(streamed)})
 
     def place(self, layer: int, tile: int) -> Tensor:
@@ -55,6 +58,23 @@ class TileStore:
         for copy in self._under_way:
             copy.wait()
         self._under_way.clear()
+
+
+def pin(tensor: Tensor) -> None:
+    """Page-lock a host tensor in place. torch's own pinned allocator would round its size up to a power of two.
+
+    Raises:
+        MemoryError: the system refuses, mostly for a limit on locked memory.
+    """
+    size = tensor.numel() * tensor.element_size()
+    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)
+    if int(error) != 0:
+        raise MemoryError(f"{size / 1e9:.1f} GB could not be pinned (CUDA error {error})")
+
+
+def unpin(tensor: Tensor) -> None:
+    """Undo ``pin``."""
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
 class TileStream:

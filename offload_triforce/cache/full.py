@@ -11,6 +11,7 @@ from torch import Tensor
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.kernels import reference as ops
 from offload_triforce.scheduler.pipeline import TileStream
+from offload_triforce.scheduler.plan import TilePlan
 
 
 class TileObserver(Protocol):
@@ -36,9 +37,14 @@ class FullCache:
         self.stream = stream
         self.keep = keep
         self.tail = GrowingBuffer(
-            plan.layers, plan.kv_heads, plan.tile_tokens + keep + block, plan.head_dim, dtype, device
+            plan.layers, plan.kv_heads, self.tail_capacity(plan, keep, block), plan.head_dim, dtype, device
         )
         self.tiles = 0
+
+    @staticmethod
+    def tail_capacity(plan: TilePlan, keep: int, block: int) -> int:
+        """Tokens that the tail makes room for, per layer."""
+        return plan.tile_tokens + keep + block
 
     @property
     def tiled(self) -> int:

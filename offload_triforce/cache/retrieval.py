@@ -39,7 +39,15 @@ class RetrievalShape:
     def recent_start(self, length: int) -> int:
         """Where the recent window of ``length`` tokens begins: at a chunk, or at 0 while there is no pool yet."""
         start = max(0, length - self.recent) // self.chunk * self.chunk
-        return start if start >= self.sink else 0
+        return start if start > self.sink else 0
+
+    def tail_needed(self, block: int) -> int:
+        """Newest tokens that a full cache must have on the device, for ``sync`` to find the recent window there."""
+        return self.recent + self.chunk + block
+
+    def capacity(self, block: int) -> int:
+        """Tokens to make room for, per KV head and layer; ``block`` as for the cache."""
+        return self.sink + self.slots * self.chunk + self.recent + self.chunk + 2 * block
 
     def pool(self, length: int) -> range:
         """Chunk numbers to choose from: all between the sink and the recent window."""
@@ -67,9 +75,7 @@ class RetrievalCache(GrowingBuffer):
     ) -> None:
         """``block``: most tokens that one pass commits, and most that are pending at once."""
         self.shape = shape
-        held = shape.sink + shape.slots * shape.chunk
-        capacity = held + shape.recent + shape.chunk + 2 * block
-        super().__init__(layers, kv_heads, capacity, head_dim, dtype, device)
+        super().__init__(layers, kv_heads, shape.capacity(block), head_dim, dtype, device)
         # Chunk numbers per layer, KV head and slot; -1 is an empty slot.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
         self.filled = 0  # slots in use: the same number for every layer and head, from the first on

@@ -29,9 +29,13 @@ class WindowCache(GrowingBuffer):
         self.windows = windows
         self.reach = max(windows)
         self.block = block
-        held = min(self.reach, context)
-        slack = max(held // 4, block)  # so that moving to the front is rare
-        super().__init__(len(windows), kv_heads, held + slack + block, head_dim, dtype, device)
+        super().__init__(len(windows), kv_heads, self.room_for(windows, context, block), head_dim, dtype, device)
+
+    @staticmethod
+    def room_for(windows: list[int], context: int, block: int) -> int:
+        """Tokens to make room for, per layer."""
+        held = min(max(windows), context)
+        return held + max(held // 4, block) + block  # a quarter more, so that moving to the front is rare
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others, and forget what no window reaches."""

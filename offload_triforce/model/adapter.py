@@ -50,7 +50,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The registered attention function: batch 1, [1, H, T, D] in, [1, T, H, D] out."""
     if triforce is None:
-        raise RuntimeError(f"attention implementation {ATTENTION_NAME!r} runs inside offload-triforce only")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was called without a cache of offload-triforce: either from elsewhere while it "
+            "decodes, or by a model that does not hand keywords down to its attention"
+        )
     for name, feature in _UNSUPPORTED.items():
         if others.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {feature}, which is not supported")

@@ -75,6 +75,9 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are supported")
     _refuse_dynamic_rope(name, config)
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None or len(layers) != config.num_hidden_layers:
+        raise UnsupportedModelError(f"{name} does not keep its decoder layers in a list that the prefill can drive")
     view = _Probe()
     try:
         with attached(model), torch.no_grad():
@@ -92,6 +95,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             f"{len(missing)} of {config.num_hidden_layers} layers of {name} keep a state other than keys and values "
             f"(the first is layer {missing[0]}); only attention layers are supported"
         )
+    _refuse_hidden_windows(name, config, view.seen)
     shapes, dtypes, devices = zip(*(view.seen[i] for i in sorted(view.seen)), strict=True)
     positions = getattr(config, "max_position_embeddings", None)
     layout = ModelLayout(shapes, dtypes[0], devices[0], vocabulary, positions, _longrope_switch(config))
@@ -101,6 +105,24 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     if len(set(devices)) > 1:
         raise UnsupportedModelError(f"{name} is spread over {len(set(devices))} devices; load it onto one")
     return layout
+
+
+def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerShape, Any, Any]]) -> None:
+    """Some models put their window (or chunking) into the mask alone, which is not built here."""
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        slides = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+        types = ["sliding_attention" if slides else "full_attention"] * count
+    for layer, kind in enumerate(types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"{name} has layers of type {kind!r}; only full and sliding ones are known")
+        expected = config.sliding_window if kind == "sliding_attention" else None
+        if seen[layer][0].window != expected:
+            raise UnsupportedModelError(
+                f"{name} does not tell its attention function about the sliding window of layer {layer}; such models "
+                "are not supported"
+            )
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

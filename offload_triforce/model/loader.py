@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from offload_triforce.errors import InputError, UnsupportedModelError
+from offload_triforce.errors import InputError, MemoryLimitError, UnsupportedModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("nf4", "int8")
@@ -43,7 +43,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and float32 on a CPU, which is faster there in the latter.
+    """``auto`` is bfloat16 on CUDA and float32 on a CPU.
 
     Raises:
         InputError: unknown name.
@@ -80,7 +80,12 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryLimitError(
+            f"the weights of {source} do not fit on {device} as {str(dtype)[6:]}; take --quantize nf4 "
+            "or a smaller model"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _explain(source, error) from error
     return model.eval(), tokenizer
 

@@ -40,7 +40,10 @@ class _LayerView:
         end = self.length + key.shape[1]
         self.kv[0, :, self.length : end], self.kv[1, :, self.length : end] = key, value
         self.length, self.scaling = end, scaling
-        self.queries = query[:, -self.keep_queries :]
+        newest = query[:, -self.keep_queries :]
+        if self.queries is not None and newest.shape[1] < self.keep_queries:  # a short last chunk
+            newest = torch.cat([self.queries, newest], dim=1)[:, -self.keep_queries :]
+        self.queries = newest
         return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], scaling, window)
 
 
@@ -81,7 +84,7 @@ def prefill(
     total, done = len(layers) * len(calls), 0
     view = _LayerView(len(tokens), queries)
     for index, layer in enumerate(layers):
-        view.length = 0
+        view.length, view.queries = 0, None
         for i, per_layer in enumerate(calls):
             call = per_layer[index]
             hidden[i] = layer(hidden[i], *call.args, **{**call.kwargs, "triforce": view})

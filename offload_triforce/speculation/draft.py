@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,10 +43,13 @@ class NgramDraft(NoDraft):
 
     def propose(self, text: TokenText, limit: int) -> Tensor:
         """Append up to ``limit`` tokens; return one-hot rows, [k, V]."""
+        vocabulary = self._nothing.shape[1]
         guess = longest_match(text.ids.numpy(), self.shortest, self.longest, limit)
+        # A prompt may hold ids that a model reads but never says.
+        guess = list(itertools.takewhile(lambda token: token < vocabulary, guess))
         text.append(guess)
         tokens = torch.as_tensor(guess, dtype=torch.long, device=self._nothing.device)
-        return torch.nn.functional.one_hot(tokens, self._nothing.shape[1]).float()
+        return torch.nn.functional.one_hot(tokens, vocabulary).float()
 
 
 def longest_match(ids: np.ndarray, shortest: int, longest: int, limit: int) -> list[int]:

@@ -46,7 +46,9 @@ class TargetCaches:
         local = ops.attention_update(ops.attention_start(packed), packed, near[0], near[1], scaling, mask)
         if 0 < sink <= length - recent:
             local = ops.attention_update(local, packed, kv[0, :, :sink], kv[1, :, :sink], scaling)
-        self.retrieval.refresh(index, packed, local, scaling, length).see(0, kv[0], kv[1])
+        refresh, tile = self.retrieval.refresh(index, packed, local, scaling, length), self.full.stream.plan.tile_tokens
+        for start in range(0, length, tile):  # in parts: scoring works in float32
+            refresh.see(start, kv[0, :, start : start + tile], kv[1, :, start : start + tile])
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
@@ -128,7 +130,11 @@ class RetrievalLevel(_TargetLevel):
 
 
 class FullLevel(_TargetLevel):
-    """Level 2: attends to everything, and chooses anew for the retrieval cache on the way."""
+    """Level 2: attends to everything, and (with ``refresh``) chooses anew for the retrieval cache on the way."""
+
+    def __init__(self, model: PreTrainedModel, caches: TargetCaches, sampler: Sampler, refresh: bool) -> None:
+        super().__init__(model, caches, sampler)
+        self.refresh = refresh
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -141,7 +147,7 @@ class FullLevel(_TargetLevel):
         def observe(packed: Tensor, local: ops.PartialAttention, scaling: float) -> Refresh:
             return caches.retrieval.refresh(index, packed, local, scaling, caches.length)
 
-        return caches.full.attend(index, query, key, value, scaling, observe)
+        return caches.full.attend(index, query, key, value, scaling, observe if self.refresh else None)
 
     def score(self, text: TokenText, guesses: int) -> Tensor:
         """One pass: read the unread end of the text against the full cache: distributions [guesses + 1, V]."""

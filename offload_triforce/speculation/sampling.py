@@ -34,7 +34,7 @@ class Sampler:
         self.vocabulary = vocabulary
         self._processors = processors
         self._do_sample = do_sample
-        self._rowwise = all(isinstance(p, _ROWWISE) for p in processors)
+        self._rowwise = all(type(p) in _ROWWISE for p in processors)  # a subclass may do anything
 
     def distributions(self, logits: Tensor, prefix: Tensor, first: int) -> Tensor:
         """Distributions of T consecutive tokens, [T, V] float32.
@@ -76,10 +76,10 @@ class Choices(Protocol):
 class RandomChoices:
     """Choices from seeded generators."""
 
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        seed = torch.seed() % 2**63 if seed is None else seed
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._coin = random.Random(seed)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        # torch's CPU generator takes 32 bits of a seed; let all bits of ours count.
+        self._generator = torch.Generator(device).manual_seed(self._coin.getrandbits(32))
 
     def accept(self, probability: float) -> bool:
         """True with the given probability."""

@@ -16,7 +16,7 @@ class TokenText:
 
         ``decided`` counts the tokens that are final; all behind them are guesses.
         """
-        self._ids = torch.empty(capacity, dtype=torch.long)
+        self._ids = torch.empty(capacity, dtype=torch.long, device="cpu")
         self._ids[: len(prompt)] = prompt
         self._length = self.decided = len(prompt)
 
@@ -38,7 +38,7 @@ class TokenText:
     def append(self, tokens: Sequence[int]) -> None:
         """Put tokens at the end."""
         end = self._length + len(tokens)
-        self._ids[self._length : end] = torch.as_tensor(tokens, dtype=torch.long)
+        self._ids[self._length : end] = torch.as_tensor(tokens, dtype=torch.long, device="cpu")
         self._length = end
 
     def truncate(self, length: int) -> None:

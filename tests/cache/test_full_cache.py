@@ -60,7 +60,7 @@ class FullRig(Rig):
 
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
 @given(operations(most=4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 5, 11]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_equals_a_plain_list(resident, steps, layers, ring, keep):
     with FullRig(PlainText(layers), LateLane, ring=ring, keep=keep, resident=resident) as rig:
         rig.run(steps)

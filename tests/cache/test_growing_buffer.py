@@ -35,7 +35,7 @@ class BufferRig(Rig):
 
 
 @given(operations(most=4))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_equals_a_plain_list(steps):
     BufferRig(make(70), PlainText(), limit=70).run(steps)
 

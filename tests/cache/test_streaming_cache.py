@@ -98,7 +98,7 @@ class StreamingRig(Rig):
 
 
 @given(operations(most=4), st.integers(0, 6), st.integers(0, 20))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_equals_the_policy_on_a_list(steps, sink, extra):
     StreamingRig(2 * (sink + StreamingRig.block + 2) + extra, sink).run(steps * 2)
 

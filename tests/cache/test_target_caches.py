@@ -52,7 +52,7 @@ class TargetRig:
         if layout.sliding:
             window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where)
         self.caches = levels.TargetCaches(layout, full, retrieval, window)
-        self.target = levels.FullLevel(None, self.caches, mock.Mock())
+        self.target = levels.FullLevel(None, self.caches, mock.Mock(), refresh=True)
         self.middle = levels.RetrievalLevel(None, self.caches, mock.Mock())
         self.prompt(0)
 
@@ -187,7 +187,7 @@ LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [6, 17]
 
 @pytest.mark.parametrize("windows", LAYERS.values(), ids=LAYERS)
 @given(shapes(), st.integers(2, 6), st.integers(1, 3), st.sampled_from([0.0, 0.4, 1.0]), rounds)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 def test_levels_see_what_a_plain_list_says(windows, shape, chunks, ring, resident, rounds):
     rig = TargetRig(windows, shape, tile=chunks * shape.chunk, ring=ring, resident=resident)
     rig.run(rounds)

@@ -30,7 +30,7 @@ class WindowRig(Rig):
 
 
 @given(operations(most=4), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.sampled_from([10, 40, 1000]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_equals_a_plain_list(steps, windows, context):
     WindowRig(windows, context).run(steps)
 

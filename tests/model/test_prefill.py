@@ -139,7 +139,9 @@ def test_every_byte_crosses_the_link_once(family, resident):
     """Whole tiles go to the host; nothing comes back, and the tail and sliding layers stay."""
     model = model_of(family)
     layout = probe(model)
-    settings = Settings(chunk=4, sink=4, recent=8, tile=16, gamma=3, prefill_chunk=33, draft_cache=64, resident=resident)
+    settings = Settings(
+        chunk=4, sink=4, recent=8, tile=16, gamma=3, prefill_chunk=33, draft_cache=64, resident=resident
+    )
     runtime = Runtime(model, layout, settings, 200)
     try:
         with attached(model):

@@ -172,7 +172,8 @@ class TriForce:
         runtime = self._ensure_runtime(needed)
         ticket = self._ticket = object()
         seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
-        text, stats = TokenText(request.prompt, needed + 1), DecodeStats()
+        with torch.inference_mode(False):
+            text, stats = TokenText(request.prompt, needed + 1), DecodeStats()
         tokens = self._decode(runtime, ticket, request, seed, text, stats, progress)
         return TextStream(tokens, request.prompt, self.tokenizer, stats, streamer)
 

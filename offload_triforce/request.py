@@ -126,7 +126,7 @@ def _plain_options(
 ) -> dict[str, Any]:
     """Fill in what people mean by a temperature alone, and a length where none was given."""
     temperature = options.get("temperature")
-    if temperature is not None and "do_sample" not in options:
+    if temperature is not None and options.get("do_sample") is None:
         if temperature < 0:
             raise InputError(f"temperature must not be negative, got {temperature}")
         options["do_sample"] = temperature > 0

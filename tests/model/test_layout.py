@@ -104,15 +104,9 @@ REFUSED = {
         lambda: transformers.BloomForCausalLM(
             transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6)
         ),
-        "2 of 2 layers of BloomForCausalLM keep a state other",
+        "BloomForCausalLM does not keep its decoder layers in a list",
     ),
-}
-
-# Found by running every causal model of transformers: crashes without a name, or silently another text.
-NOT_YET_REFUSED = {
-    "layers under another name": (gpt2, "GPT2LMHeadModel"),
-    "positions that nobody asks for": (lambda: bart(transformers.BartForCausalLM), "BartForCausalLM"),
-    "window known to the mask alone": (lambda: build("Phimoe", sliding_window=20, **_MOE), "PhimoeForCausalLM"),
+    "layers under another name": (gpt2, "GPT2LMHeadModel does not keep its decoder layers in a list"),
     "chunked attention": (
         lambda: transformers.Llama4ForCausalLM(
             transformers.Llama4TextConfig(
@@ -121,9 +115,18 @@ NOT_YET_REFUSED = {
         ),
         "Llama4ForCausalLM",
     ),
-    "arguments that do not reach attention": (lambda: build("StableLm"), "StableLmForCausalLM"),
+    "window known to the mask alone": (
+        lambda: build("Phimoe", sliding_window=20, **_MOE),
+        "PhimoeForCausalLM does not tell its attention function about the sliding window of layer 0",
+    ),
+    "state beside attention": (lambda: build("FalconH1", **_FALCON), "FalconH1ForCausalLM has layers of type 'hybrid'"),
+    "keywords that do not reach attention": (lambda: build("StableLm"), "StableLmAttention was called without"),
+}
+
+# Found by running every causal model of transformers: silently another text, and a crash without a name.
+NOT_YET_REFUSED = {
+    "positions that nobody asks for": (lambda: bart(transformers.BartForCausalLM), "BartForCausalLM"),
     "two attentions per layer": (lambda: build("DiffLlama"), "DiffLlama"),
-    "state beside attention": (lambda: build("FalconH1", **_FALCON), "FalconH1ForCausalLM"),
 }
 
 
@@ -187,7 +190,7 @@ def test_other_families_work(make):
 def test_attention_of_ours_does_not_run_outside():
     model = tiny_model()
     assert ATTENTION_NAME in AttentionInterface.valid_keys(AttentionInterface())
-    with attached(model), pytest.raises(RuntimeError, match="runs inside offload-triforce only"):
+    with attached(model), pytest.raises(UnsupportedModelError, match="without a cache of offload-triforce"):
         model(prompt_ids(3))
     assert model.config._attn_implementation == "sdpa"
 

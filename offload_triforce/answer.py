@@ -62,9 +62,9 @@ class TextStream:
 
     def _run(self, streamer: BaseStreamer | None) -> Iterator[str]:
         spell = Detokenizer(self._tokenizer) if self._tokenizer is not None else None
-        if streamer is not None:
-            streamer.put(self._prompt[None])
         try:
+            if streamer is not None:
+                streamer.put(self._prompt[None])
             for tokens in self._tokens:
                 self.token_ids.extend(tokens)
                 for token in tokens if streamer is not None else ():

@@ -65,7 +65,7 @@ class TriForce:
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
         self.layout = probe(model)
-        if isinstance(draft, str) and draft not in ("ngram", "self", "none"):
+        if draft is not None and draft not in ("ngram", "self", "none") and not isinstance(draft, PreTrainedModel):
             raise InputError(f"unknown draft {draft!r}; use a loaded model, 'ngram', 'self' or 'none'")
         self._draft = model if draft == "self" else draft
         self._draft_layout: ModelLayout | None = None

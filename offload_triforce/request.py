@@ -78,14 +78,24 @@ def interpret(
     Raises:
         InputError: what cannot be decoded exactly here, and what transformers rejects.
     """
-    prompt = prompt if prompt.dim() == 2 else prompt[None]
+    prompt = prompt[None] if prompt.dim() == 1 else prompt
+    if prompt.dim() != 2:
+        raise InputError(f"the prompt must be one list of token ids (1D or 2D), not {prompt.dim()}D")
     if prompt.shape[0] != 1:
         raise InputError(f"one text at a time: got a batch of {prompt.shape[0]}; call generate once for each")
     if prompt.shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token")
     options = _plain_options(model, generation_config, dict(options))
-    generation_config = _take_stop_strings(generation_config, options, tokenizer)
+    for name in ("num_beams", "num_return_sequences"):  # generate() would multiply the prompt before it asks us
+        value = options.get(name) or getattr(generation_config, name, None) or 1
+        if value != 1:
+            raise InputError(f"{name}={value} is not supported; only 1 is")
+    if options.get("assistant_model") is not None:
+        raise InputError("assistant_model is not supported: give the draft when the engine is made")
+    generation_config = _take_stop_strings(model, generation_config, options, tokenizer)
     options.setdefault("attention_mask", torch.ones_like(prompt))  # else generate guesses padding from token ids
+    defaults, model.generation_config = model.generation_config, copy.deepcopy(model.generation_config)
+    model.generation_config.stop_strings = None  # they are among the criteria by now
     try:
         return model.generate(
             prompt.to(model.device), generation_config=generation_config, custom_generate=capture, **options
@@ -94,6 +104,8 @@ def interpret(
         if isinstance(error, InputError):
             raise
         raise InputError(" ".join(str(error).split())) from error
+    finally:
+        model.generation_config = defaults
 
 
 def capture(
@@ -127,8 +139,8 @@ def _plain_options(
     """Fill in what people mean by a temperature alone, and a length where none was given."""
     temperature = options.get("temperature")
     if temperature is not None and options.get("do_sample") is None:
-        if temperature < 0:
-            raise InputError(f"temperature must not be negative, got {temperature}")
+        if not isinstance(temperature, (int, float)) or temperature < 0:
+            raise InputError(f"temperature must be a number that is not negative, got {temperature!r}")
         options["do_sample"] = temperature > 0
         if temperature > 0 and generation_config is None:
             options.setdefault("top_k", 0)
@@ -145,10 +157,15 @@ def _plain_options(
 
 
 def _take_stop_strings(
-    config: GenerationConfig | None, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel,
+    config: GenerationConfig | None,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> GenerationConfig | None:
     """Turn stop strings into a criterion: ``generate`` forgets the tokenizer it would need when given a callable."""
-    strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    strings = options.pop("stop_strings", None)
+    for source in (config, model.generation_config):
+        strings = strings or getattr(source, "stop_strings", None)
     if not strings:
         return config
     if tokenizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ class _Probe:
     ) -> Tensor:
         if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
             raise UnsupportedModelError("attention with values of another size than its keys (MLA) is not supported")
+        if layer in self.seen:
+            raise UnsupportedModelError(f"layer {layer} attends more than once per step, which is not supported")
         self.seen[layer] = LayerShape(key.shape[0], key.shape[2], window), key.dtype, key.device
         return torch.zeros_like(query)
 
@@ -82,8 +85,8 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     try:
         with attached(model), torch.no_grad():
             vocabulary = run(model, [0], 0, view, keep=1).shape[-1]
-    except UnsupportedModelError:
-        raise
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnsupportedModelError(
@@ -95,6 +98,8 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             f"{len(missing)} of {config.num_hidden_layers} layers of {name} keep a state other than keys and values "
             f"(the first is layer {missing[0]}); only attention layers are supported"
         )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{name} counts positions by itself and cannot be told where a token stands")
     _refuse_hidden_windows(name, config, view.seen)
     shapes, dtypes, devices = zip(*(view.seen[i] for i in sorted(view.seen)), strict=True)
     positions = getattr(config, "max_position_embeddings", None)

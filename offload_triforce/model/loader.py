@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -78,6 +79,8 @@ def load_model(
     if quantize:
         options["quantization_config"] = _quantization(quantize, dtype)
     try:
+        if not gguf and AutoConfig.from_pretrained(folder).is_encoder_decoder:
+            raise UnsupportedModelError(f"{source} is not a decoder-only language model but an encoder-decoder")
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -85,7 +88,7 @@ def load_model(
             f"the weights of {source} do not fit on {device} as {str(dtype)[6:]}; take --quantize nf4 "
             "or a smaller model"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _explain(source, error) from error
     return model.eval(), tokenizer
 

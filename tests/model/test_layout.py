@@ -146,7 +146,6 @@ def test_refused_by_name(make, words):
     assert_refused(make, words)
 
 
-@pytest.mark.xfail(strict=True, reason="probe() does not look for it yet")
 @pytest.mark.parametrize(("make", "words"), NOT_YET_REFUSED.values(), ids=NOT_YET_REFUSED)
 def test_should_be_refused_by_name(make, words):
     assert_refused(make, words)

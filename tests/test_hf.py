@@ -231,6 +231,8 @@ def test_stop_strings():
         (PROMPT, {"attention_mask": torch.tensor([[0] * 50 + [1] * 100])}, "hides some tokens"),
         (PROMPT, {"cache_implementation": "static"}, "cache_implementation is not supported"),
         (PROMPT, {"guidance_scale": 1.5}, "guidance_scale is not supported"),
+        (PROMPT, {"num_beams": 2}, "num_beams|a batch of 2"),  # generate() has multiplied the prompt by then
+        (PROMPT, {"output_scores": True}, "output_scores is not supported"),
     ],
 )
 def test_refused(model, prompt, options, words):

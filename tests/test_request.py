@@ -162,13 +162,17 @@ REFUSED = [
     ({"position_ids": torch.arange(3, 13)[None]}, "position_ids other than 0, 1, 2"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is not supported"),
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not supported"),
-    ({"num_return_sequences": 2}, "num_return_sequences"),
+    ({"num_beams": 2}, "num_beams=2 is not supported; only 1 is"),
+    ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2 is not supported; only 1 is"),
+    ({"config": GenerationConfig(num_beams=3)}, "num_beams=3 is not supported; only 1 is"),
+    ({"assistant_model": tiny_model("llama", seed=3)}, "assistant_model is not supported"),
     ({"max_new_tokns": 3}, "max_new_tokns"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
     ({"max_new_tokens": -3}, "max_new_tokens must be at least 1, not -3"),
     ({"max_length": 10}, "max_length"),
     ({"max_length": 4}, "max_length"),
     ({"temperature": -0.1}, "temperature must be a number that is not negative, got -0.1"),
+    ({"temperature": "hot"}, "temperature must be a number that is not negative, got 'hot'"),
     ({"temperature": -0.1, "do_sample": True}, "temperature"),
     ({"temperature": 1.0, "top_k": -1}, "top_k"),
     ({"temperature": 1.0, "min_p": 2.0}, "min_p"),
@@ -184,25 +188,20 @@ def test_refused(model, options, words):
     assert "\n" not in message
 
 
-NOT_YET_REFUSED = {
-    # generate() multiplies the prompt before it hands it over, so "a batch of 2" is what is seen of these.
-    "beams": ({"num_beams": 2}, "num_beams=2"),
-    "sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-    # Taken out of the keywords by generate() and dropped for callables.
-    "assistant": ({"assistant_model": tiny_model("llama", seed=3)}, "assistant_model"),
-    "no number": ({"temperature": "hot"}, "temperature"),
-}
-
-
-@pytest.mark.parametrize(("options", "words"), NOT_YET_REFUSED.values(), ids=NOT_YET_REFUSED)
-def test_should_be_refused(model, options, words):
-    with pytest.raises(InputError, match=words):
-        read(model, **options)
-
-
 def test_stop_strings_of_the_model(model):
     model.generation_config.stop_strings = ["a"]
     assert "StopStringCriteria" in names(read(model, tokenizer=byte_tokenizer()).criteria)
+    assert model.generation_config.stop_strings == ["a"]
+    with pytest.raises(InputError, match="stop strings need a tokenizer"):
+        read(model)
+
+
+def test_beams_of_the_model(model):
+    """Summarisers come with them in their generation config."""
+    model.generation_config.num_beams = 4
+    with pytest.raises(InputError):
+        read(model)
+    assert read(model, num_beams=1).max_new_tokens == DEFAULT_NEW_TOKENS
 
 
 def test_filled_cache_is_refused(model):

@@ -208,7 +208,8 @@ def _refuse(
     if past is not None and past.get_seq_length() > 0:
         raise InputError("past_key_values that hold tokens are not supported; pass the whole text as token ids")
     for name, value in model_kwargs.items():
-        if value is not None and name not in _KNOWN_INPUTS:
+        empty = value is None or (isinstance(value, dict) and not value)  # of images that are not there
+        if not empty and name not in _KNOWN_INPUTS:
             raise InputError(f"{name} is not supported; pass token ids alone")
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):

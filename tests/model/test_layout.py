@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AttentionInterface
 
-from offload_triforce import InputError, TriForce, UnsupportedModelError
+from offload_triforce import TriForce, UnsupportedModelError
 from offload_triforce.model.adapter import ATTENTION_NAME, attached
 from offload_triforce.model.layout import LayerShape, probe
 from tests.tiny import FAMILIES, VOCABULARY, build, greedy, prompt_ids, tiny_model
@@ -173,15 +173,7 @@ OTHERS = {
     "logit scaling (Cohere-2)": lambda: build("Cohere2", num_hidden_layers=4, sliding_window=20),
     "multipliers (Granite)": lambda: build("Granite", logits_scaling=0.5, residual_multiplier=0.7),
     "MLA with values as large as keys": lambda: build("DeepseekV3", **{**_MLA, "v_head_dim": 16}),
-    "text alone, of a model for images too (Gemma-3)": pytest.param(
-        gemma3_with_eyes,
-        marks=pytest.mark.xfail(
-            hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs"),
-            strict=True,
-            raises=InputError,
-            reason="generate() adds an empty mm_encoder_outputs, which is refused",
-        ),
-    ),
+    "text alone, of a model for images too (Gemma-3)": gemma3_with_eyes,
 }
 
 

@@ -25,8 +25,8 @@ class Settings:
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
-        tile: tokens per transfer; a multiple of the chunk.
-        ring: tiles in flight: staging buffers on the device.
+        tile: tokens per transfer, a multiple of the chunk; None is about 8 MB.
+        ring: tiles in flight: staging buffers on the device; None is about 128 MB.
         resident: share of the full cache's tiles that stays on the device, 0 to 1.
         link_gbps: emulate a link of this speed (GB/s); CPU only.
         prefill_chunk: tokens per prefill step through one layer.
@@ -41,8 +41,8 @@ class Settings:
     recent: int = 64
     draft_cache: int = 256
     draft_sink: int = 4
-    tile: int = 1024
-    ring: int = 4
+    tile: int | None = None
+    ring: int | None = None
     resident: float = 0.0
     link_gbps: float | None = None
     prefill_chunk: int = 1024
@@ -59,9 +59,9 @@ class Settings:
         if self.link_gbps is not None and not self.link_gbps > 0:
             raise InputError(f"link_gbps must be greater than 0, not {self.link_gbps}")
         for name in ("sink", "tile"):
-            if getattr(self, name) % self.chunk:
+            if (getattr(self, name) or 0) % self.chunk:
                 raise InputError(f"{name} must be a multiple of the chunk of {self.chunk}, not {getattr(self, name)}")
-        if self.tile < self.sink:
+        if self.tile is not None and self.tile < self.sink:
             raise InputError(f"tile ({self.tile}) must not be smaller than sink ({self.sink})")
         if self.context is not None and self.budget is not None and self.budget > self.context:
             raise InputError(

@@ -121,10 +121,12 @@ class TriForce:
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
+        pinning: Progress | None = None,
         **options: Any,
     ) -> Generation:
         """Continue a text; see ``stream`` for the arguments. Returns the answer with its statistics."""
-        stream = self.stream(prompt, generation_config, seed=seed, streamer=streamer, progress=progress, **options)
+        told = {"progress": progress, "pinning": pinning}
+        stream = self.stream(prompt, generation_config, seed=seed, streamer=streamer, **told, **options)
         for _ in stream:
             pass
         return stream.result
@@ -137,6 +139,7 @@ class TriForce:
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
+        pinning: Progress | None = None,
         **options: Any,
     ) -> TextStream:
         """Continue a text, piece by piece.
@@ -149,6 +152,7 @@ class TriForce:
             seed: of the draws; None takes one from torch's global generator.
             streamer: a transformers streamer. It gets the prompt, then every token.
             progress: called with (done, total) during the prefill.
+            pinning: called with (done, total) bytes while host memory is pinned in the background (CUDA).
 
         Returns:
             An iterator of text. Its ``result`` is what has been generated so far.
@@ -157,7 +161,7 @@ class TriForce:
             InputError, MemoryLimitError: before the work starts.
         """
         request = interpret(self.model, self._encode(prompt), generation_config, self.tokenizer, options)
-        return self.run(request, seed, streamer, progress)
+        return self.run(request, seed, streamer, progress, pinning)
 
     def run(
         self,
@@ -165,11 +169,12 @@ class TriForce:
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
+        pinning: Progress | None = None,
     ) -> TextStream:
         """Decode a request that has been interpreted already."""
         needed = len(request.prompt) + request.max_new_tokens
         check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
-        runtime = self._ensure_runtime(needed)
+        runtime = self._ensure_runtime(needed, pinning)
         ticket = self._ticket = object()
         seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
         with torch.inference_mode(False):
@@ -207,13 +212,13 @@ class TriForce:
             raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
         return ids
 
-    def _ensure_runtime(self, needed: int) -> Runtime:
+    def _ensure_runtime(self, needed: int, pinning: Progress | None) -> Runtime:
         if self._runtime is not None and self._runtime.context < needed:
             self.close()
         if self._runtime is None:
             context = self.settings.context or needed
             with torch.inference_mode(False):  # the lanes' threads could not write to tensors made in that mode
-                self._runtime = Runtime(self.model, self.layout, self.settings, context)
+                self._runtime = Runtime(self.model, self.layout, self.settings, context, pinning)
         return self._runtime
 
     def _make_draft(self, sampler: Sampler, choices: Choices) -> Proposer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress, prefill
-from offload_triforce.scheduler.device import Lane, make_lane
+from offload_triforce.scheduler.device import CudaDevice, Device
+from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
-from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.plan import TilePlan, choose_ring, choose_tile
 from offload_triforce.speculation.hierarchy import Middle, Proposer, decode
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel, TargetCaches
 from offload_triforce.speculation.sampling import Choices, Sampler
@@ -36,14 +38,16 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
     if not layout.full:
         return None
     shape = layout.layers[layout.full[0]]
+    token_bytes = layout.token_bytes(layout.full[0])
+    tile = settings.tile or choose_tile(token_bytes, context, math.lcm(settings.chunk, settings.sink or 1))
     return TilePlan(
         layers=len(layout.full),
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         itemsize=layout.dtype.itemsize,
-        tile_tokens=settings.tile,
-        tiles=-(-context // settings.tile),
-        ring=settings.ring,
+        tile_tokens=tile,
+        tiles=-(-context // tile),
+        ring=settings.ring or choose_ring(tile * token_bytes),
         resident=settings.resident,
     )
 
@@ -51,8 +55,22 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
 class Runtime:
     """The caches of one target model and everything that works on them. One text at a time."""
 
-    def __init__(self, model: PreTrainedModel, layout: ModelLayout, settings: Settings, context: int) -> None:
-        """``context``: most tokens of prompt and answer together.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        settings: Settings,
+        context: int,
+        pinning: Progress | None = None,
+        device: Device | None = None,
+    ) -> None:
+        """Allocate everything; pinning the host memory goes on in the background.
+
+        Args:
+            model, layout: the target. settings: how to run.
+            context: most tokens of prompt and answer together.
+            pinning: told (bytes pinned, bytes in all).
+            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``.
 
         Raises:
             MemoryLimitError, InputError: before anything is allocated.
@@ -63,29 +81,30 @@ class Runtime:
         plan = make_plan(layout, settings, context)
         shape = RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
         check_memory(model, layout, settings, shape, plan, context)
-        self._lanes: list[Lane] = []
-        weakref.finalize(self, _close, self._lanes)
+        self.device = device or _make_device(layout.device, settings.link_gbps)
+        self._open: list[Device | TileStore] = [self.device]  # closed in this order
+        weakref.finalize(self, _close, self._open)
         try:
-            self.caches = self._make_caches(plan, shape)
+            self.caches = self._make_caches(plan, shape, pinning)
         except (MemoryError, RuntimeError) as error:
             self.close()
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
                 raise
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
 
-    def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape) -> TargetCaches:
+    def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape, pinning: Progress | None) -> TargetCaches:
         layout, settings = self.layout, self.settings
         where = {"dtype": layout.dtype, "device": layout.device}
         block = settings.gamma + 1
         full = retrieval = window = None
         if plan is not None:
-            self._lanes += [make_lane(layout.device, settings.link_gbps, name) for name in ("h2d", "d2h")]
-            incoming, outgoing = self._lanes
-            store = TileStore(plan, out=outgoing, **where)
-            stream = TileStream(store, incoming, **where)
+            store = TileStore(plan, layout.dtype, self.device, pinning)
+            self._open.append(store)
+            stream = TileStream(store, self.device, layout.dtype)
             keep = shape.tail_needed(block)
             full = FullCache(stream, keep, block, **where)
-            retrieval = RetrievalCache(plan.layers, plan.kv_heads, plan.head_dim, shape, block, **where)
+            heads, dim = plan.kv_heads, plan.head_dim
+            retrieval = RetrievalCache(plan.layers, heads, dim, shape, block, **where, context=self.context)
         if layout.sliding:
             windows = [layout.layers[i].window for i in layout.sliding]
             first = layout.layers[layout.sliding[0]]
@@ -95,7 +114,7 @@ class Runtime:
     @property
     def link_bytes(self) -> int:
         """Bytes that have crossed the link so far, both directions."""
-        return sum(lane.moved for lane in self._lanes)
+        return self.device.incoming.moved + self.device.outgoing.moved
 
     def full_kv_bytes(self, tokens: int) -> int:
         """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window."""
@@ -154,13 +173,17 @@ class Runtime:
             resumed = time.perf_counter()  # the reader's own time does not count
 
     def close(self) -> None:
-        """Stop the lanes. The memory is given back with the last reference to the caches."""
-        _close(self._lanes)
+        """Stop the copies. The memory is given back with the last reference to the caches."""
+        _close(self._open)
 
 
-def _close(lanes: list[Lane]) -> None:
-    while lanes:
-        lanes.pop().close()
+def _make_device(device: torch.device, gbps: float | None) -> Device:
+    return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
+
+
+def _close(resources: list[Device | TileStore]) -> None:
+    while resources:
+        resources.pop(0).close()
 
 
 class _Timed:

@@ -1,26 +1,27 @@
-"""Copy engines: one interface, for CUDA and for machines without it.
+"""Where the computation and the copies run: one small interface, for CUDA and for machines without it.
 
-A *lane* copies in one direction, in the order of submission, beside the computation. ``CudaLane`` is a CUDA
-stream; ``ThreadLane`` is a thread that copies memory and, when a bandwidth is given, takes as long as a link
-of that speed would.
+A device has two *lanes*, one per direction of the link. Copies of a lane run in the order of submission, beside
+the computation. Everything is ordered by *events*; on CUDA, the host waits for nothing.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.trace import Span, Trace
 
-class Copy(Protocol):
-    """A copy under way."""
+H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
+
+
+class Event(Protocol):
+    """A point in the work of a lane or of the computation."""
 
     def wait(self) -> None:
-        """Let the computation go on only once the copy has landed. On CUDA the host does not block."""
+        """Let the computation that is issued from now on start after this point."""
 
 
 class Lane(Protocol):
@@ -28,111 +29,139 @@ class Lane(Protocol):
 
     moved: int  # bytes so far
 
-    def submit(self, target: Tensor, source: Tensor) -> Copy:
-        """Queue a copy. It starts after the copies before it and the computation issued so far."""
+    def submit(self, target: Tensor, source: Tensor, after: Event | None = None) -> Event:
+        """Queue a copy behind the lane's other copies and ``after``. The event says that it has landed."""
+
+
+class Device(Protocol):
+    """The computation and both lanes."""
+
+    incoming: Lane  # host to device
+    outgoing: Lane  # device to host
+    trace: Trace | None  # where spans are written down, if anywhere
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A staging buffer on the device, contents undefined."""
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer in host memory, contents undefined, not pinned."""
+
+    def record(self) -> Event:
+        """The computation issued so far."""
+
+    def release(self, buffer: Tensor) -> Event:
+        """The computation issued so far was the last to use this buffer: a copy may overwrite it after the event."""
+
+    def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
+        """Issue computation. It may run later, in the order of issue; ``finish`` before issuing any without this."""
+
+    def finish(self) -> None:
+        """Let computation issued without ``launch`` come after all that was launched."""
 
     def close(self) -> None:
-        """Stop. Nothing is under way afterwards; waiting for a copy that was dropped raises."""
+        """Let what is under way end. Waiting for a copy that never began raises."""
 
 
-class _EventCopy:
+class _CudaEvent:
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self._event, self._device = event, device
+        self.event, self._device = event, device
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        torch.cuda.current_stream(self._device).wait_event(self.event)
 
 
 class CudaLane:
     """A copy engine of a CUDA device, driven by a stream of its own. Host tensors have to be pinned."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, owner: CudaDevice, name: str) -> None:
         self.moved = 0
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._owner, self._name = owner, name
+        self._stream = torch.cuda.Stream(owner.device)
 
-    def submit(self, target: Tensor, source: Tensor) -> Copy:
-        """Queue a copy. It starts after the copies before it and the computation issued so far."""
-        issued = torch.cuda.current_stream(self._device).record_event()
-        self._stream.wait_event(issued)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+    def submit(self, target: Tensor, source: Tensor, after: _CudaEvent | None = None) -> _CudaEvent:
+        """Queue a copy. Strided tensors go in contiguous pieces, which needs no buffer in between."""
+        if after is not None:
+            self._stream.wait_event(after.event)
+        size = source.numel() * source.element_size()
+        with torch.cuda.stream(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
+            for one, other in zip(contiguous_pieces(target, source), contiguous_pieces(source, target), strict=True):
+                one.copy_(other, non_blocking=True)
             landed = self._stream.record_event()
-        for tensor in (target, source):
-            if tensor.is_cuda:
-                tensor.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
-        self.moved += source.numel() * source.element_size()
-        return _EventCopy(landed, self._device)
+        if source.is_cuda:
+            source.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
+        self.moved += size
+        return _CudaEvent(landed, self._owner.device)
 
     def close(self) -> None:
         """Let what is under way land."""
         self._stream.synchronize()
 
 
-class _ThreadCopy:
-    def __init__(self, target: Tensor, source: Tensor) -> None:
-        self.target, self.source = target, source
-        self.landed = threading.Event()
-        self.error: BaseException | None = None
+class CudaDevice:
+    """A CUDA device: the current stream computes, each lane has a stream of its own."""
 
-    def wait(self) -> None:
-        self.landed.wait()
-        if self.error is not None:
-            raise RuntimeError("a copy over the link failed") from self.error
+    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
+        self.device, self.trace = device, trace
+        self.incoming, self.outgoing = CudaLane(self, H2D), CudaLane(self, D2H)
+        self._origin = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A staging buffer on the device, contents undefined."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
-class ThreadLane:
-    """A copy engine for the CPU: a thread. ``gbps`` (GB/s, decimal) makes copies take at least bytes / gbps."""
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer in host memory, contents undefined, not pinned yet (see ``pinning``)."""
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
-    def __init__(self, gbps: float | None = None, name: str = "link") -> None:
-        self.moved = 0
-        self._bytes_per_second = gbps * 1e9 if gbps else None
-        self._free_at = 0.0  # when the emulated link is through with all copies so far
-        self._queue: queue.SimpleQueue[_ThreadCopy | None] = queue.SimpleQueue()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+    def record(self) -> _CudaEvent:
+        """The computation issued so far."""
+        return _CudaEvent(torch.cuda.current_stream(self.device).record_event(), self.device)
 
-    def submit(self, target: Tensor, source: Tensor) -> Copy:
-        """Queue a copy. The computation issued so far is through: on a CPU, calls return when they are done."""
-        if self._closed:
-            raise RuntimeError("this lane has been closed")
-        copy = _ThreadCopy(target, source)
-        self.moved += source.numel() * source.element_size()
-        self._queue.put(copy)
-        return copy
+    def release(self, buffer: Tensor) -> _CudaEvent:
+        """The computation issued so far was the last to use this buffer."""
+        return self.record()
+
+    def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
+        """Issue computation: CUDA calls return at once by themselves."""
+        with self.span(COMPUTE, name):
+            work(*args)
+
+    def finish(self) -> None:
+        """Nothing to do: one stream keeps the order."""
+
+    def span(self, track: str, name: str, size: int = 0) -> _CudaSpan:
+        """Time what the current stream is given inside, if there is a trace."""
+        return _CudaSpan(self, track, name, size)
+
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """When an event happened, since the device was set up. The event must be over."""
+        return self._origin.elapsed_time(event) / 1e3
 
     def close(self) -> None:
-        """Stop the thread. Copies that have not begun are dropped; waiting for one raises."""
-        if self._closed:
-            return
-        self._closed = True
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (copy := self._queue.get()) is not None:
-            try:
-                if self._closed:
-                    raise RuntimeError("the lane was closed before this copy began")
-                started = time.perf_counter()
-                with torch.no_grad():
-                    copy.target.copy_(copy.source)
-                self._take_time(started, copy.source.numel() * copy.source.element_size())
-            except Exception as error:  # handed to whoever waits
-                copy.error = error
-            copy.landed.set()
-
-    def _take_time(self, started: float, size: int) -> None:
-        """Sleep until a link of the given speed would be through. Oversleeping is made up for by the next copy."""
-        if self._bytes_per_second is None:
-            return
-        idle_before = started - self._free_at > 0.02  # longer than an oversleep: the link really was idle
-        self._free_at = (started if idle_before else self._free_at) + size / self._bytes_per_second
-        if (left := self._free_at - time.perf_counter()) > 0:
-            time.sleep(left)
+        """Let what is under way land."""
+        self.incoming.close()
+        self.outgoing.close()
 
 
-def make_lane(device: torch.device, gbps: float | None, name: str) -> Lane:
-    """A lane for ``device``. ``gbps`` emulates a slower link and is for the CPU only."""
-    return CudaLane(device) if device.type == "cuda" else ThreadLane(gbps, name)
+class _CudaSpan:
+    def __init__(self, owner: CudaDevice, track: str, name: str, size: int) -> None:
+        self._owner, self._what = owner, (track, name, size)
+
+    def __enter__(self) -> None:
+        if self._owner.trace is not None:
+            self._start = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        if self._owner.trace is not None:
+            owner, (track, name, size), start, end = self._owner, self._what, self._start, self._mark()
+            owner.trace.add_later(lambda: Span(track, name, owner.seconds(start), owner.seconds(end), size))
+
+    def _mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self._owner.device).record_event(torch.cuda.Event(enable_timing=True))
+
+
+def contiguous_pieces(tensor: Tensor, other: Tensor) -> list[Tensor]:
+    """Views of ``tensor`` which are contiguous in it and in ``other``, a tensor of the same shape."""
+    if tensor.dim() == 0 or (tensor.is_contiguous() and other.is_contiguous()):
+        return [tensor]
+    return [piece for i in range(tensor.shape[0]) for piece in contiguous_pieces(tensor[i], other[i])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload_triforce.scheduler.device import Copy, Lane
+from offload_triforce.scheduler.device import Device, Event
+from offload_triforce.scheduler.pinning import Pinner, Progress, cuda_pin, cuda_unpin
 from offload_triforce.scheduler.plan import TilePlan
 
 
@@ -21,60 +21,64 @@ class Tile(NamedTuple):
     kv: Tensor
 
 
+class Leaving:
+    """Copies on their way to the host: until they have landed, their sources must stay as they are."""
+
+    def __init__(self) -> None:
+        self._copies: deque[tuple[int, Event]] = deque()
+
+    def add(self, start: int, landed: Event) -> None:
+        """A copy of tokens from ``start`` on. Copies are added in order."""
+        self._copies.append((start, landed))
+
+    def wait(self, end: int | None = None) -> None:
+        """Let the computation from now on come after the copies of tokens before ``end``, or after all of them."""
+        while self._copies and (end is None or self._copies[0][0] < end):
+            self._copies.popleft()[1].wait()
+
+
 class TileStore:
     """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones."""
 
-    def __init__(self, plan: TilePlan, dtype: torch.dtype, device: torch.device, out: Lane) -> None:
-        """``out``: the lane from the device to the host."""
+    def __init__(self, plan: TilePlan, dtype: torch.dtype, device: Device, pinning: Progress | None = None) -> None:
+        """``pinning``: told how far the pinning is, which goes on in the background (CUDA only)."""
         self.plan = plan
-        self._out = out
-        self._under_way: list[Copy] = []
+        self._device = device
         shape = (2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
         resident = plan.resident_tiles()
-        self._resident = torch.empty((len(resident), *shape), dtype=dtype, device=device)
+        self._resident = device.empty((len(resident), *shape), dtype)
         self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(resident)}
-        for layer in range(plan.layers):
+        slabs = []
+        for layer in range(plan.layers):  # one slab each
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
-            slab = torch.empty((len(streamed), *shape), dtype=dtype, device="cpu")
-            if device.type == "cuda" and slab.numel():
-                pin(slab)
-                weakref.finalize(self, unpin, slab)
-            self._places.update({(layer, tile): slab[i] for i, tile in enumerate(streamed)})
+            slabs.append(device.host_empty((len(streamed), *shape), dtype))
+            self._places.update({(layer, tile): slabs[-1][i] for i, tile in enumerate(streamed)})
+        self._pinner: Pinner | None = None
+        if self._resident.is_cuda:
+            self._pinner = Pinner(slabs, cuda_pin, cuda_unpin, pinning or (lambda done, total: None))
 
     def place(self, layer: int, tile: int) -> Tensor:
         """Where this tile lies, [2, K, tile_tokens, D]: on the device if resident, else in host memory."""
         return self._places[layer, tile]
 
-    def write(self, layer: int, tile: int, kv: Tensor) -> None:
-        """Store a whole tile [2, K, tile_tokens, D] from the device. ``kv`` must stay as it is until ``flush``."""
+    def write(self, layer: int, tile: int, kv: Tensor) -> Event:
+        """Store a whole tile [2, K, tile_tokens, D] from the device. ``kv`` must stay as it is until the event.
+
+        Raises:
+            MemoryError: its place could not be pinned.
+        """
         place = self.place(layer, tile)
         if self.plan.is_resident(layer, tile):
             place.copy_(kv)
-        else:
-            self._under_way.append(self._out.submit(place, kv))
+            return self._device.record()
+        if self._pinner:
+            self._pinner.wait(layer)
+        return self._device.outgoing.submit(place, kv, after=self._device.record())
 
-    def flush(self) -> None:
-        """Wait for all writes: after this their sources may change and the tiles may be fetched."""
-        for copy in self._under_way:
-            copy.wait()
-        self._under_way.clear()
-
-
-def pin(tensor: Tensor) -> None:
-    """Page-lock a host tensor in place. torch's own pinned allocator would round its size up to a power of two.
-
-    Raises:
-        MemoryError: the system refuses, mostly for a limit on locked memory.
-    """
-    size = tensor.numel() * tensor.element_size()
-    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)
-    if int(error) != 0:
-        raise MemoryError(f"{size / 1e9:.1f} GB could not be pinned (CUDA error {error})")
-
-
-def unpin(tensor: Tensor) -> None:
-    """Undo ``pin``."""
-    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    def close(self) -> None:
+        """Unpin. The device must have been closed before."""
+        if self._pinner:
+            self._pinner.close()
 
 
 class TileStream:
@@ -84,23 +88,23 @@ class TileStream:
     to the next copy when the caller asks for the tile after it. Copies run on over layer boundaries.
     """
 
-    def __init__(self, store: TileStore, incoming: Lane, dtype: torch.dtype, device: torch.device) -> None:
-        """``incoming``: the lane from the host to the device."""
-        self.store, self.plan, self._lane = store, store.plan, incoming
+    def __init__(self, store: TileStore, device: Device, dtype: torch.dtype) -> None:
+        self.store, self.plan, self.device = store, store.plan, device
         shape = (self.plan.ring, 2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
-        self._ring = torch.empty(shape, dtype=dtype, device=device)
+        self._ring = device.empty(shape, dtype)
         self._tiles = 0
-        self._todo: deque[tuple[int, int]] = deque()
-        self._flying: deque[tuple[int, Copy]] = deque()
-        self._free: list[int] = []
+        self._todo: Iterator[tuple[int, int]] = iter(())
+        self._flying: deque[tuple[int, Event]] = deque()  # slots in the order of the pass
+        self._free: deque[tuple[int, Event]] = deque()  # slots, and when they may be overwritten
 
     def begin(self, tiles: int) -> None:
         """Start a pass over ``tiles`` whole tiles per layer. What an interrupted pass left under way is awaited."""
         while self._flying:
             self._flying.popleft()[1].wait()
         self._tiles = tiles
-        self._todo = deque(self.plan.stream_order(tiles))
-        self._free = list(range(self.plan.ring))
+        self._todo = self.plan.stream_order(tiles)
+        issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
+        self._free = deque((slot, issued) for slot in range(self.plan.ring))
         self._run_ahead()
 
     def tiles(self, layer: int) -> Iterator[Tile]:
@@ -109,14 +113,15 @@ class TileStream:
             if self.plan.is_resident(layer, index):
                 yield Tile(index, self.store.place(layer, index))
                 continue
-            slot, copy = self._flying.popleft()
-            copy.wait()
+            slot, landed = self._flying.popleft()
+            landed.wait()
             yield Tile(index, self._ring[slot])
-            self._free.append(slot)
+            self._free.append((slot, self.device.release(self._ring[slot])))
             self._run_ahead()
 
     def _run_ahead(self) -> None:
-        while self._free and self._todo:
-            slot = self._free.pop()
-            copy = self._lane.submit(self._ring[slot], self.store.place(*self._todo.popleft()))
-            self._flying.append((slot, copy))
+        """Submit copies into all free slots. Their order is that of the pass, so no copy waits behind a later one."""
+        while self._free and (key := next(self._todo, None)) is not None:
+            slot, free = self._free.popleft()
+            landed = self.device.incoming.submit(self._ring[slot], self.store.place(*key), after=free)
+            self._flying.append((slot, landed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels import ops
 
 
 class GrowingBuffer:
@@ -28,6 +28,7 @@ class GrowingBuffer:
         self.kv = torch.zeros(layers, 2, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.length = 0
         self.pending = 0
+        self._attention = ops.RunningAttention()
 
     @property
     def capacity(self) -> int:
@@ -57,17 +58,15 @@ class GrowingBuffer:
         self.kv[layer, 1, :, self.length : end] = value
         return self.kv[layer, :, :, :end]
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """Write T new tokens and attend from them to all that is held: query [H, T, D] -> [H, T, D]."""
-        packed = ops.pack_queries(query, key.shape[0])
+        tokens = query.shape[1]
         held = self.write(layer, key, value)
-        if window is not None:
-            held = held[:, :, -(window + query.shape[1] - 1) :]
-        mask = ops.causal_mask(query.shape[1], held.shape[2], window, query.device)
-        state = ops.attention_update(ops.attention_start(packed), packed, held[0], held[1], scaling, mask)
-        return ops.attention_finish(state, query.shape[0], query.dtype)
+        if rule.window is not None:
+            held = held[:, :, -(rule.window + tokens - 1) :]
+        self._attention.start(query, key.shape[0], rule)
+        self._attention.update(held[0], held[1], ops.Newest(ops.causal_mask(tokens, tokens, device=query.device)))
+        return self._attention.finish()
 
     def end_step(self, tokens: int) -> None:
         """The step is through all layers: its tokens are held, and pending."""
@@ -100,9 +99,10 @@ class GrowingBuffer:
         """Forget the oldest ``tokens`` and move the rest to the front."""
         if not 0 <= tokens <= self.committed:
             raise IndexError(f"cannot drop {tokens} of {self.committed} committed tokens")
-        rest = self.kv[:, :, :, tokens : self.length].clone()  # the ranges overlap
+        for start in range(tokens, self.length if tokens else 0, tokens or 1):  # parts that do not overlap
+            part = self.kv[:, :, :, start : min(start + tokens, self.length)]
+            self.kv[:, :, :, start - tokens : start - tokens + part.shape[3]] = part
         self.length -= tokens
-        self.kv[:, :, :, : self.length] = rest
 
     def reset(self) -> None:
         """Forget everything."""

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
-from offload_triforce.kernels import reference as ops
-from offload_triforce.scheduler.pipeline import TileStream
+from offload_triforce.kernels import ops
+from offload_triforce.scheduler.pipeline import Leaving, Tile, TileStream
 from offload_triforce.scheduler.plan import TilePlan
 
 
 class TileObserver(Protocol):
     """Somebody who looks at the keys and values that a pass attends, in order, while they are on the device."""
 
-    def see(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Tokens from position ``start`` on, [K, n, D] each."""
+    def see(self, start: int, kv: Tensor) -> None:
+        """Tokens from position ``start`` on, [2, K, n, D]."""
 
 
-Observe = Callable[[Tensor, ops.PartialAttention, float], TileObserver]
+# From the packed queries [K, G*T, D], their log-sum-exp over the tail [K, G*T], and the scaling.
+Observe = Callable[[Tensor, Tensor, float], TileObserver]
 
 
 class FullCache:
     """Every token's KV for the layers that attend to everything. Append-only, with explicit commit and rollback.
 
-    Tokens [0, tiled) are whole tiles, held by the ``stream``'s store; tokens [tiled, length) are the tail, on the
-    device, followed by pending tokens of a pass that has not been judged yet. Pending tokens never leave the device.
+    Tokens [0, tiled) are read from whole tiles, held by the ``stream``'s store; tokens [tiled, length) are the tail,
+    on the device, followed by pending tokens of a pass that has not been judged yet. Pending tokens never leave the
+    device. When the tail has a whole tile to spare, that tile leaves for the host beside the next pass, which
+    still reads it in the tail; it counts as tiled from the commit after that.
     """
 
     def __init__(self, stream: TileStream, keep: int, block: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,15 +43,17 @@ class FullCache:
             plan.layers, plan.kv_heads, self.tail_capacity(plan, keep, block), plan.head_dim, dtype, device
         )
         self.tiles = 0
+        self._attention = ops.RunningAttention()
+        self._leaving, self._left = Leaving(), 0  # copies of the first so many tiles of the tail
 
     @staticmethod
     def tail_capacity(plan: TilePlan, keep: int, block: int) -> int:
-        """Tokens that the tail makes room for, per layer."""
-        return plan.tile_tokens + keep + block
+        """Tokens that the tail makes room for, per layer: those of two passes beside what stays."""
+        return plan.tile_tokens + keep + 2 * block
 
     @property
     def tiled(self) -> int:
-        """Tokens that lie in whole tiles."""
+        """Tokens that are read from whole tiles."""
         return self.tiles * self.stream.plan.tile_tokens
 
     @property
@@ -71,7 +76,7 @@ class FullCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
+        rule: ops.Rule,
         observe: Observe | None = None,
     ) -> Tensor:
         """Attention of the step's T new tokens over all that is held: query [H, T, D] -> [H, T, D].
@@ -79,19 +84,22 @@ class FullCache:
         The new tokens' ``key`` and ``value`` [K, T, D] become pending. ``observe``, called with the packed
         queries and their attention over the tail, may return an observer of the tokens that pass by.
         """
-        tokens = query.shape[1]
-        packed = ops.pack_queries(query, key.shape[0])
+        tokens, attention, device = query.shape[1], self._attention, self.stream.device
         tail = self.tail.write(layer, key, value)
-        mask = ops.causal_mask(tokens, tail.shape[2], device=query.device)
-        state = ops.attention_update(ops.attention_start(packed), packed, tail[0], tail[1], scaling, mask)
-        observer = observe(packed, state, scaling) if observe else None
+        attention.start(query, key.shape[0], rule)
+        attention.update(tail[0], tail[1], ops.Newest(ops.causal_mask(tokens, tokens, device=query.device)))
+        observer = observe(attention.packed, attention.logsumexp(), rule.scaling) if observe else None
         for tile in self.stream.tiles(layer):
-            state = ops.attention_update(state, packed, tile.kv[0], tile.kv[1], scaling)
-            if observer:
-                observer.see(tile.index * self.stream.plan.tile_tokens, tile.kv[0], tile.kv[1])
+            device.launch(f"layer {layer}, tile {tile.index}", self._take, tile, observer)
+        device.finish()
         if observer:
-            observer.see(self.tiled, tail[0, :, : self.tail.committed], tail[1, :, : self.tail.committed])
-        return ops.attention_finish(state, query.shape[0], query.dtype)
+            observer.see(self.tiled, tail[:, :, : self.tail.committed])
+        return attention.finish()
+
+    def _take(self, tile: Tile, observer: TileObserver | None) -> None:
+        self._attention.update(tile.kv[0], tile.kv[1])
+        if observer:
+            observer.see(tile.index * self.stream.plan.tile_tokens, tile.kv)
 
     def end_step(self, tokens: int) -> None:
         """The step is through all layers: its tokens are pending."""
@@ -102,36 +110,52 @@ class FullCache:
         self.tail.keep_pending(tokens)
 
     def commit(self, tokens: int) -> None:
-        """Accept the first ``tokens`` pending tokens, drop the others, and move whole tiles out of the tail."""
+        """Accept the first ``tokens`` pending tokens, drop the others; whole tiles begin to leave the tail."""
+        self._land()
         self.tail.commit(tokens)
-        tile = self.stream.plan.tile_tokens
-        while self.tail.length >= tile + self.keep:
+        tile, store = self.stream.plan.tile_tokens, self.stream.store
+        while self.tail.length - self._left * tile >= tile + self.keep:
+            start = self._left * tile
             for layer in range(self.stream.plan.layers):
-                self.stream.store.write(layer, self.tiles, self.tail.kv[layer, :, :, :tile])
-            self.stream.store.flush()
-            self.tail.drop_front(tile)
-            self.tiles += 1
+                source = self.tail.kv[layer, :, :, start : start + tile]
+                self._leaving.add(start, store.write(layer, self.tiles + self._left, source))
+            self._left += 1
+
+    def _land(self) -> None:
+        """What has left is from now on read from its tiles."""
+        self._leaving.wait()
+        self.tail.drop_front(self._left * self.stream.plan.tile_tokens)
+        self.tiles += self._left
+        self._left = 0
 
     def rollback(self) -> None:
         """Drop all pending tokens."""
         self.commit(0)
 
-    def fill_layer(self, layer: int, kv: Tensor) -> None:
-        """Prefill: all tokens of one layer at once, ``kv`` [2, K, n, D]. Follow the last layer with ``end_fill``."""
+    def fill_layer(self, layer: int, kv: Tensor) -> Leaving:
+        """Prefill: all tokens of one layer at once, ``kv`` [2, K, n, D]. Follow the last layer with ``end_fill``.
+
+        Returns the copies that still read ``kv``: wait for those of a token before overwriting it.
+        """
         tile, tiles = self.stream.plan.tile_tokens, self._whole_tiles(kv.shape[2])
+        leaving = Leaving()
         for index in range(tiles):
-            self.stream.store.write(layer, index, kv[:, :, index * tile : (index + 1) * tile])
+            start = index * tile
+            leaving.add(start, self.stream.store.write(layer, index, kv[:, :, start : start + tile]))
         self.tail.write(layer, kv[0, :, tiles * tile :], kv[1, :, tiles * tile :])
-        self.stream.store.flush()
+        self._leaving = leaving
+        return leaving
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
+        self._leaving.wait()  # the lane keeps its order, so all layers have landed with the last
         self.tiles = self._whole_tiles(tokens)
         self.tail.length = tokens - self.tiled
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tiles = 0
+        self._leaving.wait()
+        self.tiles = self._left = 0
         self.tail.reset()
 
     def read(self, layer: int) -> Tensor:

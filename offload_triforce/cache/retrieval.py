@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.errors import InputError
-from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,24 @@ class RetrievalCache(GrowingBuffer):
         block: int,
         dtype: torch.dtype,
         device: torch.device,
+        context: int,
     ) -> None:
-        """``block``: most tokens that one pass commits, and most that are pending at once."""
+        """``block``: most tokens that one pass commits, and most pending at once. ``context``: longest text."""
         self.shape = shape
         super().__init__(layers, kv_heads, shape.capacity(block), head_dim, dtype, device)
         # Chunk numbers per layer, KV head and slot; -1 is an empty slot.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
+        # The same as a set: whether a chunk is chosen. One column more than chunks, see ``ops.Choice``.
+        self.held = torch.zeros(layers, kv_heads, context // shape.chunk + 1, dtype=torch.bool, device=device)
         self.filled = 0  # slots in use: the same number for every layer and head, from the first on
 
-    def refresh(self, layer: int, packed: Tensor, local: ops.PartialAttention, scaling: float, length: int) -> Refresh:
+    def refresh(self, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int) -> Refresh:
         """Begin to choose anew for one layer, at ``length`` committed tokens.
 
-        ``local`` is the attention of the packed queries over the tail. Show the result every token in order.
+        ``baseline`` [K, G*T] is the log-sum-exp of the packed queries [K, G*T, D] over the tail. Show the result every
+        token in order.
         """
-        return Refresh(self, layer, packed, local, scaling, length)
+        return Refresh(self, layer, packed, baseline, scaling, length)
 
     def sync(self, tail: Tensor, start: int, length: int, refreshed: int) -> None:
         """Take the recent window from the full cache's tail, after a refresh of all layers.
@@ -107,6 +111,7 @@ class RetrievalCache(GrowingBuffer):
         """Forget everything."""
         super().reset()
         self.chosen.fill_(-1)
+        self.held.fill_(False)
         self.filled = 0
 
 
@@ -114,52 +119,34 @@ class Refresh:
     """A new choice in the making, for one layer: sees the context go by once and keeps the best chunks."""
 
     def __init__(
-        self,
-        cache: RetrievalCache,
-        layer: int,
-        packed: Tensor,
-        local: ops.PartialAttention,
-        scaling: float,
-        length: int,
+        self, cache: RetrievalCache, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int
     ) -> None:
         shape, kv = cache.shape, cache.kv[layer]
         self.shape, self.packed, self.scaling = shape, packed, scaling
         self.pool = shape.pool(length)
         self.sink = kv[:, :, : shape.sink]
-        held = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
-        self.slots = held.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
-        self.chosen = cache.chosen[layer]
+        chosen = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
+        self.slots = chosen.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
         if cache.filled and shape.sink:  # the sink is in, since chunks have been chosen before
-            local = ops.attention_update(local, packed, self.sink[0], self.sink[1], scaling)
-        self.baseline = local.maximum + local.total.log()
-        self.scores = torch.full(self.chosen.shape, float("-inf"), device=kv.device)
+            wishes = torch.matmul(packed.float(), self.sink[0].float().transpose(1, 2)) * scaling
+            baseline = torch.logaddexp(baseline, wishes.logsumexp(dim=-1))
+        self.baseline = baseline
+        scores = torch.full(cache.chosen[layer].shape, float("-inf"), device=kv.device)
         if cache.filled:
-            means = ops.chunk_means(held[0, :, : cache.filled * shape.chunk], shape.chunk)
-            self.scores[:, : cache.filled] = ops.chunk_scores(packed, means, scaling, self.baseline)
+            keys = kv[0, :, shape.sink : shape.sink + cache.filled * shape.chunk]
+            scores[:, : cache.filled] = ops.chunk_scores(packed, keys, shape.chunk, scaling, baseline)
+        self.choice = ops.Choice(scores, cache.chosen[layer], cache.held[layer])
 
-    def see(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Consider the chunks of the tokens from position ``start`` on; ``key`` and ``value`` are [K, n, D]."""
+    def see(self, start: int, kv: Tensor) -> None:
+        """Consider the chunks of the tokens from position ``start`` on; ``kv`` is [2, K, n, D]."""
         chunk, sink = self.shape.chunk, self.shape.sink
         first = max(start // chunk, self.pool.start)
-        last = min((start + key.shape[1]) // chunk, self.pool.stop)
+        last = min((start + kv.shape[2]) // chunk, self.pool.stop)
         if start == 0 and len(self.pool):
-            self.sink[0], self.sink[1] = key[:, :sink], value[:, :sink]
+            self.sink.copy_(kv[:, :, :sink])
         if first >= last:
             return
-        tokens = slice(first * chunk - start, last * chunk - start)
-        means = ops.chunk_means(key[:, tokens], chunk)
-        offered = ops.chunk_scores(self.packed, means, self.scaling, self.baseline)
-        offered = offered.masked_fill(self._held(first, last), float("-inf"))
-        top = ops.merge_top_chunks(self.scores, offered)
-        self.scores = top.scores
-        self.chosen[top.head, top.slot] = top.chunk + first
-        for part, source in enumerate((key, value)):
-            chunks = source[:, tokens].unflatten(1, (last - first, chunk))
-            self.slots[part][top.head, top.slot] = chunks[top.head, top.chunk]
-
-    def _held(self, first: int, last: int) -> Tensor:
-        """Which chunks of [first, last) each KV head holds already: bool [K, last - first]."""
-        inside = (self.chosen >= first) & (self.chosen < last)
-        column = torch.where(inside, self.chosen - first, last - first)
-        held = torch.zeros(self.chosen.shape[0], last - first + 1, dtype=torch.bool, device=column.device)
-        return held.scatter_(1, column, True)[:, :-1]
+        part = kv[:, :, first * chunk - start : last * chunk - start]
+        held = self.choice.held[:, first:last]
+        offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
+        ops.gather_chunks(ops.select_chunks(self.choice, offered, first), part, self.slots)

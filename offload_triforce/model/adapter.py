@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
+from offload_triforce.kernels.ops import Rule
 
 ATTENTION_NAME = "offload_triforce"
 
 # What other models pass to their attention, by the name that users know it under.
 _UNSUPPORTED = {
-    "softcap": "attention logit soft-capping",
     "s_aux": "learned attention sinks",
     "position_bias": "additive position biases",
 }
@@ -30,9 +30,7 @@ _UNSUPPORTED = {
 class View(Protocol):
     """What one forward step attends over: a cache, seen by all layers of a model."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Take one layer's new keys and values in and attend: query [H, T, D], key and value [K, T, D] -> [H, T, D]."""
 
 
@@ -46,6 +44,7 @@ def _attention(
     triforce: View | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: batch 1, [1, H, T, D] in, [1, T, H, D] out."""
@@ -58,7 +57,8 @@ def _attention(
         if others.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {feature}, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = triforce.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+    rule = Rule(scale, sliding_window, softcap)
+    output = triforce.attend(module.layer_idx, query[0], key[0], value[0], rule)
     return output.transpose(0, 1)[None].contiguous(), None
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels import ops
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.scheduler.pipeline import Leaving
 
 Progress = Callable[[int, int], None]
-LayerDone = Callable[[int, Tensor, Tensor, float], None]
+LayerDone = Callable[[int, Tensor, Tensor, ops.Rule], "Leaving | None"]
 
 
 class _LayerView:
@@ -30,21 +31,22 @@ class _LayerView:
         self.kv: Tensor | None = None
         self.length = 0
         self.queries: Tensor | None = None
-        self.scaling = 1.0
+        self.rule = ops.Rule(1.0)
+        self.leaving: Leaving | None = None  # copies of the layer before, which share the buffer
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         if self.kv is None or self.kv.shape[1] != key.shape[0] or self.kv.shape[3] != key.shape[2]:
             self.kv = key.new_empty(2, key.shape[0], self.tokens, key.shape[2])
         end = self.length + key.shape[1]
+        if self.leaving is not None:
+            self.leaving.wait(end)
         self.kv[0, :, self.length : end], self.kv[1, :, self.length : end] = key, value
-        self.length, self.scaling = end, scaling
+        self.length, self.rule = end, rule
         newest = query[:, -self.keep_queries :]
         if self.queries is not None and newest.shape[1] < self.keep_queries:  # a short last chunk
             newest = torch.cat([self.queries, newest], dim=1)[:, -self.keep_queries :]
         self.queries = newest
-        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], scaling, window)
+        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], rule)
 
 
 class _Call:
@@ -71,7 +73,7 @@ def prefill(
         chunk: tokens per step through one layer.
         queries: how many of the newest queries to hand on.
         layer_done: called once per layer, in order, with (layer, KV [2, K, n, D], newest queries [H, m, D],
-            scaling). The KV buffer is used again for the next layer.
+            rule). The KV buffer is used again for the next layer: return the copies that are still reading it.
         progress: called with (steps done, steps in all).
     """
     layers = model.get_decoder().layers
@@ -91,7 +93,7 @@ def prefill(
             done += 1
             if progress:
                 progress(done, total)
-        layer_done(index, view.kv, view.queries, view.scaling)
+        view.leaving = layer_done(index, view.kv, view.queries, view.rule)
 
 
 def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice) -> tuple[Tensor, list[_Call]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.streaming import StreamingCache
+from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.adapter import run
 from offload_triforce.speculation.sampling import Choices, Sampler
 from offload_triforce.speculation.text import TokenText
@@ -78,11 +79,9 @@ class ModelDraft:
     def __init__(self, model: PreTrainedModel, cache: StreamingCache, sampler: Sampler, choices: Choices) -> None:
         self.model, self.cache, self.sampler, self.choices = model, cache, sampler, choices
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """The view that the model attends over."""
-        return self.cache.attend(layer, query, key, value, scaling, window)
+        return self.cache.attend(layer, query, key, value, rule)
 
     def propose(self, text: TokenText, limit: int) -> Tensor:
         """Draw ``limit`` tokens one by one; return the distributions they were drawn from, [limit, V]."""

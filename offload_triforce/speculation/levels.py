@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import Refresh, RetrievalCache
 from offload_triforce.cache.window import WindowCache
-from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import run
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.scheduler.pipeline import Leaving
 from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.text import TokenText
 
@@ -31,24 +32,28 @@ class TargetCaches:
         self.drafted = 0  # tokens behind them that the retrieval level has read
         self.pending = 0  # tokens behind them that the target has read
 
-    def fill_layer(self, layer: int, kv: Tensor, queries: Tensor, scaling: float) -> None:
-        """Prefill of one layer: ``kv`` [2, K, n, D], newest ``queries`` [H, m, D]. The retrieval cache chooses."""
+    def fill_layer(self, layer: int, kv: Tensor, queries: Tensor, rule: ops.Rule) -> Leaving | None:
+        """Prefill of one layer: ``kv`` [2, K, n, D], newest ``queries`` [H, m, D]. The retrieval cache chooses.
+
+        Returns the copies to the host that still read ``kv``, if there are any.
+        """
         index = self.place[layer]
-        if self.layout.layers[layer].window is not None:
+        if rule.window is not None:
             self.window.fill_layer(index, kv)
-            return
-        self.full.fill_layer(index, kv)
+            return None
+        leaving = self.full.fill_layer(index, kv)
         length, tokens = kv.shape[2], queries.shape[1]
-        packed = ops.pack_queries(queries, kv.shape[1])
         recent, sink = max(self.retrieval.shape.recent, tokens), self.retrieval.shape.sink
-        near = kv[:, :, -recent:]
-        mask = ops.causal_mask(tokens, near.shape[2], device=kv.device)
-        local = ops.attention_update(ops.attention_start(packed), packed, near[0], near[1], scaling, mask)
+        near, attention = kv[:, :, -recent:], ops.RunningAttention()
+        attention.start(queries, kv.shape[1], rule)
+        attention.update(near[0], near[1], ops.Newest(ops.causal_mask(tokens, tokens, device=kv.device)))
         if 0 < sink <= length - recent:
-            local = ops.attention_update(local, packed, kv[0, :, :sink], kv[1, :, :sink], scaling)
-        refresh, tile = self.retrieval.refresh(index, packed, local, scaling, length), self.full.stream.plan.tile_tokens
+            attention.update(kv[0, :, :sink], kv[1, :, :sink])
+        refresh = self.retrieval.refresh(index, attention.packed, attention.logsumexp(), rule.scaling, length)
+        tile = self.full.stream.plan.tile_tokens
         for start in range(0, length, tile):  # in parts: scoring works in float32
-            refresh.see(start, kv[0, :, start : start + tile], kv[1, :, start : start + tile])
+            refresh.see(start, kv[:, :, start : start + tile])
+        return leaving
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
@@ -106,12 +111,10 @@ class _TargetLevel:
 class RetrievalLevel(_TargetLevel):
     """Level 1: attends to the retrieval cache; in sliding layers, to the same window as the target."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """The view that the model attends over."""
-        cache = self.caches.retrieval if window is None else self.caches.window
-        return cache.attend(self.caches.place[layer], query, key, value, scaling, window)
+        cache = self.caches.retrieval if rule.window is None else self.caches.window
+        return cache.attend(self.caches.place[layer], query, key, value, rule)
 
     def score(self, text: TokenText, guesses: int) -> Tensor:
         """Read the unread end of the text: distributions [guesses + 1, V] around the last ``guesses`` tokens."""
@@ -136,18 +139,16 @@ class FullLevel(_TargetLevel):
         super().__init__(model, caches, sampler)
         self.refresh = refresh
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """The view that the model attends over."""
         caches, index = self.caches, self.caches.place[layer]
-        if window is not None:
-            return caches.window.attend(index, query, key, value, scaling, window)
+        if rule.window is not None:
+            return caches.window.attend(index, query, key, value, rule)
 
-        def observe(packed: Tensor, local: ops.PartialAttention, scaling: float) -> Refresh:
-            return caches.retrieval.refresh(index, packed, local, scaling, caches.length)
+        def observe(packed: Tensor, baseline: Tensor, scaling: float) -> Refresh:
+            return caches.retrieval.refresh(index, packed, baseline, scaling, caches.length)
 
-        return caches.full.attend(index, query, key, value, scaling, observe if self.refresh else None)
+        return caches.full.attend(index, query, key, value, rule, observe if self.refresh else None)
 
     def score(self, text: TokenText, guesses: int) -> Tensor:
         """One pass: read the unread end of the text against the full cache: distributions [guesses + 1, V]."""

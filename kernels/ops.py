@@ -1,0 +1,99 @@
+"""The operations of the hot path, by the best means at hand: Triton on CUDA, else torch.
+
+Callers import this module alone. What each operation computes is said by its eager twin in ``reference``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from offload_triforce.kernels import reference
+from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries, prefill_attention
+
+try:
+    from offload_triforce.kernels import retrieval, verify_attention
+except ImportError:  # no Triton: torch alone
+    retrieval = verify_attention = None
+
+__all__ = [
+    "Choice",
+    "Newest",
+    "Rule",
+    "RunningAttention",
+    "causal_mask",
+    "chunk_scores",
+    "gather_chunks",
+    "pack_queries",
+    "prefill_attention",
+    "select_chunks",
+]
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether operations on this tensor run as Triton kernels.
+
+    On the CPU they can, through Triton's interpreter, for tests: set OFFLOAD_TRIFORCE_KERNELS=triton and
+    TRITON_INTERPRET=1. OFFLOAD_TRIFORCE_KERNELS=torch forbids them everywhere, to tell whether one is at fault.
+    """
+    wanted = os.environ.get("OFFLOAD_TRIFORCE_KERNELS")
+    if verify_attention is None or wanted == "torch":
+        return False
+    return tensor.is_cuda or wanted == "triton"
+
+
+class RunningAttention:
+    """Attention of one block of queries over keys that come part by part. One object serves layer after layer."""
+
+    def __init__(self) -> None:
+        self.packed = torch.empty(0)
+        self._heads = 0
+        self._rule = Rule(1.0)
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def start(self, query: Tensor, kv_heads: int, rule: Rule) -> None:
+        """Begin with T queries, [H, T, D]. What was computed before is over."""
+        self.packed = pack_queries(query, kv_heads)
+        self._heads, self._rule = query.shape[0], rule
+        if uses_triton(query):
+            self._buffers = verify_attention.state_buffers(self._buffers, self.packed)
+            self._state = verify_attention.attention_start(self._buffers, self.packed)
+        else:
+            self._state = reference.attention_start(self.packed)
+
+    def update(self, key: Tensor, value: Tensor, newest: Newest | None = None) -> None:
+        """Take keys and values in, [K, n, D] each; ``newest`` where the queries' own tokens are among them."""
+        backend = verify_attention if uses_triton(key) else reference
+        self._state = backend.attention_update(self._state, self.packed, key, value, self._rule, newest)
+
+    def logsumexp(self) -> Tensor:
+        """Log-sum-exp of the scores so far, per packed query: float32 [K, G*T]."""
+        backend = verify_attention if uses_triton(self.packed) else reference
+        return backend.attention_logsumexp(self._state)
+
+    def finish(self) -> Tensor:
+        """The attention output, [H, T, D] in the queries' dtype."""
+        backend = verify_attention if uses_triton(self.packed) else reference
+        return backend.attention_finish(self._state, self._heads, self.packed.dtype)
+
+
+def chunk_scores(
+    packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
+) -> Tensor:
+    """See ``reference.chunk_scores``."""
+    backend = retrieval if uses_triton(key) else reference
+    return backend.chunk_scores(packed, key, chunk, scaling, baseline, held)
+
+
+def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
+    """See ``reference.select_chunks``."""
+    backend = retrieval if uses_triton(offered) else reference
+    return backend.select_chunks(choice, offered, first)
+
+
+def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """See ``reference.gather_chunks``."""
+    backend = retrieval if uses_triton(kv) else reference
+    backend.gather_chunks(source, kv, slots)

@@ -1,0 +1,202 @@
+"""A device for machines without CUDA: threads as copy engines, a link as fast as one says, and chaos on demand.
+
+Without chaos it is how this library runs on a CPU: the computation is the caller's own thread, and copies go on
+beside it. With ``Chaos`` it is a test bench for the order of things: the computation, too, runs on a thread of its
+own as it does on CUDA, every copy and every launch is late by a random time, and buffers are full of NaN from
+their release until a copy has landed in them. A wait that is missing somewhere then gives wrong numbers.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_triforce.scheduler.device import COMPUTE, D2H, H2D
+from offload_triforce.scheduler.trace import Span, Trace
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Random delays of up to ``longest_ms`` before each copy and each piece of computation."""
+
+    seed: int
+    longest_ms: float = 0.3
+
+    def delays(self, engine: str) -> Callable[[], None]:
+        """A function that sleeps for a random time; most delays are short, some are long."""
+        chance = random.Random(f"{self.seed} {engine}")
+        return lambda: time.sleep(self.longest_ms * 1e-3 * chance.random() ** 3)
+
+
+class _Event:
+    """Something that a thread will have done; with the error, if it failed."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        """The host waits too: on a CPU it is the host that computes."""
+        self.done.wait()
+        if self.error is not None:
+            raise RuntimeError("a copy over the link failed") from self.error
+
+
+class _Engine:
+    """A thread that does one thing after the other. What has not begun when it is closed fails."""
+
+    def __init__(self, name: str, delay: Callable[[], None] | None) -> None:
+        self._delay = delay
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], _Event] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> _Event:
+        if self._closed:
+            raise RuntimeError("this device has been closed")
+        event = _Event()
+        self._queue.put((work, event))
+        return event
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+            self._thread.join()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, event = item
+            try:
+                if self._closed:
+                    raise RuntimeError("the device was closed before this began")
+                if self._delay:
+                    self._delay()
+                work()
+            except Exception as error:  # handed to whoever waits
+                event.error = error
+            event.done.set()
+
+
+class ThreadLane:
+    """One direction of the link. Copies take at least ``latency_us`` plus bytes / ``gbps`` (decimal GB/s)."""
+
+    def __init__(self, owner: EmulatedDevice, name: str) -> None:
+        self.moved = 0
+        self._owner, self._name = owner, name
+        self._free_at = 0.0  # when the emulated link is through with all copies so far
+        self._engine = _Engine(name, owner.chaos and owner.chaos.delays(name))
+
+    def submit(self, target: Tensor, source: Tensor, after: _Event | None = None) -> _Event:
+        """Queue a copy behind the lane's other copies and ``after``."""
+        self.moved += source.numel() * source.element_size()
+        return self._engine.submit(lambda: self._copy(target, source, after))
+
+    def close(self) -> None:
+        """Stop the thread. Copies that have not begun are dropped; waiting for one raises."""
+        self._engine.close()
+
+    def _copy(self, target: Tensor, source: Tensor, after: _Event | None) -> None:
+        if after is not None:
+            after.wait()
+        owner, started = self._owner, time.perf_counter()
+        if owner.chaos:
+            poison(target)
+            owner.chaos_delay()
+        target.copy_(source)
+        size = source.numel() * source.element_size()
+        self._take_time(started, size)
+        owner.write_down(self._name, f"{size / 1e6:.2f} MB", started, size)
+
+    def _take_time(self, started: float, size: int) -> None:
+        """Sleep until a link of the given speed would be through. Oversleeping is made up for by the next copy."""
+        owner = self._owner
+        if owner.gbps is None and not owner.latency_us:
+            return
+        idle_before = started - self._free_at > 0.02  # longer than an oversleep: the link really was idle
+        takes = owner.latency_us * 1e-6 + (size / (owner.gbps * 1e9) if owner.gbps else 0.0)
+        self._free_at = (started if idle_before else self._free_at) + takes
+        if (left := self._free_at - time.perf_counter()) > 0:
+            time.sleep(left)
+
+
+class EmulatedDevice:
+    """Threads as copy engines; ``gbps`` and ``latency_us`` describe each direction of the emulated link."""
+
+    def __init__(
+        self,
+        gbps: float | None = None,
+        latency_us: float = 0.0,
+        chaos: Chaos | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self.gbps, self.latency_us, self.chaos, self.trace = gbps, latency_us, chaos, trace
+        self.chaos_delay = chaos.delays("copy") if chaos else lambda: None
+        self.incoming, self.outgoing = ThreadLane(self, H2D), ThreadLane(self, D2H)
+        self._compute = _Engine(COMPUTE, chaos.delays(COMPUTE)) if chaos else None
+        self._launched: list[_Event] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A staging buffer, contents undefined; under chaos, NaN."""
+        buffer = torch.empty(shape, dtype=dtype)
+        if self.chaos:
+            poison(buffer)
+        return buffer
+
+    host_empty = empty
+
+    def record(self) -> _Event:
+        """The computation issued so far."""
+        if self._compute:
+            return self._compute.submit(lambda: None)
+        event = _Event()
+        event.done.set()
+        return event
+
+    def release(self, buffer: Tensor) -> _Event:
+        """The computation issued so far was the last to use this buffer."""
+        return self._compute.submit(lambda: poison(buffer)) if self._compute else self.record()
+
+    def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
+        """Compute: at once, or under chaos later and on another thread."""
+        if self._compute:
+            self._launched.append(self._compute.submit(lambda: work(*args)))
+            return
+        started = time.perf_counter()
+        work(*args)
+        self.write_down(COMPUTE, name, started)
+
+    def finish(self) -> None:
+        """Wait for what was launched; raises what went wrong in it."""
+        launched, self._launched = self._launched, []
+        for event in launched:
+            event.done.wait()
+            if event.error is not None:
+                raise event.error
+
+    def write_down(self, track: str, name: str, started: float, size: int = 0) -> None:
+        """Trace something that is through now."""
+        if self.trace is not None:
+            self.trace.add(Span(track, name, started, time.perf_counter(), size))
+
+    def close(self) -> None:
+        """Stop all threads. Computation that was launched is done first; copies that have not begun are dropped."""
+        if self._compute:
+            self._compute.close()
+        self.incoming.close()
+        self.outgoing.close()
+
+
+def poison(buffer: Tensor) -> None:
+    """Fill with what nobody can overlook: NaN."""
+    buffer.fill_(float("nan") if buffer.is_floating_point() else -1)

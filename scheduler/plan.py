@@ -80,11 +80,11 @@ class TilePlan:
 
 # A tile is large enough to keep the cost of a copy and of the kernels' launches far below its time on the link
 # (8 MB take 150 microseconds at 55 GB/s), and small, because every layer's tail is up to one tile of device memory.
-TILE_BYTES = 8_000_000
+TILE_BYTES = 8 << 20
 # The ring covers the time in which the device works on other things than tiles, at most about one layer's
 # projections and MLP: 2 ms at 55 GB/s. Never more than RING_LIMIT.
-RING_BYTES = 128_000_000
-RING_LIMIT = 512_000_000
+RING_BYTES = 128 << 20
+RING_LIMIT = 512 << 20
 RING_TILES = 64
 
 

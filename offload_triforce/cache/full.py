@@ -141,14 +141,15 @@ class FullCache:
         leaving = Leaving()
         for index in range(tiles):
             start = index * tile
-            leaving.add(start, self.stream.store.write(layer, index, kv[:, :, start : start + tile]))
+            landed = self.stream.store.write(layer, index, kv[:, :, start : start + tile])
+            leaving.add(start, landed)
+            self._leaving.add(start, landed)
         self.tail.write(layer, kv[0, :, tiles * tile :], kv[1, :, tiles * tile :])
-        self._leaving = leaving
         return leaving
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
-        self._leaving.wait()  # the lane keeps its order, so all layers have landed with the last
+        self._leaving.wait()
         self.tiles = self._whole_tiles(tokens)
         self.tail.length = tokens - self.tiled
 

@@ -7,8 +7,11 @@ import random
 import torch
 from hypothesis import strategies as st
 
+from offload_triforce.kernels.ops import Rule
+
 CPU = torch.device("cpu")
 SCALING = 0.5
+RULE = Rule(SCALING)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

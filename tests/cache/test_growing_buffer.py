@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from offload_triforce.cache.buffer import GrowingBuffer
-from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
+from tests.cache.plain_text import CPU, RULE, PlainText, Rig, assert_attends, many_operations, operations
 
 
 def make(capacity, layers=2, heads=2, dim=4):
@@ -16,7 +16,7 @@ def make(capacity, layers=2, heads=2, dim=4):
 
 class BufferRig(Rig):
     def attend(self, layer, query, key, value):
-        output = self.cache.attend(layer, query, key, value, SCALING)
+        output = self.cache.attend(layer, query, key, value, RULE)
         assert_attends(output, query, self.text.kv[layer])
 
     def fill(self, kv):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.errors import InputError
-from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels import ops
 from tests.cache.chunk_choice import assert_best_choice, assert_holds, gather, positions
-from tests.cache.plain_text import CPU, SCALING, PlainText, assert_attends
+from tests.cache.plain_text import CPU, RULE, SCALING, PlainText, assert_attends
 
 BLOCK = 4
+CONTEXT = 20_000
 
 
 class RetrievalRig:
@@ -24,7 +25,7 @@ class RetrievalRig:
     def __init__(self, shape, tile, layers=2):
         self.shape, self.tile, self.text = shape, tile, PlainText(layers)
         text = self.text
-        self.cache = RetrievalCache(*text.shape, text.dim, shape, BLOCK, text.dtype, CPU)
+        self.cache = RetrievalCache(*text.shape, text.dim, shape, BLOCK, text.dtype, CPU, context=CONTEXT)
 
     def restart(self, tokens):
         """A prompt, whose last queries make the first choice. The context goes by in one piece."""
@@ -51,12 +52,13 @@ class RetrievalRig:
             kv, before = self.text.kv[layer], self.cache.chosen[layer].clone()
             packed = ops.pack_queries(queries[layer], kv.shape[1])
             near = kv[:, :, tail:]
-            mask = ops.causal_mask(queries.shape[2], near.shape[2])
-            local = ops.attention_update(ops.attention_start(packed), packed, *near, SCALING, mask)
-            refresh = self.cache.refresh(layer, packed, local, SCALING, length)
+            attention = ops.RunningAttention()
+            attention.start(queries[layer], kv.shape[1], RULE)
+            attention.update(*near, ops.Newest(ops.causal_mask(queries.shape[2], queries.shape[2])))
+            refresh = self.cache.refresh(layer, packed, attention.logsumexp(), SCALING, length)
             for start in range(0, length, tile):
                 part = kv[:, :, start : min(start + tile, length)].clone()
-                refresh.see(start, *part)
+                refresh.see(start, part)
                 part.zero_()  # tiles are staging buffers: what was chosen must have been copied
             known = bool(before[0, 0] >= 0)
             assert_best_choice(self.cache, layer, queries[layer], kv, tail, length, known)
@@ -78,7 +80,7 @@ class RetrievalRig:
         for layer in range(self.text.layers):
             places = positions(self.cache, layer, len(self.text), self.refreshed)
             seen = torch.cat([gather(self.text.kv[layer], places), kv[layer]], dim=2)
-            output = self.cache.attend(layer, queries[layer], *kv[layer], SCALING)
+            output = self.cache.attend(layer, queries[layer], *kv[layer], RULE)
             assert_attends(output, queries[layer], seen)
         self.cache.end_step(tokens)
         self.cache.rollback()
@@ -119,7 +121,7 @@ def test_a_budget_for_everything_attends_to_everything(rig, prompt, steps):
         rig.run([operation])
         kv, query, text = rig.text.draw(2), rig.text.queries(2), rig.text
         for layer in range(text.layers):
-            output = rig.cache.attend(layer, query[layer], *kv[layer], SCALING)
+            output = rig.cache.attend(layer, query[layer], *kv[layer], RULE)
             assert_attends(output, query[layer], torch.cat([text.kv[layer], kv[layer]], dim=2))
 
 

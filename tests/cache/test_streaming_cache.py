@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.errors import InputError
-from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
+from tests.cache.plain_text import CPU, RULE, PlainText, Rig, assert_attends, many_operations, operations
 
 
 def stamp(kv, start=0):
@@ -58,7 +58,7 @@ class StreamingRig(Rig):
         self.held += reading
         for layer in range(text.layers):
             key, value = stamp(text.kv[layer][:, :, reading], start)
-            output = cache.attend(layer, queries[layer], key, value, SCALING)
+            output = cache.attend(layer, queries[layer], key, value, RULE)
             assert_attends(output, queries[layer], stamp(text.kv[layer][:, :, self.held]))
         cache.end_step(len(reading))
         cache.settle(cache.pending - text.pending)

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.cache.window import WindowCache
+from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.layout import LayerShape, ModelLayout
-from offload_triforce.scheduler.device import ThreadLane
+from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.speculation import levels
 from offload_triforce.speculation.text import TokenText
 from tests.cache.chunk_choice import assert_best_choice, assert_holds, gather, positions
 from tests.cache.plain_text import CPU, SCALING, PlainText, assert_attends
-from tests.scheduler.lanes import LateLane
+from tests.scheduler.devices import LateDevice
 
 GAMMA = 4
 BLOCK = GAMMA + 1
@@ -34,7 +35,7 @@ LIMIT = 400
 class TargetRig:
     """All caches of a target beside a plain text that holds the target's own keys and values."""
 
-    def __init__(self, windows, shape, tile, lane=LateLane, ring=2, resident=0.0, limit=LIMIT):
+    def __init__(self, windows, shape, tile, device=LateDevice, ring=2, resident=0.0, limit=LIMIT):
         self.windows, self.shape, self.limit = windows, shape, limit
         text = self.kv_text = PlainText(layers=len(windows))
         where = (text.dtype, CPU)
@@ -42,13 +43,13 @@ class TargetRig:
         layout = ModelLayout(shapes, *where, vocabulary=7, max_positions=None, longrope_switch=None)
         heads = (text.kv_heads, text.dim)
         full = retrieval = window = None
-        self.lanes = lane(), lane()
+        self.device = device()
         if layout.full:
             count = len(layout.full)
             plan = TilePlan(count, *heads, 4, tile, -(-limit // tile), ring=ring, resident=resident)
-            stream = TileStream(TileStore(plan, *where, self.lanes[0]), self.lanes[1], *where)
+            stream = TileStream(TileStore(plan, text.dtype, self.device), self.device, text.dtype)
             full = FullCache(stream, shape.recent + shape.chunk + BLOCK, BLOCK, *where)
-            retrieval = RetrievalCache(count, *heads, shape, BLOCK, *where)
+            retrieval = RetrievalCache(count, *heads, shape, BLOCK, *where, context=limit + 2 * BLOCK)
         if layout.sliding:
             window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where)
         self.caches = levels.TargetCaches(layout, full, retrieval, window)
@@ -57,8 +58,7 @@ class TargetRig:
         self.prompt(0)
 
     def close(self):
-        for lane in self.lanes:
-            lane.close()
+        self.device.close()
 
     def prompt(self, tokens):
         """Another text of that many tokens, and one more that nobody has read yet."""
@@ -72,7 +72,7 @@ class TargetRig:
             near = max(0, tokens - max(self.shape.recent, queries.shape[2]))
             for layer, window in enumerate(self.windows):
                 place, kv = caches.place[layer], kv_text.kv[layer]
-                caches.fill_layer(layer, kv, queries[layer], SCALING)
+                caches.fill_layer(layer, kv, queries[layer], Rule(SCALING, window))
                 if window is None:
                     assert_best_choice(
                         caches.retrieval, place, queries[layer], kv, near, tokens, near >= self.shape.sink
@@ -107,7 +107,7 @@ class TargetRig:
             if window is None:
                 place = caches.place[layer]
                 held = gather(held, positions(caches.retrieval, place, length, self.refreshed))
-            output = view.attend(layer, queries[layer], *kv[layer], SCALING, window)
+            output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
             assert_attends(output, queries[layer], torch.cat([held, self.drafts[layer]], dim=2), window)
 
     def verify(self, accepted):
@@ -136,7 +136,7 @@ class TargetRig:
         for layer, window in enumerate(self.windows):
             place, whole = caches.place[layer], kv_text.kv[layer]
             known = window is None and bool(caches.retrieval.chosen[place, 0, 0] >= 0)
-            output = view.attend(layer, queries[layer], *kv[layer], SCALING, window)
+            output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
             assert_attends(output, queries[layer], whole, window)
             if window is None:
                 tail = caches.full.tiled
@@ -196,7 +196,7 @@ def test_levels_see_what_a_plain_list_says(windows, shape, chunks, ring, residen
 def test_thousands_of_steps():
     chance = random.Random(0)
     shape = RetrievalShape(72, 4, 4, 16)
-    rig = TargetRig([None, 24], shape, tile=128, lane=ThreadLane, ring=2, resident=0.4, limit=4000)
+    rig = TargetRig([None, 24], shape, tile=128, device=EmulatedDevice, ring=2, resident=0.4, limit=4000)
     rig.prompt(40)
     for _ in range(1000):
         for _ in range(chance.randint(0, 2)):
@@ -217,7 +217,7 @@ def test_choosing_costs_no_link_bytes():
     """A pass fetches each streamed tile once, and a refresh is made of what it fetches anyway."""
     rig = TargetRig([None, None], RetrievalShape(24, 4, 4, 8), tile=8)
     rig.prompt(100)
-    to_host, to_device = rig.lanes
+    to_host, to_device = rig.device.outgoing, rig.device.incoming
     full = rig.caches.full
     assert full.tiles == (100 - full.keep) // 8
     assert (to_host.moved, to_device.moved) == (2 * full.tiles * full.stream.plan.tile_bytes, 0)

@@ -10,16 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_triforce.scheduler.device import ThreadLane, make_lane
+from offload_triforce.scheduler.device import contiguous_pieces
+from offload_triforce.scheduler.emulated import EmulatedDevice
+from tests.scheduler.devices import chaotic
 
 pytestmark = pytest.mark.timeout(30)
 
 
 @pytest.fixture
 def lane():
-    lane = ThreadLane()
-    yield lane
-    lane.close()
+    device = EmulatedDevice()
+    yield device.incoming
+    device.close()
 
 
 def test_copies_run_in_the_order_of_submission(lane):
@@ -69,52 +71,133 @@ def test_a_failed_copy_raises_where_it_is_waited_for(lane):
 def test_emulated_link_is_never_faster_than_its_bandwidth(sizes):
     """A lower bound only: how late a machine wakes up is no business of a test."""
     gbps = 0.01
-    lane = ThreadLane(gbps)
+    device = EmulatedDevice(gbps)
+    lane = device.incoming
     started = time.perf_counter()
     copies = [lane.submit(torch.empty(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)) for n in sizes]
     for done, copy in enumerate(copies, start=1):
         copy.wait()
         assert time.perf_counter() - started >= sum(sizes[:done]) / (gbps * 1e9)
-    lane.close()
+    device.close()
 
 
 def test_idle_time_is_not_saved_up():
     """A link that has stood still is no faster afterwards."""
-    lane = ThreadLane(gbps=0.01)
+    device = EmulatedDevice(gbps=0.01)
+    lane = device.incoming
     source, target = torch.zeros(200_000, dtype=torch.uint8), torch.zeros(200_000, dtype=torch.uint8)
     lane.submit(target, source).wait()
     time.sleep(0.1)
     started = time.perf_counter()
     lane.submit(target, source).wait()
     assert time.perf_counter() - started >= 0.02
-    lane.close()
+    device.close()
 
 
 def test_close_drops_what_has_not_begun():
     """Fifty copies of a tenth of a second: close comes long before the last."""
-    lane = ThreadLane(gbps=0.01)
+    device = EmulatedDevice(gbps=0.01)
+    lane = device.incoming
     targets = [torch.zeros(1_000_000, dtype=torch.uint8) for _ in range(50)]
     for target in targets:
         lane.submit(target, torch.ones_like(target))
-    lane.close()
+    device.close()
     assert int(targets[-1].sum()) == 0
-    lane.close()  # a second time does no harm
+    device.close()  # a second time does no harm
 
 
 @pytest.mark.timeout(10)
 def test_waiting_for_a_dropped_copy_raises():
     """Rather than for ever: what was dropped at ``close``, and what comes after it."""
-    lane = ThreadLane(gbps=0.01)
+    device = EmulatedDevice(gbps=0.01)
+    lane = device.incoming
     source, target = (torch.zeros(500_000, dtype=torch.uint8) for _ in range(2))
     copies = [lane.submit(target, source) for _ in range(20)]
-    lane.close()
+    device.close()
     with pytest.raises(RuntimeError):
         copies[-1].wait()
     with pytest.raises(RuntimeError):
         lane.submit(target, source).wait()
 
 
-def test_make_lane_for_the_cpu():
-    lane = make_lane(torch.device("cpu"), None, "h2d")
-    assert isinstance(lane, ThreadLane)
-    lane.close()
+@given(st.lists(st.integers(0, 2000), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=5)
+def test_latency_counts_per_copy(sizes):
+    device = EmulatedDevice(latency_us=2000)
+    started = time.perf_counter()
+    for n in sizes:
+        copy = device.incoming.submit(torch.empty(n), torch.zeros(n))
+    copy.wait()
+    assert time.perf_counter() - started >= 0.002 * len(sizes)
+    device.close()
+
+
+def test_directions_do_not_wait_for_each_other():
+    """A long copy to the host does not hold up one to the device."""
+    device = EmulatedDevice(gbps=0.001)
+    device.outgoing.submit(torch.zeros(5000, dtype=torch.uint8), torch.zeros(5000, dtype=torch.uint8))
+    started = time.perf_counter()
+    device.outgoing.submit(torch.zeros(10**6, dtype=torch.uint8), torch.zeros(10**6, dtype=torch.uint8))
+    device.incoming.submit(torch.zeros(1), torch.zeros(1)).wait()
+    assert time.perf_counter() - started < 0.9, "the long one takes a second"
+    device.close()
+
+
+def test_chaos_computes_in_order_and_later():
+    device, seen = chaotic(longest_ms=20), []
+    for i in range(20):
+        device.launch("count", seen.append, i)
+    assert len(seen) < 20
+    device.finish()
+    assert seen == list(range(20))
+    device.close()
+
+
+def test_chaos_copies_after_what_it_was_told_to_wait_for():
+    """The computation reads the target late; a copy that waits for it changes nothing."""
+    for seed in range(20):
+        device, seen = chaotic(seed, longest_ms=2), []
+        target = torch.zeros(4)
+        device.launch("read", lambda target=target, seen=seen: seen.append(target.clone()))
+        device.incoming.submit(target, torch.ones(4), after=device.record()).wait()
+        device.finish()
+        assert torch.equal(seen[0], torch.zeros(4))
+        assert torch.equal(target, torch.ones(4))
+        device.close()
+
+
+def test_chaos_poisons():
+    """New buffers, released ones, and the target of a copy that is under way."""
+    device = chaotic(longest_ms=0.01)
+    buffer = device.empty((3,), torch.float16)
+    assert buffer.isnan().all()
+    assert (device.host_empty((3,), torch.int8) == -1).all()
+    device.incoming.submit(buffer, torch.ones(3)).wait()
+    assert torch.equal(buffer, torch.ones(3, dtype=torch.float16))
+    device.release(buffer).wait()
+    assert buffer.isnan().all()
+    device.close()
+
+
+def test_a_failed_computation_raises_at_the_end_of_it():
+    device = chaotic()
+    device.launch("fail", lambda: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        device.finish()
+    device.finish()
+    device.close()
+
+
+@pytest.mark.parametrize("piece", [(2, 3, 4, 5), (2, 3, 2, 5), (2, 3, 4, 2)], ids=["whole", "tokens", "dims"])
+def test_contiguous_pieces_cover_both_sides(piece):
+    """As in the tail: a slice of tokens of [2, K, n, D] falls into one piece per head."""
+    whole, target = torch.arange(120.0).reshape(2, 3, 4, 5), torch.zeros(piece)
+    source = whole[:, :, : piece[2], : piece[3]]
+    ones, others = contiguous_pieces(target, source), contiguous_pieces(source, target)
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.is_contiguous()
+        assert other.is_contiguous()
+        one.copy_(other)
+    assert torch.equal(target, source)
+    assert len(ones) == {(2, 3, 4, 5): 1, (2, 3, 2, 5): 6, (2, 3, 4, 2): 24}[piece]

@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload_triforce.scheduler.device import ThreadLane
-from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.pipeline import Leaving, TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
-from tests.scheduler.lanes import LANES, EagerLane, LateLane
-
-CPU = torch.device("cpu")
+from tests.scheduler.devices import DEVICES, LateDevice
 
 
 def make_plan(layers=3, tiles=4, ring=2, resident=0.0):
@@ -28,30 +27,31 @@ def contents(layer, tile):
 class Pipeline:
     """A filled store and a stream over it."""
 
-    def __init__(self, plan, lane="thread"):
+    def __init__(self, plan, device="thread"):
         self.plan = plan
-        self.incoming, self.outgoing = LANES[lane](), LANES[lane]()
-        self.store = TileStore(plan, torch.float32, CPU, self.outgoing)
-        self.stream = TileStream(self.store, self.incoming, torch.float32, CPU)
+        self.device = DEVICES[device]()
+        self.incoming, self.outgoing = self.device.incoming, self.device.outgoing
+        self.store = TileStore(plan, torch.float32, self.device)
+        self.stream = TileStream(self.store, self.device, torch.float32)
         for layer in range(plan.layers):
             for tile in range(plan.tiles):
-                self.store.write(layer, tile, contents(layer, tile))
-        self.store.flush()
+                self.store.write(layer, tile, contents(layer, tile)).wait()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.incoming.close()
-        self.outgoing.close()
+        self.device.close()
 
     def check_layer(self, layer, tiles):
         """Read one layer of the pass under way. Each tile is looked at while it is the current one."""
         seen = []
         for tile in self.stream.tiles(layer):
-            assert torch.equal(tile.kv, contents(layer, tile.index))
-            seen.append(tile.index)
-        assert seen == list(range(tiles))
+            self.device.launch("look", lambda tile: seen.append((tile.index, tile.kv.clone())), tile)
+        self.device.finish()
+        assert [index for index, _ in seen] == list(range(tiles))
+        for index, kv in seen:
+            assert torch.equal(kv, contents(layer, index))
 
     def check_pass(self, tiles):
         self.stream.begin(tiles)
@@ -59,11 +59,11 @@ class Pipeline:
             self.check_layer(layer, tiles)
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("ring", [1, 2, 3, 5, 20])
-def test_contents_at_any_ring_size(ring, resident, lane):
-    with Pipeline(make_plan(ring=ring, resident=resident), lane) as pipe:
+def test_contents_at_any_ring_size(ring, resident, device):
+    with Pipeline(make_plan(ring=ring, resident=resident), device) as pipe:
         for tiles in (4, 1, 0, 3, 4):
             pipe.check_pass(tiles)
 
@@ -75,7 +75,7 @@ def test_each_streamed_tile_crosses_the_link_once(resident):
         for tiles in (4, 2, 4):
             before = pipe.incoming.moved
             pipe.check_pass(tiles)
-            assert pipe.incoming.moved - before == len(pipe.plan.stream_order(tiles)) * pipe.plan.tile_bytes
+            assert pipe.incoming.moved - before == pipe.plan.streamed_bytes(tiles)
         assert pipe.outgoing.moved == pipe.plan.host_bytes, "a pass writes nothing back"
 
 
@@ -85,7 +85,7 @@ def test_begin_fills_the_ring_across_layers(ring, resident):
     """One tile per layer: a ring of 5 has to hold tiles of 5 layers before anybody asks for the first."""
     with Pipeline(make_plan(layers=9, tiles=1, ring=ring, resident=resident), "late") as pipe:
         pipe.stream.begin(1)
-        order = pipe.plan.stream_order(1)
+        order = list(pipe.plan.stream_order(1))
         sources = [source for _, source in pipe.incoming.submitted]
         assert len(sources) == ring
         for source, (layer, tile) in zip(sources, order, strict=False):
@@ -128,28 +128,37 @@ def test_an_interrupted_pass_gives_all_slots_back(steps):
         assert len(pipe.incoming.submitted) == before + 3
 
 
-@pytest.mark.parametrize("lane", LANES)
-def test_rewritten_tiles_are_fetched_anew(lane):
-    with Pipeline(make_plan(resident=0.4), lane) as pipe:
+@pytest.mark.parametrize("device", DEVICES)
+def test_rewritten_tiles_are_fetched_anew(device):
+    with Pipeline(make_plan(resident=0.4), device) as pipe:
         pipe.check_pass(4)
         for layer in range(3):
-            pipe.store.write(layer, 1, contents(layer, 7))
-        pipe.store.flush()
+            pipe.store.write(layer, 1, contents(layer, 7)).wait()
         pipe.stream.begin(2)
         for layer in range(3):
-            first, second = (tile.kv.clone() for tile in pipe.stream.tiles(layer))
-            assert torch.equal(first, contents(layer, 0))
-            assert torch.equal(second, contents(layer, 7))
+            seen = []
+            for tile in pipe.stream.tiles(layer):
+                pipe.device.launch("look", lambda tile, seen=seen: seen.append(tile.kv.clone()), tile)
+            pipe.device.finish()
+            assert torch.equal(seen[0], contents(layer, 0))
+            assert torch.equal(seen[1], contents(layer, 7))
 
 
-def test_flush_waits_for_the_writes():
-    """The tail moves up right after a flush, so the copies have to be through by then."""
-    store = TileStore(make_plan(), torch.float32, CPU, LateLane())
-    source = contents(0, 0)
-    store.write(0, 0, source)
-    store.flush()
-    source.zero_()
-    assert torch.equal(store.place(0, 0), contents(0, 0))
+def test_leaving_waits_for_the_copies_of_the_first_tokens():
+    """The prefill overwrites a layer's buffer from the front, while the layer before is still leaving it."""
+    device = LateDevice()
+    store = TileStore(make_plan(), torch.float32, device)
+    sources = [contents(0, tile) for tile in range(4)]
+    leaving = Leaving()
+    for tile, source in enumerate(sources):
+        leaving.add(3 * tile, store.write(0, tile, source))
+    leaving.wait(4)
+    assert device.outgoing.started == 2, "token 3 lies in the second tile"
+    sources[0].zero_()
+    sources[1].zero_()
+    leaving.wait()
+    for tile in range(4):
+        assert torch.equal(store.place(0, tile), contents(0, tile))
 
 
 class _OddStore(TileStore):
@@ -162,22 +171,42 @@ class _OddStore(TileStore):
 
 @pytest.mark.timeout(20)
 def test_failed_fetch_raises_at_its_tile():
-    plan, lane, out = make_plan(), ThreadLane(), EagerLane()
-    stream = TileStream(_OddStore(plan, torch.float32, CPU, out), lane, torch.float32, CPU)
+    plan, device = make_plan(), EmulatedDevice()
+    stream = TileStream(_OddStore(plan, torch.float32, device), device, torch.float32)
     stream.begin(4)
     assert len(list(stream.tiles(0))) == 4
     rest = stream.tiles(1)
     assert [next(rest).index, next(rest).index] == [0, 1]
     with pytest.raises(RuntimeError, match="copy over the link failed"):
         next(rest)
-    lane.close()
+    device.close()
 
 
 @pytest.mark.timeout(20)
-def test_failed_write_raises_at_flush():
-    lane = ThreadLane()
-    store = TileStore(make_plan(), torch.float32, CPU, lane)
-    store.write(0, 0, torch.zeros(2, 2, 2, 4))
+def test_failed_write_raises_where_it_is_waited_for():
+    device = EmulatedDevice()
+    store = TileStore(make_plan(), torch.float32, device)
+    written = store.write(0, 0, torch.zeros(2, 2, 2, 4))
     with pytest.raises(RuntimeError, match="copy over the link failed"):
-        store.flush()
-    lane.close()
+        written.wait()
+    device.close()
+
+
+class _Counting(TorchDispatchMode):
+    """Writes down every operation that torch is asked for on this thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_allocates_nothing():
+    """The pipeline only hands out views of the ring."""
+    with Pipeline(make_plan(ring=2, resident=0.4)) as pipe, _Counting() as counting:
+        pipe.stream.begin(4)
+        assert sum(1 for layer in range(3) for _ in pipe.stream.tiles(layer)) == 12
+    assert set(counting.seen) <= {"select"}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
 
 plans = st.builds(
     TilePlan,
@@ -31,7 +31,7 @@ def all_tiles(plan, tiles):
 @given(plans, st.data())
 def test_every_tile_is_resident_or_streamed_once_and_in_order(plan, data):
     tiles = data.draw(st.integers(0, plan.tiles))
-    streamed = plan.stream_order(tiles)
+    streamed = list(plan.stream_order(tiles))
     resident = [key for key in plan.resident_tiles() if key[1] < tiles]
     assert streamed == sorted(streamed)
     assert resident == sorted(resident)
@@ -58,14 +58,14 @@ def test_resident_tiles_are_spread_evenly(plan):
 def test_resident_count(resident, expected):
     plan = TilePlan(4, 2, 64, 2, 128, tiles=5, ring=2, resident=resident)
     assert len(plan.resident_tiles()) == expected
-    assert len(plan.stream_order(5)) == 20 - expected
+    assert len(list(plan.stream_order(5))) == 20 - expected
 
 
 @given(plans)
 def test_bytes_add_up(plan):
     element_count = 2 * plan.layers * plan.tiles * plan.tile_tokens * plan.kv_heads * plan.head_dim
     assert plan.host_bytes + plan.resident_bytes == element_count * plan.itemsize
-    assert plan.host_bytes == len(plan.stream_order(plan.tiles)) * plan.tile_bytes
+    assert plan.host_bytes == plan.streamed_bytes(plan.tiles)
     assert plan.ring_bytes == plan.ring * plan.tile_bytes
     assert plan.tile_bytes == plan.token_bytes * plan.tile_tokens
 
@@ -76,3 +76,32 @@ def test_bytes_of_llama_2_7b_at_128k():
     assert plan.host_bytes == 2 * 32 * 32 * 128 * 2 * 131072 == 68_719_476_736
     assert plan.resident_bytes == 0
     assert plan.ring_bytes == 4 * 16_777_216
+
+
+@given(st.integers(1, 10**6), st.integers(2, 2**21), st.sampled_from([1, 3, 8, 24, 32]))
+def test_chosen_tile(token_bytes, context, multiple):
+    """A multiple of the chunk; never more than 8 MB, unless a single multiple is."""
+    tile = choose_tile(token_bytes, context, multiple)
+    assert tile % multiple == 0
+    assert tile >= multiple
+    assert tile * token_bytes <= 8 << 20 or tile == multiple
+    assert tile * 8 <= context or tile == multiple
+
+
+@given(st.integers(1, 10**9))
+def test_chosen_ring(tile_bytes):
+    ring = choose_ring(tile_bytes)
+    assert 1 <= ring <= 64
+    assert ring * tile_bytes <= RING_LIMIT or ring == 1
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tile", "ring"),
+    [(32, 512, 16), (8, 2048, 16), (4, 4096, 16)],
+    ids=["Llama-2-7B", "Llama-3.1-8B", "Qwen2.5-7B"],
+)
+def test_choices_for_well_known_shapes(kv_heads, tile, ring):
+    """bf16, head dimension 128: 8 MB tiles, 128 MB of ring."""
+    token_bytes = 2 * kv_heads * 128 * 2
+    assert choose_tile(token_bytes, 131072, 8) == tile
+    assert choose_ring(tile * token_bytes) == ring

@@ -1,0 +1,103 @@
+"""Devices that make mistakes of timing visible every time, where threads would show them now and then."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
+
+
+class EagerDevice:
+    """Copies at once: whoever hands a buffer out too early finds it overwritten. The simplest device there is."""
+
+    trace = None
+
+    def __init__(self):
+        self.incoming, self.outgoing = self._lane(), self._lane()
+
+    def _lane(self):
+        return EagerLane()
+
+    def empty(self, shape, dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    host_empty = empty
+
+    def record(self):
+        return _Done()
+
+    def release(self, buffer):
+        return _Done()
+
+    def launch(self, name, work, *args):
+        work(*args)
+
+    def finish(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class LateDevice(EagerDevice):
+    """Copies when waited for: whoever reads without waiting, or changes a source, finds wrong data."""
+
+    def _lane(self):
+        return LateLane()
+
+
+class _Done:
+    def wait(self):
+        pass
+
+
+class EagerLane:
+    def __init__(self):
+        self.moved = 0
+        self.submitted = []  # (target, source) of every copy
+
+    def submit(self, target, source, after=None):
+        self.moved += source.nbytes
+        self.submitted.append((target, source))
+        return self._start(target, source)
+
+    def _start(self, target, source):
+        target.copy_(source)
+        return _Done()
+
+
+class LateLane(EagerLane):
+    def __init__(self):
+        super().__init__()
+        self.started = 0
+
+    def _start(self, target, source):
+        return _Late(self, len(self.submitted))
+
+    def catch_up(self, count):
+        for target, source in self.submitted[self.started : count]:
+            target.copy_(source)
+        self.started = max(self.started, count)
+
+
+class _Late:
+    def __init__(self, lane, count):
+        self.lane, self.count = lane, count
+
+    def wait(self):
+        self.lane.catch_up(self.count)
+
+
+def chaotic(seed=0, longest_ms=0.05):
+    """A device with asynchronous computation, random delays and poisoned buffers."""
+    return EmulatedDevice(chaos=Chaos(seed, longest_ms))
+
+
+DEVICES = {
+    "eager": EagerDevice,
+    "late": LateDevice,
+    "thread": EmulatedDevice,
+    "chaos": functools.partial(chaotic, 1),
+}

@@ -1,0 +1,261 @@
+"""The Triton attention kernels against their eager twin."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from offload_triforce.kernels import ops, reference
+from offload_triforce.kernels.reference import Newest, Rule, causal_mask, pack_queries
+
+attention = pytest.importorskip("offload_triforce.kernels.verify_attention", reason="needs Triton")
+
+# (relative, absolute). Unlike their twin, the kernels round the softmax weights to the type of the values.
+TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2e-3, 1e-3)}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def draw(device, *shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def draw_tiles(device, kv_heads, sizes, dim, dtype=torch.float32):
+    """Keys and values of tiles, [2, K, n, D] each: views into a buffer which is NaN wherever it is no tile's."""
+    buffer = torch.full((2, kv_heads, sum(sizes) + 7 * len(sizes), dim), math.nan, dtype=dtype, device=device)
+    tiles, start = [], 3
+    for size in sizes:
+        tile = buffer[:, :, start : start + size]
+        tile.copy_(draw(device, 2, kv_heads, size, dim, dtype=dtype, seed=start))
+        tiles.append(tile)
+        start += size + 7
+    return tiles
+
+
+def assert_twins(query, steps, rule, kv_heads, behind=None):
+    """Run both over ``steps`` of (tile, newest); compare the log-sum-exp after each step, and the output.
+
+    ``behind`` fills the twin's copy of a tile where the tile itself has NaN, which the kernel must not read.
+    """
+    packed = pack_queries(query, kv_heads)
+    (buffer,) = attention.state_buffers((), packed)
+    state = attention.attention_start((buffer.fill_(math.nan),), packed)
+    twin = reference.attention_start(packed)
+    for tile, newest in steps:
+        state = attention.attention_update(state, packed, *tile, rule, newest)
+        clean = tile if behind is None else tile.nan_to_num(behind)
+        twin = reference.attention_update(twin, packed, *clean, rule, newest)
+        actual, expected = attention.attention_logsumexp(state), reference.attention_logsumexp(twin)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    heads = query.shape[0]
+    actual = attention.attention_finish(state, heads, query.dtype)
+    expected = reference.attention_finish(twin, heads, query.dtype)
+    rtol, atol = TOLERANCES[query.dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    return actual
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("kv_heads", "groups", "tokens", "dim"),
+    [(1, 1, 1, 128), (3, 1, 5, 64), (1, 3, 13, 80), (3, 4, 1, 96), (1, 4, 5, 256), (1, 1, 123, 64)],
+)
+def test_tiles_of_any_size(device, kv_heads, groups, tokens, dim, dtype):
+    """Prefix tiles that all see, then the queries' own keys under a causal mask, then again a tile."""
+    query = draw(device, kv_heads * groups, tokens, dim, dtype=dtype, seed=1)
+    sizes = (123, 1, tokens + 2, 7)
+    newest = Newest(causal_mask(tokens, tokens + 2, device=device))
+    steps = zip(draw_tiles(device, kv_heads, sizes, dim, dtype), (None, None, newest, None), strict=True)
+    assert_twins(query, steps, Rule(dim**-0.5), kv_heads)
+
+
+@pytest.mark.parametrize("sizes", [(300, 512), (512, 7)])
+def test_many_queries(device, sizes):
+    query = draw(device, 2, 512, 64, dtype=torch.bfloat16, seed=1)
+    newest = Newest(causal_mask(512, 512, device=device))
+    tiles = draw_tiles(device, 1, sizes, 64, torch.bfloat16)
+    assert_twins(query, [(tile, newest if tile.shape[2] == 512 else None) for tile in tiles], Rule(0.125), 1)
+
+
+def tree(device, tokens, masked, seed=0):
+    """A mask under which every query sees itself and some others, in any order."""
+    mask = torch.rand(tokens, masked, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[:, -tokens:].fill_diagonal_(True)
+    return mask.to(device)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "masked", "keys", "rule"),
+    [
+        (1, 1, 50, Rule(0.1)),
+        (5, 5, 5, Rule(0.1, 2)),
+        (5, 9, 123, Rule(0.1, 30)),
+        (5, 9, 123, Rule(0.1, 3, 5.0)),
+        (13, 40, 60, Rule(0.1, 20)),
+        (13, 40, 60, Rule(0.1, None, 2.0)),
+        (20, 20, 70, Rule(0.1, 60, 50.0)),
+    ],
+)
+def test_tree_masks_windows_and_softcaps(device, tokens, masked, keys, rule):
+    """Small windows hide whole blocks of keys, soft-caps change every score, and the mask may cover older keys too."""
+    query = draw(device, 6, tokens, 64, seed=1)
+    first, last = draw_tiles(device, 2, (30, keys), 64)
+    assert_twins(query, [(first, None), (last, Newest(tree(device, tokens, masked)))], rule, 2)
+
+
+@pytest.mark.parametrize("window", [1, 4, 40])
+@pytest.mark.parametrize("length", [None, 70])
+def test_positions_in_a_tree(device, window, length):
+    """Branches of a tree share positions, so that a window reaches equally far back from each."""
+    tokens, end = 6, length or 90
+    positions = torch.tensor([0, 1, 1, 2, 2, 1], device=device) + end - tokens
+    length = None if length is None else torch.tensor([length], device=device)
+    query = draw(device, 3, tokens, 64, seed=1)
+    first, last = draw_tiles(device, 1, (40, 90), 64)
+    mask = tree(device, tokens, tokens) | torch.eye(tokens, dtype=torch.bool, device=device)
+    assert_twins(query, [(first, None), (last, Newest(mask, positions, length))], Rule(0.125, window), 1)
+
+
+def test_masks_of_any_strides(device):
+    query = draw(device, 3, 5, 64, seed=1)
+    first, last = draw_tiles(device, 1, (20, 40), 64)
+    mask = tree(device, 5, 9)
+    transposed = mask.t().contiguous().t()
+    within = torch.zeros(11, 30, dtype=torch.bool, device=device)[::2, 3:21:2][:5].copy_(mask)
+    expanded = torch.ones(1, 1, dtype=torch.bool, device=device).expand(5, 9)
+    for each in (mask, transposed, within, expanded):
+        assert_twins(query, [(first, None), (last, Newest(each))], Rule(0.125), 1)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("length", [0, 3, 5, 64, 70, 122, 123])
+def test_what_lies_behind_the_length_is_not_read(device, length, window):
+    """A buffer of 123 keys with NaN behind ``length``; when that is less than the mask, its first columns are unused."""
+    query = draw(device, 3, 5, 64, seed=1)
+    first, last = draw_tiles(device, 1, (20, 123), 64)
+    last[:, :, length:] = math.nan
+    newest = Newest(causal_mask(5, 5, device=device), None, torch.tensor([length], device=device))
+    for steps in ([(first, None), (last, newest)], [(last, newest), (first, None)]):
+        assert_twins(query, steps, Rule(0.125, window), 1, behind=0.0)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_scores_of_any_size_neither_overflow_nor_vanish(device, order):
+    """exp(300) is infinite in float32: each tile has to be weighed against the largest score so far."""
+    query = torch.ones(1, 3, 64, device=device)
+    tiles = draw_tiles(device, 1, (40, 50, 40), 64)
+    for tile, middle in zip(tiles, (-280, 0, 280), strict=True):
+        tile[0] = torch.linspace(middle - 20, middle + 20, tile.shape[2], device=device).round()[:, None] / 64
+    assert_twins(query, [(tiles[which], None) for which in order], Rule(1.0), 1)
+
+
+def test_queries_that_see_nothing(device):
+    """Not in one tile, first or later; and never: then zeros, and no mass."""
+    query = draw(device, 2, 4, 64, seed=1)
+    some = torch.tensor([True, False, True, False], device=device)[:, None].expand(4, 9)
+    tiles = draw_tiles(device, 1, (9, 9, 9), 64)
+    everything = [(tiles[0], Newest(some)), (tiles[1], Newest(~some)), (tiles[2], Newest(some))]
+    assert_twins(query, everything, Rule(0.125), 1)
+    packed = pack_queries(query, 1)
+    state = attention.attention_start(attention.state_buffers((), packed), packed)
+    assert attention.attention_logsumexp(state).isneginf().all()
+    assert not attention.attention_finish(state, 2, torch.float32).any()
+    for tile in tiles:
+        state = attention.attention_update(state, packed, *tile, Rule(0.125), Newest(some))
+    seen = attention.attention_logsumexp(state).view(2, 4)
+    output = attention.attention_finish(state, 2, torch.float32)
+    assert seen[:, [1, 3]].isneginf().all()
+    assert not output[:, [1, 3]].any()
+    assert seen[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("splits", [1, 4, 32])
+def test_any_number_of_splits(device, splits, monkeypatch):
+    """Most of 32 splits get no keys at all."""
+    monkeypatch.setattr(attention, "split_count", lambda *_: splits)
+    query = draw(device, 6, 5, 80, seed=1)
+    tiles = draw_tiles(device, 2, (1, 300, 7, 200), 80)
+    newest = (None, None, Newest(causal_mask(5, 5, device=device)), None)
+    assert_twins(query, zip(tiles, newest, strict=True), Rule(0.1), 2)
+
+
+@pytest.mark.parametrize(("kv_heads", "rows"), [(1, 1), (2, 16), (8, 16), (8, 64), (8, 2048), (40, 1)])
+@pytest.mark.parametrize("multiprocessors", [34, 128, 170])
+def test_splits_fill_the_device(kv_heads, rows, multiprocessors, monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    blocks = kv_heads * math.ceil(rows / 64)
+    size = kv_heads * rows * 128 * 4
+    splits = attention.split_count.__wrapped__(blocks, size, torch.device("cuda"))
+    assert splits in (1, 2, 4, 8, 16, 32)
+    assert splits == 1 or (splits * blocks <= 2 * multiprocessors and splits * size <= attention.MOST_STATE)
+    enough = splits * blocks > multiprocessors
+    assert enough or splits == attention.MOST_SPLITS or 2 * splits * size > attention.MOST_STATE
+
+
+def test_one_buffer_serves_all_smaller_blocks(device):
+    """A pass allocates nothing: the room of its largest block does for the others, which do not see what is in it."""
+    large, small = draw(device, 6, 40, 64, seed=1), draw(device, 6, 3, 64, seed=2)
+    buffers = attention.state_buffers((), pack_queries(large, 2))
+    (tile,) = draw_tiles(device, 2, (50,), 64)
+    for query in (large, small, large):
+        packed = pack_queries(query, 2)
+        assert attention.state_buffers(buffers, packed) is buffers
+        state = attention.attention_start(buffers, packed)
+        state = attention.attention_update(state, packed, *tile, Rule(0.125))
+        twin = reference.attention_update(reference.attention_start(packed), packed, *tile, Rule(0.125))
+        actual, expected = (m.attention_finish(s, 6, torch.float32) for m, s in ((attention, state), (reference, twin)))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=3e-6)
+    larger = pack_queries(draw(device, 6, 400, 64), 2)
+    assert attention.state_buffers(buffers, larger)[0].numel() > buffers[0].numel()
+
+
+@pytest.mark.parametrize("far", ["heads", "tokens", "rows", "mask"])
+def test_offsets_pass_two_to_the_31(device, arena, far):
+    """Each stride fits 32 bits, but a few steps of it do not."""
+    far_head, far_token = 3 << 28, (1 << 29) + 4096
+    heads, tokens = 4, 5
+    key, value = draw(device, 2, heads, tokens, 64, dtype=torch.float16)
+    if far in ("heads", "tokens"):
+        strides = (far_head, 64, 1) if far == "heads" else (320, far_token, 1)
+        key, value = arena(key, strides), arena(value, strides)
+    query = draw(device, heads, tokens, 64, dtype=torch.float16, seed=2)
+    if far == "rows":
+        query = arena(query, (320, far_token, 1))
+    mask = tree(device, tokens, tokens)
+    if far == "mask":
+        mask = arena(mask, (far_token, 1))
+    assert_twins(query, [((key, value), Newest(mask))], Rule(0.125), heads)
+
+
+def test_elements_that_are_not_neighbours_are_refused(device):
+    query, rule = draw(device, 2, 3, 64), Rule(0.125)
+    key = draw(device, 2, 64, 9).mT
+    with pytest.raises(ValueError, match="neighbours"):
+        attention.attention_start((), query.mT.contiguous().mT)
+    state = attention.attention_start(attention.state_buffers((), query), query)
+    for pair in ((key, key.contiguous()), (key.contiguous(), key)):
+        with pytest.raises(ValueError, match="neighbours"):
+            attention.attention_update(state, query, *pair, rule)
+
+
+def test_running_attention_uses_the_kernels(device, monkeypatch):
+    """One object for layer after layer, on the CPU too if asked."""
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
+    running = ops.RunningAttention()
+    rule, newest = Rule(0.125, 20, 9.0), Newest(causal_mask(5, 5, device=device))
+    first, last = draw_tiles(device, 2, (30, 40), 64)
+    for layer in range(2):
+        query = draw(device, 6, 5, 64, seed=layer)
+        running.start(query, 2, rule)
+        running.update(*first)
+        running.update(*last, newest)
+        assert isinstance(running._state, attention.SplitAttention)
+        twin = reference.attention_start(running.packed)
+        twin = reference.attention_update(twin, running.packed, *first, rule)
+        twin = reference.attention_update(twin, running.packed, *last, rule, newest)
+        torch.testing.assert_close(running.logsumexp(), reference.attention_logsumexp(twin), rtol=1e-5, atol=1e-5)
+        expected = reference.attention_finish(twin, 6, torch.float32)
+        torch.testing.assert_close(running.finish(), expected, rtol=1e-5, atol=3e-6)

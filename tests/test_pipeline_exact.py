@@ -1,0 +1,123 @@
+"""Logits through the pipeline are those of the simplest path, bit for bit, whatever the threads do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from offload_triforce.config import Settings
+from offload_triforce.model.adapter import attached
+from offload_triforce.model.layout import probe
+from offload_triforce.runtime import Runtime
+from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
+from offload_triforce.scheduler.pipeline import Leaving, TileStream
+from offload_triforce.speculation.levels import FullLevel
+from offload_triforce.speculation.text import TokenText
+from tests.scheduler.devices import EagerDevice, chaotic
+from tests.tiny import prompt_ids, tiny_model
+
+SETTINGS = Settings(chunk=2, sink=2, recent=3, budget=24, gamma=3, tile=6, ring=3, prefill_chunk=13, resident=0.2)
+PROMPT, PASSES = 50, 6
+
+
+def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS):
+    """All logits of a prefill and some passes, each of 4 tokens of which 3 are kept: [passes * 4, V]."""
+    prompt = prompt_ids(PROMPT)[0] if prompt is None else prompt
+    runtime = Runtime(model, layout, settings, len(prompt) + 4 * passes + 4, device=device)
+    raw = SimpleNamespace(distributions=lambda rows, ids, length: rows)
+    text = TokenText(prompt, len(prompt) + 4 * passes + 5)
+    rows = []
+    try:
+        with attached(model), torch.no_grad():
+            runtime.prefill(text.ids[:-1], None)
+            target = FullLevel(model, runtime.caches, raw, refresh=True)
+            for _ in range(passes):
+                text.append([5, 7, 11])
+                rows.append(target.score(text, 3))
+                text.truncate(len(text) - 1)
+                target.keep(len(text) - 1)
+                target.settle()
+        kept = [runtime.caches.full.read(layer).clone() for layer in range(len(layout.full))]
+        return torch.cat(rows), kept, runtime.caches.retrieval.kv.clone()
+    finally:
+        runtime.close()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = tiny_model("llama")
+    layout = probe(model)
+    return model, layout, logits(model, layout, EagerDevice())
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        for part, same in zip(one, other, strict=True):
+            assert torch.equal(part, same)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_bit_identical_under_200_seeds(llama, block):
+    model, layout, expected = llama
+    for seed in range(20 * block, 20 * block + 20):
+        assert_same(logits(model, layout, chaotic(seed)), expected)
+
+
+@pytest.mark.parametrize("settings", [{"ring": 1}, {"ring": 9, "resident": 0.0}, {"resident": 0.9}, {"tile": 2}])
+def test_other_plans(llama, settings):
+    """Residency and ring move tiles about, and change no bit; another tile size rounds otherwise."""
+    model, layout, _ = llama
+    changed = Settings(**{**vars(SETTINGS), **settings})
+    expected = logits(model, layout, EagerDevice(), settings=changed)
+    assert_same(logits(model, layout, chaotic(3), settings=changed), expected)
+
+
+def test_the_cpu_device_as_it_is_used(llama):
+    model, layout, expected = llama
+    assert_same(logits(model, layout, EmulatedDevice(gbps=0.05, latency_us=50)), expected)
+
+
+def test_smollm2(smollm2):
+    model, tokenizer = smollm2
+    layout = probe(model)
+    prompt = tokenizer("The link is never idle. " * 60, return_tensors="pt").input_ids[0]
+    settings = Settings(budget=128, gamma=3, tile=32, ring=3)
+    expected = logits(model, layout, EagerDevice(), prompt, passes=2, settings=settings)
+    for seed in range(3):
+        assert_same(logits(model, layout, chaotic(seed, longest_ms=0.5), prompt, 2, settings), expected)
+
+
+@pytest.mark.parametrize("mutation", ["arrival", "slot", "source"])
+def test_a_missing_wait_shows(llama, monkeypatch, mutation):
+    model, layout, expected = llama
+
+    def wrong(seed):
+        device = EmulatedDevice(chaos=Chaos(seed, 1.0))
+        if mutation == "slot":
+            submit = device.incoming.submit
+            device.incoming.submit = lambda target, source, after=None: submit(target, source)
+        try:
+            actual = logits(model, layout, device, passes=2)
+        except RuntimeError:
+            return True
+        return not torch.equal(actual[0], expected[0][:8])
+
+    if mutation == "arrival":
+
+        class Flying(list):
+            def popleft(self):
+                slot, _ = self.pop(0)
+                return slot, SimpleNamespace(wait=lambda: None)
+
+        begin = TileStream.begin
+
+        def mutated(self, tiles):
+            self._flying = Flying()
+            begin(self, tiles)
+
+        monkeypatch.setattr(TileStream, "begin", mutated)
+    if mutation == "source":
+        monkeypatch.setattr(Leaving, "wait", lambda self, end=None: None)
+    assert any(wrong(seed) for seed in range(8))

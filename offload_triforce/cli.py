@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from offload_triforce import cli_bench
 from offload_triforce._version import __version__
-from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.cli_common import build_settings, guarded, notes
+from offload_triforce.errors import InputError
 
 app = typer.Typer(
     help="Lossless long-context decoding: the KV cache in host memory, TriForce's hierarchical speculation.",
@@ -21,39 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-notes = Console(stderr=True)
+app.add_typer(cli_bench.bench, name="bench")
+app.command()(cli_bench.trace)
 
 
 def main() -> None:
     """Entry point."""
     app()
-
-
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake is one sentence and exit code 2; Ctrl-C is one sentence and 130."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            _quiet()
-            command(*args, **kwargs)
-        except TriForceError as error:
-            notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            notes.print("interrupted", style="red")
-            raise typer.Exit(130) from None
-
-    return run
-
-
-def _quiet() -> None:
-    """transformers' own bars and warnings are not for the user of this tool."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the GGUF reader has a bar of its own
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _version(wanted: bool) -> None:
@@ -82,7 +55,7 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Of the draws.")]
 
 
 @app.command()
-@_guarded
+@guarded
 def generate(
     model: Annotated[str, typer.Option(help="Hub id, local folder or GGUF file of the target.")],
     draft: Draft = "ngram",
@@ -106,7 +79,11 @@ def generate(
     gamma1: Gamma1 = None,
     draft_cache: DraftCache = None,
     tile: Tile = None,
+    ring: Annotated[int | None, typer.Option(help="Tiles in flight: staging buffers on the device.")] = None,
     resident: Resident = None,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="Replay drafting steps as CUDA graphs.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
     device: Device = "auto",
     quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
@@ -115,7 +92,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Continue a text, or answer a question about it."""
-    settings = _settings(
+    settings = build_settings(
         config,
         context=context,
         budget=budget,
@@ -123,7 +100,9 @@ def generate(
         gamma1=gamma1,
         draft_cache=draft_cache,
         tile=tile,
+        ring=ring,
         resident=resident,
+        graphs=graphs,
         link_gbps=link_gbps,
     )
     from offload_triforce.prompt import build_prompt, read_text
@@ -153,8 +132,8 @@ def _answer(engine: Any, ids: list[int], seed: int | None, as_json: bool, sampli
     """Stream the answer, then the report; an interrupted one is reported as far as it came."""
     from offload_triforce import report
 
-    with engine, report.prefill_bar(notes) as progress:
-        stream = engine.stream(ids, seed=seed, progress=progress, **sampling)
+    with engine, report.bars(notes) as (progress, pinning):
+        stream = engine.stream(ids, seed=seed, progress=progress, pinning=pinning, **sampling)
         try:
             for piece in stream:
                 if not as_json:
@@ -179,7 +158,7 @@ def _report(result: Any, as_json: bool) -> None:
 
 
 @app.command()
-@_guarded
+@guarded
 def demo(
     draft: Annotated[str, typer.Option(help="ngram, self or none.")] = "ngram",
     prompt_tokens: Annotated[int, typer.Option(min=512, max=8000, help="Length of the text.")] = 6000,
@@ -195,35 +174,18 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Watch it work: SmolLM2 reads 6,000 tokens and answers, plainly and through the hierarchy."""
-    settings = _settings(None, budget=budget, gamma=gamma, gamma1=gamma1, draft_cache=draft_cache)
+    settings = build_settings(None, budget=budget, gamma=gamma, gamma1=gamma1, draft_cache=draft_cache)
     from offload_triforce import report
     from offload_triforce.config import replace_settings
     from offload_triforce.demo import run_demo
     from offload_triforce.model.loader import resolve_device
 
     if resolve_device(device).type == "cpu":
-        settings = replace_settings(settings, {"link_gbps": link_gbps})
+        settings = replacebuild_settings(settings, {"link_gbps": link_gbps})
     console = notes if as_json else Console()
     runs = run_demo(console, settings, draft, prompt_tokens, max_new_tokens, temperature, seed, device)
     if as_json:
         typer.echo(json.dumps({name: json.loads(report.as_json(run)) for name, run in runs.items()}))
-
-
-def _settings(config: str | None, **options: Any) -> Any:
-    """Settings from a file and from options that were given."""
-    from offload_triforce.config import Settings, replace_settings
-    from offload_triforce.prompt import read_text
-
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            values = json.loads(read_text(config))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{config} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{config} must hold one JSON object of settings")
-    given = {name: value for name, value in options.items() if value is not None}
-    return replace_settings(Settings(), values | given)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.fetch import fetch_smollm2
 from offload_triforce.prompt import build_prompt
-from offload_triforce.report import comparison, prefill_bar
+from offload_triforce.report import bars, comparison
 
 QUESTION = "Explain what this code does, function by function."
 
@@ -58,10 +58,9 @@ def run_demo(
         ("hierarchy", TriForce(plain.model, plain.tokenizer, draft, settings=settings)),
     ):
         console.rule(f"{name} decoding", align="left")
-        with engine, prefill_bar(console) as progress:
-            stream = engine.stream(
-                prompt, max_new_tokens=new_tokens, temperature=temperature, seed=seed, progress=progress
-            )
+        with engine, bars(console) as (progress, pinning):
+            told = {"progress": progress, "pinning": pinning}
+            stream = engine.stream(prompt, max_new_tokens=new_tokens, temperature=temperature, seed=seed, **told)
             for piece in stream:
                 console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
             runs[name] = stream.result

@@ -71,18 +71,22 @@ def comparison(runs: dict[str, DecodeStats]) -> Table:
 
 
 @contextmanager
-def prefill_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A progress bar for the prefill; it vanishes before the first token."""
+def bars(console: Console) -> Iterator[tuple[ProgressCallback, ProgressCallback]]:
+    """Progress bars for the prefill and for pinning host memory; they vanish before the first token."""
     if not console.is_interactive:  # a file or a pipe has no use for it
-        yield lambda done, total: None
+        yield (lambda done, total: None), (lambda done, total: None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading the prompt", total=None)
+        prefill = bar.add_task("reading the prompt", total=None)
+        memory = bar.add_task("pinning host memory", total=None, visible=False)
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def read(done: int, total: int) -> None:
+            bar.update(prefill, completed=done, total=total)
             if done == total:
                 bar.stop()
 
-        yield update
+        def pinned(done: int, total: int) -> None:
+            bar.update(memory, completed=done, total=total, visible=done < total)
+
+        yield read, pinned

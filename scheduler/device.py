@@ -7,6 +7,7 @@ the computation. Everything is ordered by *events*; on CUDA, the host waits for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,9 @@ class Device(Protocol):
 
     def finish(self) -> None:
         """Let computation issued without ``launch`` come after all that was launched."""
+
+    def span(self, track: str, name: str, size: int = 0) -> AbstractContextManager[None]:
+        """Trace what is issued inside, if there is a trace."""
 
     def close(self) -> None:
         """Let what is under way end. Waiting for a copy that never began raises."""

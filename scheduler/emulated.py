@@ -8,11 +8,12 @@ their release until a copy has landed in them. A wait that is missing somewhere 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +111,13 @@ class ThreadLane:
         if after is not None:
             after.wait()
         owner, started = self._owner, time.perf_counter()
-        if owner.chaos:
-            poison(target)
-            owner.chaos_delay()
-        target.copy_(source)
         size = source.numel() * source.element_size()
-        self._take_time(started, size)
-        owner.write_down(self._name, f"{size / 1e6:.2f} MB", started, size)
+        with owner.span(self._name, f"{size / 1e6:.2f} MB", size):
+            if owner.chaos:
+                poison(target)
+                owner.chaos_delay()
+            target.copy_(source)
+            self._take_time(started, size)
 
     def _take_time(self, started: float, size: int) -> None:
         """Sleep until a link of the given speed would be through. Oversleeping is made up for by the next copy."""
@@ -172,9 +173,8 @@ class EmulatedDevice:
         if self._compute:
             self._launched.append(self._compute.submit(lambda: work(*args)))
             return
-        started = time.perf_counter()
-        work(*args)
-        self.write_down(COMPUTE, name, started)
+        with self.span(COMPUTE, name):
+            work(*args)
 
     def finish(self) -> None:
         """Wait for what was launched; raises what went wrong in it."""
@@ -184,8 +184,11 @@ class EmulatedDevice:
             if event.error is not None:
                 raise event.error
 
-    def write_down(self, track: str, name: str, started: float, size: int = 0) -> None:
-        """Trace something that is through now."""
+    @contextlib.contextmanager
+    def span(self, track: str, name: str, size: int = 0) -> Iterator[None]:
+        """Trace what is done inside."""
+        started = time.perf_counter()
+        yield
         if self.trace is not None:
             self.trace.add(Span(track, name, started, time.perf_counter(), size))
 

@@ -18,6 +18,8 @@ RANKS = [
     {"engine"},
     {"hf", "fetch", "prompt"},
     {"report", "demo"},
+    {"bench"},
+    {"cli_common", "cli_bench"},
     {"cli"},
 ]
 

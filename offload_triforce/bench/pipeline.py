@@ -1,0 +1,105 @@
+"""Is the link ever idle? The time of a pass against the time that its bytes take on the link alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from offload_triforce.bench.machine import describe_machine
+from offload_triforce.bench.shapes import random_model
+from offload_triforce.bench.subject import Subject
+from offload_triforce.config import Settings
+from offload_triforce.demo import demo_prompt
+from offload_triforce.engine import TriForce
+from offload_triforce.errors import InputError
+from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.scheduler.emulated import EmulatedDevice
+
+MODELS = ("smollm2", "llama-1b-half")
+# The link dominates when its time is a multiple of the computation's: these many times.
+DOMINANCE = (2.0, 4.0, 8.0)
+
+
+def make_subject(model: str, tokens: int, settings: Settings) -> Subject:
+    """A target on the emulated device: SmolLM2 with real text, read for real, or a shape with random weights.
+
+    Raises:
+        InputError: no such model.
+    """
+    if model not in MODELS:
+        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    device = EmulatedDevice()
+    if model == "smollm2":
+        engine = TriForce.load(fetch_smollm2(), dtype="float32", device="cpu")
+        subject = Subject(engine.model, settings, torch.tensor(demo_prompt(engine, tokens)), device)
+        subject.read()
+    else:
+        target = random_model(model, torch.float32, torch.device("cpu"), tokens + 1024)
+        subject = Subject(target, settings, torch.arange(tokens) % 1000, device)
+        subject.fill()
+    return subject
+
+
+def bench_pipeline(
+    models: Sequence[str],
+    settings: Settings,
+    tokens: int,
+    repeats: int,
+    gbps: Sequence[float] | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Time passes over emulated links; one row per model and bandwidth.
+
+    Args:
+        models: of MODELS. settings: how to run. tokens: length of the text.
+        repeats: passes per row; the median counts.
+        gbps: bandwidths in GB/s; None takes DOMINANCE.
+        say: told what is going on.
+
+    Returns:
+        What was measured, for JSON: ``machine``, and ``results`` with, per row, ``pass_over_link`` (seconds of a pass
+        over seconds of its bytes at the bandwidth) and ``bytes_over_needed`` (bytes moved over bytes of all streamed
+        tiles; 1 is each byte once).
+    """
+    results = []
+    for model in models:
+        say(f"{model}: filling {tokens:,} tokens of KV cache")
+        subject = make_subject(model, tokens, settings)
+        try:
+            needed = subject.pass_bytes
+            subject.verify()  # the first pass warms up
+            compute_s = statistics.median(subject.verify() for _ in range(repeats))
+            for speed in gbps or [_round(needed / (compute_s * factor) / 1e9) for factor in DOMINANCE]:
+                say(f"{model}: passes at {speed:g} GB/s")
+                results.append({"model": model, "tokens": tokens, "unthrottled_s": compute_s})
+                results[-1] |= _measure(subject, needed, speed, repeats)
+        finally:
+            subject.close()
+    return {"machine": describe_machine(), "settings": vars(settings), "results": results}
+
+
+def _measure(subject: Subject, needed: int, gbps: float, repeats: int) -> dict[str, Any]:
+    device = subject.device
+    device.gbps = gbps
+    before = device.incoming.moved
+    times = [subject.verify() for _ in range(repeats)]
+    moved = (device.incoming.moved - before) / repeats
+    device.gbps = None
+    link_s = needed / (gbps * 1e9)
+    return {
+        "gbps": gbps,
+        "pass_bytes": needed,
+        "link_s": link_s,
+        "pass_s": statistics.median(times),
+        "pass_over_link": statistics.median(times) / link_s,
+        "pass_over_link_all": [seconds / link_s for seconds in times],
+        "bytes_over_needed": moved / needed,
+    }
+
+
+def _round(value: float) -> float:
+    """Two significant digits."""
+    return float(f"{value:.2g}")

@@ -243,7 +243,7 @@ def test_refused(model, prompt, options, words):
 
 
 def test_unsupported_model():
-    model = build("Gemma2", head_dim=8, query_pre_attn_scalar=8)
-    with pytest.raises(UnsupportedModelError, match="soft-capping"):
+    model = build("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(UnsupportedModelError, match="dynamic NTK"):
         model.generate(PROMPT, max_new_tokens=5, custom_generate=triforce_generate)
     assert model.generate(PROMPT, max_new_tokens=5).shape[1] == 155

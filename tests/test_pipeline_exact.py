@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_triforce.config import Settings
+from offload_triforce.kernels import ops, reference
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.runtime import Runtime
@@ -94,7 +96,7 @@ def test_a_missing_wait_shows(llama, monkeypatch, mutation):
     model, layout, expected = llama
 
     def wrong(seed):
-        device = EmulatedDevice(chaos=Chaos(seed, 1.0))
+        device = EmulatedDevice(chaos=Chaos(seed, 10.0))
         if mutation == "slot":
             submit = device.incoming.submit
             device.incoming.submit = lambda target, source, after=None: submit(target, source)
@@ -121,3 +123,45 @@ def test_a_missing_wait_shows(llama, monkeypatch, mutation):
     if mutation == "source":
         monkeypatch.setattr(Leaving, "wait", lambda self, end=None: None)
     assert any(wrong(seed) for seed in range(8))
+
+
+class _HostWaits(TorchDispatchMode):
+    """Finds the operations for which the host of a CUDA device would have to wait: their result decides a shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "gemma2"])
+def test_no_operation_of_a_pass_makes_the_host_wait(family, monkeypatch):
+    """With refresh and write-back. (``gather_chunks`` alone is allowed to on the CPU; on CUDA it is a kernel.)"""
+    model = tiny_model(family)
+    waits = _HostWaits()
+
+    def gather(source, kv, slots):
+        with torch.utils._python_dispatch._disable_current_modes():
+            reference.gather_chunks(source, kv, slots)
+
+    monkeypatch.setattr(ops, "gather_chunks", gather)
+    score = FullLevel.score
+
+    def watched(self, text, guesses):
+        with waits:
+            return score(self, text, guesses)
+
+    monkeypatch.setattr(FullLevel, "score", watched)
+    logits(model, probe(model), EagerDevice())
+    assert waits.found == []
+    with waits:
+        torch.zeros(3).nonzero()
+    assert waits.found == ["nonzero"], "the instrument works"

@@ -75,6 +75,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
     ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 37,
+            "head_dim": 10,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+            "attn_implementation": "eager",  # sdpa leaves the soft-capping out
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {

@@ -20,7 +20,7 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 
 MODELS = ("smollm2", "llama-1b-half")
 # The link dominates when its time is a multiple of the computation's: these many times.
-DOMINANCE = (2.0, 4.0, 8.0)
+DOMINANCE = (3.0, 6.0, 12.0)
 
 
 def make_subject(model: str, tokens: int, settings: Settings) -> Subject:

@@ -74,7 +74,8 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     axes = figure.subplots()
     for row, track in enumerate(reversed(tracks)):
         bars = [((s.start - origin) * 1e3, (s.end - s.start) * 1e3) for s in spans if s.track == track]
-        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=TRACKS[track], edgecolor="white", linewidth=0.3)
+        edge = {"edgecolor": "white", "linewidth": 0.3} if track in (H2D, LAYERS) else {}
+        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=TRACKS[track], **edge)
     axes.set_yticks(range(len(tracks)), [LABELS[track] for track in reversed(tracks)])
     axes.set_xlabel("ms since the pass began")
     axes.set_xlim(left=0)

@@ -18,6 +18,7 @@ SHAPES = {
     "qwen3": (1, 16, [None] * 2),
     "mistral-sliding": (2, 8, [51, 51]),
     "phi3": (3, 8, [None] * 2),
+    "gemma2": (2, 10, [37, None, 37]),
     "gemma3": (2, 10, [37, None, 37]),
 }
 
@@ -34,7 +35,7 @@ def test_finds_shapes_out(family):
     assert layout.token_bytes(0) == 2 * heads * dim * 4
     switches = {"llama-longrope": 128, "phi3-longrope": 128, "phi3-longrope-below": 1024}
     assert layout.longrope_switch == switches.get(family)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
 
 
 def test_dtype_is_the_model_s():
@@ -86,10 +87,6 @@ REFUSED = {
     "encoder-decoder with registry": (
         lambda: bart(transformers.BartForConditionalGeneration),
         "BartForConditionalGeneration is an encoder-decoder",
-    ),
-    "softcap": (
-        lambda: build("Gemma2", head_dim=8, query_pre_attn_scalar=8),
-        "Gemma2Attention uses attention logit soft-capping",
     ),
     "attention sinks": (lambda: build("GptOss", head_dim=8, **_MOE), "GptOssAttention uses learned attention sinks"),
     "dynamic NTK": (
@@ -143,8 +140,8 @@ def test_refused_by_name(make, words):
 
 
 def test_refused_as_draft():
-    with pytest.raises(UnsupportedModelError, match="Gemma2Attention uses attention logit soft-capping"):
-        TriForce(tiny_model(), draft=build("Gemma2", head_dim=8, query_pre_attn_scalar=8))
+    with pytest.raises(UnsupportedModelError, match="GptOssAttention uses learned attention sinks"):
+        TriForce(tiny_model(), draft=build("GptOss", head_dim=8, **_MOE))
 
 
 def opt():

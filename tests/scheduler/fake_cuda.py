@@ -1,0 +1,97 @@
+"""CUDA streams without CUDA: work is queued, and runs later in any order that streams and events allow.
+
+``CudaDevice`` runs on it unchanged. Copies between tensors are queued on the stream under which they are issued, and
+so is what is launched; ``drain`` runs everything in a random order that a real device could have taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import torch
+
+from offload_triforce.scheduler.device import CudaDevice
+
+
+class FakeEvent:
+    def __init__(self, **_):
+        self.over = False
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+class FakeStream:
+    def __init__(self, cuda):
+        self.cuda, self.queue = cuda, []
+        cuda.streams.append(self)
+
+    def record_event(self, event=None):
+        event = event or FakeEvent()
+        self.queue.append((None, lambda: setattr(event, "over", True)))
+        return event
+
+    def wait_event(self, event):
+        self.queue.append((event, lambda: None))
+
+    def synchronize(self):
+        self.cuda.synchronizations += 1
+        self.cuda.drain()
+
+
+class FakeCuda:
+    """Stands in for torch.cuda while the fixture of a test is alive."""
+
+    def __init__(self, monkeypatch, seed):
+        self.chance, self.streams, self.synchronizations = random.Random(seed), [], 0
+        self.default = self.active = FakeStream(self)
+        real_copy = torch.Tensor.copy_
+
+        def copy_(target, source, non_blocking=False):
+            if self.active is self.default:
+                return real_copy(target, source)
+            assert non_blocking
+            assert target.is_contiguous()
+            assert source.is_contiguous()
+            self.active.queue.append((None, lambda: real_copy(target, source)))
+            return target
+
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self))
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.active)
+        monkeypatch.setattr(torch.cuda, "stream", self._under)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.default.synchronize)
+
+    @contextlib.contextmanager
+    def _under(self, stream):
+        before, self.active = self.active, stream
+        yield
+        self.active = before
+
+    def drain(self):
+        """Run all that is queued, a random stream's next step at a time."""
+        while any(stream.queue for stream in self.streams):
+            ready = [s for s in self.streams if s.queue and (s.queue[0][0] is None or s.queue[0][0].over)]
+            assert ready, "streams wait for each other for ever"
+            _, work = self.chance.choice(ready).queue.pop(0)
+            work()
+
+
+class FakeCudaDevice(CudaDevice):
+    """``CudaDevice`` on a fake CUDA: only what touches memory is replaced."""
+
+    def __init__(self, cuda, trace=None):
+        super().__init__(torch.device("cpu"), trace)
+        self.cuda = cuda
+
+    def empty(self, shape, dtype):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    def launch(self, name, work, *args):
+        self.cuda.default.queue.append((None, lambda: work(*args)))
+
+    def finish(self):
+        """Nothing to do on CUDA; here the numbers are wanted."""
+        self.cuda.drain()

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import reference
+from offload_triforce.kernels import host, reference
 from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries, prefill_attention
 
 try:
@@ -58,42 +58,41 @@ class RunningAttention:
         self.packed = pack_queries(query, kv_heads)
         self._heads, self._rule = query.shape[0], rule
         if uses_triton(query):
+            self._functions = verify_attention
             self._buffers = verify_attention.state_buffers(self._buffers, self.packed)
             self._state = verify_attention.attention_start(self._buffers, self.packed)
         else:
+            self._functions = reference if query.is_cuda else host
             self._state = reference.attention_start(self.packed)
 
     def update(self, key: Tensor, value: Tensor, newest: Newest | None = None) -> None:
         """Take keys and values in, [K, n, D] each; ``newest`` where the queries' own tokens are among them."""
-        backend = verify_attention if uses_triton(key) else reference
-        self._state = backend.attention_update(self._state, self.packed, key, value, self._rule, newest)
+        self._state = self._functions.attention_update(self._state, self.packed, key, value, self._rule, newest)
 
     def logsumexp(self) -> Tensor:
         """Log-sum-exp of the scores so far, per packed query: float32 [K, G*T]."""
-        backend = verify_attention if uses_triton(self.packed) else reference
-        return backend.attention_logsumexp(self._state)
+        return self._functions.attention_logsumexp(self._state)
 
     def finish(self) -> Tensor:
         """The attention output, [H, T, D] in the queries' dtype."""
-        backend = verify_attention if uses_triton(self.packed) else reference
-        return backend.attention_finish(self._state, self._heads, self.packed.dtype)
+        return self._functions.attention_finish(self._state, self._heads, self.packed.dtype)
 
 
 def chunk_scores(
     packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    backend = retrieval if uses_triton(key) else reference
-    return backend.chunk_scores(packed, key, chunk, scaling, baseline, held)
+    functions = retrieval if uses_triton(key) else reference
+    return functions.chunk_scores(packed, key, chunk, scaling, baseline, held)
 
 
 def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
     """See ``reference.select_chunks``."""
-    backend = retrieval if uses_triton(offered) else reference
-    return backend.select_chunks(choice, offered, first)
+    functions = retrieval if uses_triton(offered) else reference if offered.is_cuda else host
+    return functions.select_chunks(choice, offered, first)
 
 
 def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
     """See ``reference.gather_chunks``."""
-    backend = retrieval if uses_triton(kv) else reference
-    backend.gather_chunks(source, kv, slots)
+    functions = retrieval if uses_triton(kv) else reference
+    functions.gather_chunks(source, kv, slots)

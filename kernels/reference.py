@@ -162,8 +162,9 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule, par
     for start in range(0, total, part):
         stop = min(start + part, total)
         mask = causal_mask(tokens, total, rule.window, query.device)[:, start:stop]
-        state = attention_update(state, packed, key[:, start:stop], value[:, start:stop], rule._replace(window=None),
-                                 Newest(mask))
+        state = attention_update(
+            state, packed, key[:, start:stop], value[:, start:stop], rule._replace(window=None), Newest(mask)
+        )
     return attention_finish(state, query.shape[0], query.dtype)
 
 

@@ -181,7 +181,7 @@ def demo(
     from offload_triforce.model.loader import resolve_device
 
     if resolve_device(device).type == "cpu":
-        settings = replacebuild_settings(settings, {"link_gbps": link_gbps})
+        settings = replace_settings(settings, {"link_gbps": link_gbps})
     console = notes if as_json else Console()
     runs = run_demo(console, settings, draft, prompt_tokens, max_new_tokens, temperature, seed, device)
     if as_json:

@@ -140,7 +140,7 @@ def test_memory_too_small(monkeypatch):
     """Refused before any allocation; what the message says would fit, fits."""
     model = tiny_model("llama", max_position_embeddings=10**7)
     free = 500_000_000
-    monkeypatch.setattr("offload_triforce.runtime.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("offload_triforce.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(Runtime, "_make_caches", lambda *_: None)
     with TriForce(model, context=5_000_000) as engine, pytest.raises(MemoryLimitError) as error:
         engine.generate(PROMPT, **GREEDY)
@@ -159,7 +159,7 @@ def test_memory_too_small(monkeypatch):
 
 
 def test_no_memory_at_all(model, monkeypatch):
-    monkeypatch.setattr("offload_triforce.runtime.psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr("offload_triforce.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=0))
     with TriForce(model) as engine, pytest.raises(MemoryLimitError, match="free some memory or take a smaller model"):
         engine.generate(PROMPT, **GREEDY)
 

@@ -14,7 +14,7 @@ RANKS = [
     {"cache"},
     {"model"},
     {"speculation"},
-    {"detokenize", "request", "runtime", "checks", "answer"},
+    {"detokenize", "memory", "request", "runtime", "checks", "answer"},
     {"engine"},
     {"hf", "fetch", "prompt"},
     {"report", "demo"},

@@ -1,0 +1,231 @@
+"""What a CUDA machine is asked: link, kernels, passes, steps with and without graphs, prefill, peak memory.
+
+Each function measures one thing and returns plain data for JSON. They run on a CPU too, as a rehearsal of the
+code; the numbers then mean nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from offload_triforce.bench.subject import Subject
+from offload_triforce.config import Settings
+from offload_triforce.kernels import ops
+from offload_triforce.scheduler.pinning import cuda_pin, cuda_unpin
+from offload_triforce.scheduler.plan import TilePlan
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is through."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
+    """Median time of one call, the device being idle before and after."""
+    work()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def link_ceiling(device: torch.device, tile_bytes: int, total: int = 1 << 30, repeats: int = 3) -> dict[str, float]:
+    """Bandwidth of back-to-back pinned copies of the size of a tile, GB/s, in each direction."""
+    count = max(2, total // tile_bytes)
+    host = torch.zeros(count, tile_bytes, dtype=torch.uint8)
+    ring = torch.zeros(4, tile_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        cuda_pin(host)
+    try:
+
+        def to_device() -> None:
+            for i in range(count):
+                ring[i % 4].copy_(host[i], non_blocking=True)
+
+        def to_host() -> None:
+            for i in range(count):
+                host[i].copy_(ring[i % 4], non_blocking=True)
+
+        return {
+            "tile_bytes": tile_bytes,
+            "h2d_gbps": host.nbytes / seconds(device, to_device, repeats) / 1e9,
+            "d2h_gbps": host.nbytes / seconds(device, to_host, repeats) / 1e9,
+        }
+    finally:
+        if device.type == "cuda":
+            cuda_unpin(host)
+
+
+def memory_bandwidth(device: torch.device, size: int = 1 << 30) -> dict[str, float]:
+    """A copy within device memory, reads and writes counted."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {"gbps": 2 * size / seconds(device, lambda: target.copy_(source), 10) / 1e9}
+
+
+def kernel_time(model: PreTrainedModel, plan: TilePlan, queries: int, slots: int, chunk: int) -> dict[str, Any]:
+    """Time per tile of the kernels alone: attention, and attention with scoring, selection and gathering."""
+    device, dtype = model.device, model.dtype
+    heads = model.config.get_text_config().num_attention_heads
+    tiles = max(2, min(32, (1 << 30) // plan.tile_bytes))
+    shape = (tiles, 2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
+    kv = torch.randn(shape, dtype=dtype, device=device)
+    query = torch.randn(heads, queries, plan.head_dim, dtype=dtype, device=device)
+    attention = ops.RunningAttention()
+    per_tile = plan.tile_tokens // chunk
+    held = torch.zeros(plan.kv_heads, tiles * per_tile + 1, dtype=torch.bool, device=device)
+    buffer = torch.zeros(2, plan.kv_heads, slots, chunk, plan.head_dim, dtype=dtype, device=device)
+    rule = ops.Rule(plan.head_dim**-0.5)
+
+    def attend(refresh: bool) -> None:
+        attention.start(query, plan.kv_heads, rule)
+        attention.update(kv[0, 0], kv[0, 1])
+        baseline = attention.logsumexp()
+        scores = torch.full((plan.kv_heads, slots), float("-inf"), device=device)
+        chunks = torch.full((plan.kv_heads, slots), -1, dtype=torch.long, device=device)
+        held.zero_()
+        choice = ops.Choice(scores, chunks, held)
+        for i in range(tiles):
+            attention.update(kv[i, 0], kv[i, 1])
+            if refresh:
+                first = i * per_tile
+                offered = ops.chunk_scores(
+                    attention.packed, kv[i, 0], chunk, rule.scaling, baseline, held[:, first : first + per_tile]
+                )
+                ops.gather_chunks(ops.select_chunks(choice, offered, first), kv[i], buffer)
+        attention.finish()
+
+    result: dict[str, Any] = {"queries": queries, "tile_bytes": plan.tile_bytes, "tiles": tiles}
+    for name, refresh in (("attention", False), ("attention_and_refresh", True)):
+        taken = seconds(device, lambda refresh=refresh: attend(refresh), 10) / tiles
+        result[name] = {
+            "us_per_tile": taken * 1e6,
+            "gbps": plan.tile_bytes / taken / 1e9,
+            "hidden_at_25_gbps": taken < plan.tile_bytes / 25e9,
+            "hidden_at_55_gbps": taken < plan.tile_bytes / 55e9,
+        }
+    return result
+
+
+def pass_time(subject: Subject, ceiling_gbps: float, repeats: int = 5) -> dict[str, Any]:
+    """Passes over the full cache against the time of their bytes at the measured ceiling of the link."""
+    subject.verify()
+    before = subject.device.incoming.moved
+    times = [subject.verify() for _ in range(repeats)]
+    moved = (subject.device.incoming.moved - before) / repeats
+    needed, taken = subject.pass_bytes, statistics.median(times)
+    return {
+        "pass_bytes": needed,
+        "pass_s": taken,
+        "pass_s_all": times,
+        "gbps": needed / taken / 1e9,
+        "share_of_ceiling": needed / taken / 1e9 / ceiling_gbps,
+        "pass_over_link": taken / (needed / (ceiling_gbps * 1e9)),
+        "bytes_over_needed": moved / needed,
+    }
+
+
+def step_time(subject: Subject, repeats: int = 30) -> dict[str, float]:
+    """A step of the retrieval level with and without CUDA graphs, ms. On a CPU both are without."""
+    result = {}
+    for name, graphs in (("graphs_ms", subject.runtime.graphs), ("eager_ms", None)):
+        subject.middle.graphs = graphs
+        for _ in range(5):  # a shape is captured after some uses
+            subject.draft()
+        result[name] = 1e3 * statistics.median(subject.draft() for _ in range(repeats))
+    subject.middle.graphs = subject.runtime.graphs
+    return result | {"queries": subject.settings.gamma1 + 1}
+
+
+def prefill_speed(model: PreTrainedModel, settings: Settings, tokens: int) -> dict[str, float]:
+    """Tokens per second of our prefill, and of transformers with sdpa over its own cache in the same chunks."""
+    device = model.device
+    text = torch.arange(tokens) % 1000
+    subject = Subject(model, settings, text)
+    try:
+        subject.read()  # warms up
+        ours = subject.read()
+    finally:
+        subject.close()
+    del subject
+    free_memory()
+
+    @torch.no_grad()
+    def plain() -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        cache, ids = None, text.to(device)[None]
+        for start in range(0, tokens, settings.prefill_chunk):
+            part = ids[:, start : start + settings.prefill_chunk]
+            cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        synchronize(device)
+        return time.perf_counter() - started
+
+    plain()
+    theirs = plain()
+    free_memory()
+    return {
+        "tokens": tokens,
+        "chunk": settings.prefill_chunk,
+        "tokens_per_s": tokens / ours,
+        "transformers_tokens_per_s": tokens / theirs,
+        "speedup": theirs / ours,
+    }
+
+
+def peak_memory(model: PreTrainedModel, settings: Settings, tokens: int) -> dict[str, Any]:
+    """Most device memory in use over prefill, passes and drafting, against what was worked out beforehand."""
+    device = model.device
+    free_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        weights = torch.cuda.memory_allocated(device)
+    else:
+        weights = sum(weight.nbytes for weight in model.parameters())
+    subject = Subject(model, settings, torch.arange(tokens) % 1000)
+    try:
+        prefill_s = subject.read()
+        for _ in range(3):
+            subject.draft()
+        pass_s = subject.verify()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        planned = weights + subject.runtime.needs.device
+        return {
+            "tokens": tokens,
+            "peak_bytes": peak,
+            "planned_bytes": planned,
+            "peak_over_planned": peak / planned,
+            "weights_bytes": weights,
+            "planned": subject.runtime.needs.caches | subject.runtime.needs.prefill,
+            "prefill_s": prefill_s,
+            "prefill_tokens_per_s": tokens / prefill_s,
+            "pass_s": pass_s,
+        }
+    finally:
+        subject.close()
+
+
+def measured_subject(model: PreTrainedModel, settings: Settings, tokens: int) -> Subject:
+    """A target over ``tokens`` random keys and values."""
+    subject = Subject(model, settings, torch.arange(tokens) % 1000)
+    subject.fill()
+    return subject
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,97 @@
+"""What the caches and the prefill take, worked out before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.retrieval import RetrievalShape
+from offload_triforce.cache.window import WindowCache
+from offload_triforce.config import Settings
+from offload_triforce.errors import MemoryLimitError
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.scheduler.plan import TilePlan
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes beside the weights: in host memory, and on the device by purpose."""
+
+    host: int
+    caches: dict[str, int]  # held all along
+    prefill: dict[str, int]  # held while the prompt is read; decoding takes less
+
+    @property
+    def device(self) -> int:
+        """Most bytes on the device at one time."""
+        return sum(self.caches.values()) + sum(self.prefill.values())
+
+
+def work_out(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    settings: Settings,
+    shape: RetrievalShape,
+    plan: TilePlan | None,
+    context: int,
+) -> Needs:
+    """What a text of ``context`` tokens takes. ``plan`` is None when all layers have a sliding window."""
+    config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.gamma + 1
+    caches, host = {}, 0
+    if layout.sliding:
+        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block)
+        caches["sliding windows"] = room * sum(layout.token_bytes(i) for i in layout.sliding)
+    if plan is not None:
+        token = plan.token_bytes * plan.layers
+        caches["resident tiles"] = plan.resident_bytes
+        caches["ring"] = plan.ring_bytes
+        caches["tail"] = FullCache.tail_capacity(plan, shape.tail_needed(block), block) * token
+        caches["retrieval cache"] = shape.capacity(block) * token
+        # Which chunks are chosen: one byte per chunk, one int64 per slot.
+        caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 8 * shape.slots)
+        host = plan.host_bytes
+    chunk = min(settings.prefill_chunk, context)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    prefill = {
+        "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
+        "hidden states": context * config.hidden_size * itemsize,
+        "rotary embeddings": context * 2 * max(layer.head_dim for layer in layout.layers) * itemsize,
+        # Gate, up and their product; queries, keys, values, residuals and norms in float32.
+        "activations of a chunk": chunk * (3 * inner + 8 * config.hidden_size) * itemsize,
+    }
+    return Needs(host, caches, prefill)
+
+
+def check_memory(needs: Needs, device: torch.device, context: int) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        MemoryLimitError: how much is missing, and a context that would fit.
+    """
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        _compare("device", needs.device, _free_on(device), context)
+        _compare("host", needs.host, free, context)
+    else:
+        _compare("host", needs.host + needs.device, free, context)
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that this process may still take: what the driver has, and what torch keeps cached without using it."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _compare(kind: str, needed: int, free: int, context: int) -> None:
+    if needed <= free:
+        return
+    fits = int(context * free / needed * 0.95) // 1024 * 1024  # nearly all of it grows with the context
+    hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
+    raise MemoryLimitError(
+        f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "
+        f"free, {(needed - free) / 1e9:.1f} GB too little; {hint}"
+    )

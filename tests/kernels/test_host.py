@@ -1,0 +1,62 @@
+"""The CPU's own versions against their eager twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_triforce.kernels import host, ops, reference
+
+
+@pytest.mark.parametrize("dim", [5, 64, 80])
+@pytest.mark.parametrize("rows", [1, 5, 39, 123])
+@pytest.mark.parametrize("tiles", [(7,), (1, 123, 300), (64, 64)])
+@pytest.mark.parametrize("rule", [reference.Rule(0.3), reference.Rule(0.3, softcap=2.0)], ids=["plain", "softcap"])
+def test_attention(dim, rows, tiles, rule):
+    chance = torch.Generator().manual_seed(0)
+    packed = 3 * torch.randn(3, rows, dim, generator=chance)
+    states = [reference.attention_start(packed)] * 2
+    for tokens in tiles:
+        kv = torch.randn(2, 3, tokens + 5, dim, generator=chance)[:, :, 5:]  # strided
+        functions = (host.attention_update, reference.attention_update)
+        states = [f(state, packed, *kv, rule) for f, state in zip(functions, states, strict=True)]
+        ours, theirs = (reference.attention_logsumexp(state) for state in states)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (reference.attention_finish(state, 3, torch.float32) for state in states)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_rounds_once():
+    """A thousand tiles in bf16: as good as one."""
+    chance = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, n, 16, generator=chance).bfloat16() for n in (2, 4000, 4000))
+    attention = ops.RunningAttention()
+    attention.start(query, 1, ops.Rule(0.25))
+    for start in range(0, 4000, 4):
+        attention.update(key[:, start : start + 4], value[:, start : start + 4])
+    expected = (query.double() @ key.double().mT * 0.25).softmax(-1) @ value.double()
+    assert torch.equal(attention.finish(), expected.bfloat16())
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_select(slots, count, seed):
+    """Few distinct scores, so that ties are common; empty slots; chunks that are not on offer."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def scores(n):
+        drawn = torch.randint(0, 4, (2, n), generator=chance).float()
+        return drawn.masked_fill(torch.rand(2, n, generator=chance) < 0.2, float("-inf"))
+
+    held, offered = scores(slots).sort(dim=1, descending=True).values, scores(count)
+    chunks = torch.arange(slots).repeat(2, 1).masked_fill(held.isinf(), -1)
+    present = torch.zeros(2, 31, dtype=torch.bool).scatter_(1, chunks.where(chunks >= 0, 30), True)
+    choices = [reference.Choice(held.clone(), chunks.clone(), present.clone()) for _ in range(2)]
+    ours = host.select_chunks(choices[0], offered, 20)
+    theirs = reference.select_chunks(choices[1], offered, 20)
+    assert torch.equal(ours, theirs)
+    for one, other in zip(choices[0][:2], choices[1][:2], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(choices[0].held[:, :-1], choices[1].held[:, :-1]), "the last column is nobody's"

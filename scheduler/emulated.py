@@ -42,7 +42,12 @@ class _Event:
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.at = 0.0  # when it was done
         self.error: BaseException | None = None
+
+    def set(self) -> None:
+        self.at = time.perf_counter()
+        self.done.set()
 
     def wait(self) -> None:
         """The host waits too: on a CPU it is the host that computes."""
@@ -86,7 +91,7 @@ class _Engine:
                 work()
             except Exception as error:  # handed to whoever waits
                 event.error = error
-            event.done.set()
+            event.set()
 
 
 class ThreadLane:
@@ -101,32 +106,37 @@ class ThreadLane:
     def submit(self, target: Tensor, source: Tensor, after: _Event | None = None) -> _Event:
         """Queue a copy behind the lane's other copies and ``after``."""
         self.moved += source.numel() * source.element_size()
-        return self._engine.submit(lambda: self._copy(target, source, after))
+        submitted = time.perf_counter()
+        return self._engine.submit(lambda: self._copy(target, source, after, submitted))
 
     def close(self) -> None:
         """Stop the thread. Copies that have not begun are dropped; waiting for one raises."""
         self._engine.close()
 
-    def _copy(self, target: Tensor, source: Tensor, after: _Event | None) -> None:
+    def _copy(self, target: Tensor, source: Tensor, after: _Event | None, ready: float) -> None:
         if after is not None:
             after.wait()
-        owner, started = self._owner, time.perf_counter()
+            ready = max(ready, after.at)
+        owner = self._owner
         size = source.numel() * source.element_size()
         with owner.span(self._name, f"{size / 1e6:.2f} MB", size):
             if owner.chaos:
                 poison(target)
                 owner.chaos_delay()
             target.copy_(source)
-            self._take_time(started, size)
+            self._take_time(ready, size)
 
-    def _take_time(self, started: float, size: int) -> None:
-        """Sleep until a link of the given speed would be through. Oversleeping is made up for by the next copy."""
+    def _take_time(self, ready: float, size: int) -> None:
+        """Sleep until a link of the given speed would be through with a copy that could begin at ``ready``.
+
+        The link works by its own clock: a copy begins when it is ready and the one before it is through, however
+        late this thread woke up.
+        """
         owner = self._owner
         if owner.gbps is None and not owner.latency_us:
             return
-        idle_before = started - self._free_at > 0.02  # longer than an oversleep: the link really was idle
         takes = owner.latency_us * 1e-6 + (size / (owner.gbps * 1e9) if owner.gbps else 0.0)
-        self._free_at = (started if idle_before else self._free_at) + takes
+        self._free_at = max(ready, self._free_at) + takes
         if (left := self._free_at - time.perf_counter()) > 0:
             time.sleep(left)
 
@@ -161,7 +171,7 @@ class EmulatedDevice:
         if self._compute:
             return self._compute.submit(lambda: None)
         event = _Event()
-        event.done.set()
+        event.set()
         return event
 
     def release(self, buffer: Tensor) -> _Event:

@@ -54,7 +54,9 @@ class FullRig(Rig):
         assert min(cache.length, self.keep_on_device) <= cache.length - cache.tiled
         tile = self.plan.tile_tokens
         left = max(0, cache.length - self.keep_on_device) // tile  # whole tiles that have left, or are leaving
-        assert left - cache.tiles <= -(-self.block // tile), "those of one commit, which the next pass reads in the tail"
+        assert left - cache.tiles <= -(-self.block // tile), (
+            "those of one commit, which the next pass reads in the tail"
+        )
         crossed = self.plan.streamed_bytes(left)
         assert self.outgoing.moved - self.written == crossed, "whole tiles only, once, and nothing pending"
 

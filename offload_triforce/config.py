@@ -30,6 +30,7 @@ class Settings:
         resident: share of the full cache's tiles that stays on the device, 0 to 1.
         link_gbps: emulate a link of this speed (GB/s); CPU only.
         prefill_chunk: tokens per prefill step through one layer.
+        graphs: replay levels 0 and 1 as CUDA graphs, where the device and the model allow it.
     """
 
     context: int | None = None
@@ -46,6 +47,7 @@ class Settings:
     resident: float = 0.0
     link_gbps: float | None = None
     prefill_chunk: int = 1024
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         least = {"context": 2, "budget": 1, "gamma": 0, "gamma1": 0, "chunk": 1, "sink": 0, "recent": 1}
@@ -54,6 +56,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
                 raise InputError(f"{name} must be a whole number of at least {lowest}, not {value!r}")
+        if not isinstance(self.graphs, bool):
+            raise InputError(f"graphs must be True or False, not {self.graphs!r}")
         if not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
         if self.link_gbps is not None and not self.link_gbps > 0:

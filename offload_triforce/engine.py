@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from offload_triforce.checks import check_context, check_draft, check_length, ch
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.errors import InputError
 from offload_triforce.model.adapter import attached
+from offload_triforce.model.graphs import StepGraphs, make_graphs
 from offload_triforce.model.layout import ModelLayout, probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.prefill import Progress
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime
-from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft
+from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft, static_view
 from offload_triforce.speculation.hierarchy import Proposer
 from offload_triforce.speculation.sampling import Choices, RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
@@ -77,6 +79,7 @@ class TriForce:
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
+        self._small: tuple[StreamingCache, StepGraphs | None] | None = None  # what the draft model works with
         self._ticket: object = None  # of the answer that the caches belong to
 
     @classmethod
@@ -184,6 +187,7 @@ class TriForce:
 
     def close(self) -> None:
         """Give the caches back."""
+        self._small = None
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = self._ticket = None
@@ -212,7 +216,7 @@ class TriForce:
             raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
         return ids
 
-    def _ensure_runtime(self, needed: int, pinning: Progress | None) -> Runtime:
+    def _ensure_runtime(self, needed: int, pinning: Progress | None = None) -> Runtime:
         if self._runtime is not None and self._runtime.context < needed:
             self.close()
         if self._runtime is None:
@@ -227,8 +231,15 @@ class TriForce:
             return NgramDraft(sampler.vocabulary, device)
         if not isinstance(self._draft, PreTrainedModel):
             return NoDraft(sampler.vocabulary, device)
-        layout, settings = self._draft_layout, self.settings
-        shape = layout.layers[0]
+        if self._small is None:
+            with torch.inference_mode(False):
+                self._small = self._make_small(self._draft, self._draft_layout)
+        cache, graphs = self._small
+        cache.reset()
+        return ModelDraft(self._draft, cache, sampler, choices, graphs)
+
+    def _make_small(self, model: PreTrainedModel, layout: ModelLayout) -> tuple[StreamingCache, StepGraphs | None]:
+        settings, shape = self.settings, layout.layers[0]
         cache = StreamingCache(
             len(layout.layers),
             shape.kv_heads,
@@ -239,7 +250,13 @@ class TriForce:
             layout.dtype,
             layout.device,
         )
-        return ModelDraft(self._draft, cache, sampler, choices)
+        if not settings.graphs:
+            return cache, None
+        return cache, make_graphs(model, layout, partial(static_view, cache), settings.gamma1 + 1)
+
+    def _check_ticket(self, ticket: object) -> None:
+        if self._ticket is not ticket:
+            raise InputError("this answer was given up: its engine has been closed or asked for another since")
 
     def _decode(
         self,
@@ -251,6 +268,7 @@ class TriForce:
         stats: DecodeStats,
         progress: Progress | None,
     ) -> Iterator[list[int]]:
+        self._check_ticket(ticket)  # before the draft's cache is touched
         sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
         choices = RandomChoices(seed, self.layout.device)
         draft = self._draft if isinstance(self._draft, PreTrainedModel) else None
@@ -267,8 +285,7 @@ class TriForce:
         )
         with contextlib.closing(steps):
             while True:
-                if self._ticket is not ticket:
-                    raise InputError("this answer was given up: its engine has been closed or asked for another since")
+                self._check_ticket(ticket)
                 with attached(self.model, draft), torch.inference_mode(False), torch.no_grad():
                     tokens = next(steps, None)
                 if tokens is None:

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +16,8 @@ from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.memory import check_memory, work_out
+from offload_triforce.model.graphs import make_graphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress, prefill
 from offload_triforce.scheduler.device import CudaDevice, Device
@@ -52,6 +53,11 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
     )
 
 
+def make_shape(settings: Settings, context: int) -> RetrievalShape:
+    """How the retrieval cache's budget is spent at a context of that many tokens."""
+    return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
+
+
 class Runtime:
     """The caches of one target model and everything that works on them. One text at a time."""
 
@@ -79,8 +85,9 @@ class Runtime:
         if settings.link_gbps is not None and layout.device.type == "cuda":
             raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
         plan = make_plan(layout, settings, context)
-        shape = RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
-        check_memory(model, layout, settings, shape, plan, context)
+        shape = make_shape(settings, context)
+        self.needs = work_out(model, layout, settings, shape, plan, context)
+        check_memory(self.needs, layout.device, context)
         self.device = device or _make_device(layout.device, settings.link_gbps)
         self._open: list[Device | TileStore] = [self.device]  # closed in this order
         weakref.finalize(self, _close, self._open)
@@ -91,6 +98,8 @@ class Runtime:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
                 raise
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
+        make_view = self.caches.static_view
+        self.graphs = make_graphs(model, layout, make_view, settings.gamma + 1) if settings.graphs else None
 
     def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape, pinning: Progress | None) -> TargetCaches:
         layout, settings = self.layout, self.settings
@@ -160,7 +169,7 @@ class Runtime:
         stats.prefill_s = prefilled - started
         stats.prefill_link_bytes, crossed = self.link_bytes - crossed, self.link_bytes
         target = FullLevel(self.model, self.caches, sampler, refresh=self.settings.gamma > 0)
-        level = RetrievalLevel(self.model, self.caches, sampler)
+        level = RetrievalLevel(self.model, self.caches, sampler, self.graphs)
         middle = _Timed(Middle(level, draft, self.settings.gamma1, choices, stats.draft, ended), stats)
         resumed = prefilled
         for tokens in decode(target, middle, text, self.settings.gamma, limit, choices, stats, stop):
@@ -198,47 +207,3 @@ class _Timed:
         q = self._proposer.propose(text, limit)
         self._stats.draft_s += time.perf_counter() - started
         return q
-
-
-def check_memory(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    settings: Settings,
-    shape: RetrievalShape,
-    plan: TilePlan | None,
-    context: int,
-) -> None:
-    """Refuse what cannot fit.
-
-    Raises:
-        MemoryLimitError: how much is missing, and a context that would fit.
-    """
-    block = settings.gamma + 1
-    # During the prefill: one layer's KV, and the hidden states of all tokens.
-    device = context * max(layout.token_bytes(i) for i in range(len(layout.layers)))
-    device += context * model.config.get_text_config().hidden_size * layout.dtype.itemsize
-    host = 0
-    if layout.sliding:
-        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block)
-        device += room * sum(layout.token_bytes(i) for i in layout.sliding)
-    if plan is not None:
-        held = shape.capacity(block) + FullCache.tail_capacity(plan, shape.tail_needed(block), block)
-        device += plan.resident_bytes + plan.ring_bytes + held * plan.token_bytes * plan.layers
-        host = plan.host_bytes
-    free = psutil.virtual_memory().available
-    if layout.device.type == "cuda":
-        _compare("device", device, torch.cuda.mem_get_info(layout.device)[0], context)
-        _compare("host", host, free, context)
-    else:
-        _compare("host", host + device, free, context)
-
-
-def _compare(kind: str, needed: int, free: int, context: int) -> None:
-    if needed <= free:
-        return
-    fits = int(context * free / needed * 0.95) // 1024 * 1024  # nearly all of it grows with the context
-    hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
-    raise MemoryLimitError(
-        f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "
-        f"free, {(needed - free) / 1e9:.1f} GB too little; {hint}"
-    )

@@ -80,7 +80,14 @@ def attached(*models: PreTrainedModel | None) -> Iterator[None]:
 
 def run(model: PreTrainedModel, tokens: Sequence[int] | Tensor, position: int, view: View, keep: int) -> Tensor:
     """One forward step of T ``tokens`` from ``position`` on, over ``view``: the last ``keep`` logits, [keep, V]."""
-    ids = torch.as_tensor(tokens, dtype=torch.long).to(model.device)[None]
-    positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
-    output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, triforce=view)
-    return output.logits[0, -keep:]
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+    if model.device.type == "cuda" and not ids.is_cuda:
+        ids = ids.pin_memory()  # else the host would wait for the copy
+    ids = ids.to(model.device, non_blocking=True)
+    return forward(model, ids, torch.arange(position, position + len(ids), device=ids.device), view, keep)
+
+
+def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, view: View, keep: int) -> Tensor:
+    """The same with ids and positions (int64 [T]) that are on the device already."""
+    inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+    return model(**inputs, use_cache=False, logits_to_keep=keep, triforce=view).logits[0, -keep:]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_triforce.cache.static import StaticView
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.adapter import run
+from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.speculation.sampling import Choices, Sampler
 from offload_triforce.speculation.text import TokenText
 
@@ -76,8 +78,15 @@ def longest_match(ids: np.ndarray, shortest: int, longest: int, limit: int) -> l
 class ModelDraft:
     """A small transformers model over a streaming cache."""
 
-    def __init__(self, model: PreTrainedModel, cache: StreamingCache, sampler: Sampler, choices: Choices) -> None:
-        self.model, self.cache, self.sampler, self.choices = model, cache, sampler, choices
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: StreamingCache,
+        sampler: Sampler,
+        choices: Choices,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self.model, self.cache, self.sampler, self.choices, self.graphs = model, cache, sampler, choices, graphs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """The view that the model attends over."""
@@ -99,10 +108,18 @@ class ModelDraft:
         tokens = [token for part in parts for token in text[part.start : part.stop]]
         cache.settle(cache.pending - min(cache.pending, max(0, cache.text - text.decided)))
         cache.make_room(len(tokens))
-        logits = run(self.model, tokens, cache.length, self, keep=1)
+        if self.graphs is None:
+            logits = run(self.model, tokens, cache.length, self, keep=1)
+        else:
+            logits = self.graphs(tokens, cache.length, self, keep=1)
         cache.end_step(len(tokens))
         return logits
 
     def keep(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of the text."""
         self.cache.keep_pending(self.cache.pending - max(0, self.cache.text - length))
+
+
+def static_view(cache: StreamingCache, tokens: int) -> StaticView:
+    """What the draft attends over in steps of that many tokens that are captured."""
+    return StaticView([cache], lambda layer, _: (cache, layer), tokens)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import Refresh, RetrievalCache
+from offload_triforce.cache.static import StaticView
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import run
+from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.pipeline import Leaving
 from offload_triforce.speculation.sampling import Sampler
@@ -73,6 +78,15 @@ class TargetCaches:
         self.pending = 0
         self._sync(refreshed)
 
+    def small(self, layer: int, rule: ops.Rule) -> tuple[GrowingBuffer, int]:
+        """What the retrieval level attends to in a layer of the model: a cache, and the layer's place in it."""
+        return self.retrieval if rule.window is None else self.window, self.place[layer]
+
+    def static_view(self, tokens: int) -> StaticView:
+        """The same for steps of that many tokens that are captured."""
+        caches = [cache for cache in (self.retrieval, self.window) if cache is not None]
+        return StaticView(caches, self.small, tokens)
+
     def rollback_drafted(self) -> None:
         """Drop what the retrieval level has drafted."""
         for cache in (self.retrieval, self.window):
@@ -101,20 +115,29 @@ class _TargetLevel:
     def _step(self, text: TokenText, guesses: int, read: int, grown: Caches) -> tuple[int, Tensor]:
         """Read what follows the first ``read`` tokens: how many that were, and the distributions asked for."""
         tokens = text[read:]
-        logits = run(self.model, tokens, read, self, keep=guesses + 1)
+        logits = self._forward(tokens, read, guesses + 1)
         for cache in grown:
             if cache is not None:
                 cache.end_step(len(tokens))
         return len(tokens), self.sampler.distributions(logits, text.ids, len(text) - guesses)
 
+    def _forward(self, tokens: Sequence[int], position: int, keep: int) -> Tensor:
+        return run(self.model, tokens, position, self, keep=keep)
+
 
 class RetrievalLevel(_TargetLevel):
     """Level 1: attends to the retrieval cache; in sliding layers, to the same window as the target."""
 
+    def __init__(
+        self, model: PreTrainedModel, caches: TargetCaches, sampler: Sampler, graphs: StepGraphs | None = None
+    ) -> None:
+        super().__init__(model, caches, sampler)
+        self.graphs = graphs
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """The view that the model attends over."""
-        cache = self.caches.retrieval if rule.window is None else self.caches.window
-        return cache.attend(self.caches.place[layer], query, key, value, rule)
+        cache, index = self.caches.small(layer, rule)
+        return cache.attend(index, query, key, value, rule)
 
     def score(self, text: TokenText, guesses: int) -> Tensor:
         """Read the unread end of the text: distributions [guesses + 1, V] around the last ``guesses`` tokens."""
@@ -130,6 +153,11 @@ class RetrievalLevel(_TargetLevel):
         if kept < caches.drafted:
             keep_pending((caches.retrieval, caches.window), kept)
             caches.drafted = kept
+
+    def _forward(self, tokens: Sequence[int], position: int, keep: int) -> Tensor:
+        if self.graphs is None:
+            return super()._forward(tokens, position, keep)
+        return self.graphs(tokens, position, self, keep)
 
 
 class FullLevel(_TargetLevel):

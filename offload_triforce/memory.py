@@ -30,6 +30,12 @@ class Needs:
         """Most bytes on the device at one time."""
         return sum(self.caches.values()) + sum(self.prefill.values())
 
+    @property
+    def fixed(self) -> int:
+        """Of these, those that hardly depend on the length of the text."""
+        everything = self.caches | self.prefill
+        return sum(everything.get(part, 0) for part in ("ring", "tail", "retrieval cache", "activations of a chunk"))
+
 
 def work_out(
     model: PreTrainedModel,
@@ -74,10 +80,10 @@ def check_memory(needs: Needs, device: torch.device, context: int) -> None:
     """
     free = psutil.virtual_memory().available
     if device.type == "cuda":
-        _compare("device", needs.device, _free_on(device), context)
-        _compare("host", needs.host, free, context)
+        _compare("device", needs.device, needs.fixed, _free_on(device), context)
+        _compare("host", needs.host, 0, free, context)
     else:
-        _compare("host", needs.host + needs.device, free, context)
+        _compare("host", needs.host + needs.device, needs.fixed, free, context)
 
 
 def _free_on(device: torch.device) -> int:
@@ -86,10 +92,10 @@ def _free_on(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _compare(kind: str, needed: int, free: int, context: int) -> None:
+def _compare(kind: str, needed: int, fixed: int, free: int, context: int) -> None:
     if needed <= free:
         return
-    fits = int(context * free / needed * 0.95) // 1024 * 1024  # nearly all of it grows with the context
+    fits = max(0, int(context * (free - fixed) / (needed - fixed) * 0.95) // 1024 * 1024)
     hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
     raise MemoryLimitError(
         f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "

@@ -141,7 +141,7 @@ def test_memory_too_small(monkeypatch):
     model = tiny_model("llama", max_position_embeddings=10**7)
     free = 500_000_000
     monkeypatch.setattr("offload_triforce.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(Runtime, "_make_caches", lambda *_: None)
+    monkeypatch.setattr(Runtime, "_make_caches", lambda *_: SimpleNamespace(static_view=None))
     with TriForce(model, context=5_000_000) as engine, pytest.raises(MemoryLimitError) as error:
         engine.generate(PROMPT, **GREEDY)
     pattern = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.kernels import host, reference
-from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries, prefill_attention
+from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries
 
 try:
     from offload_triforce.kernels import retrieval, verify_attention
@@ -76,6 +76,16 @@ class RunningAttention:
     def finish(self) -> Tensor:
         """The attention output, [H, T, D] in the queries' dtype."""
         return self._functions.attention_finish(self._state, self._heads, self.packed.dtype)
+
+
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    """See ``reference.prefill_attention``. torch's fused kernels know no soft-capping; ours does."""
+    if rule.softcap is None or not uses_triton(query):
+        return reference.prefill_attention(query, key, value, rule)
+    attention, tokens = RunningAttention(), query.shape[1]
+    attention.start(query, key.shape[0], rule)
+    attention.update(key, value, Newest(causal_mask(tokens, tokens, device=query.device)))
+    return attention.finish()
 
 
 def chunk_scores(

@@ -159,9 +159,11 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule, par
     tokens, total = query.shape[1], key.shape[1]
     packed = pack_queries(query, key.shape[0])
     state = attention_start(packed)
+    own = torch.arange(total - tokens, total, device=query.device)[:, None]
     for start in range(0, total, part):
         stop = min(start + part, total)
-        mask = causal_mask(tokens, total, rule.window, query.device)[:, start:stop]
+        column = torch.arange(start, stop, device=query.device)
+        mask = column <= own if rule.window is None else (column <= own) & (column > own - rule.window)
         state = attention_update(
             state, packed, key[:, start:stop], value[:, start:stop], rule._replace(window=None), Newest(mask)
         )

@@ -23,7 +23,7 @@ from offload_triforce.model.prefill import Progress, prefill
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
-from offload_triforce.scheduler.plan import TilePlan, choose_ring, choose_tile
+from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
 from offload_triforce.speculation.hierarchy import Middle, Proposer, decode
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel, TargetCaches
 from offload_triforce.speculation.sampling import Choices, Sampler
@@ -35,12 +35,22 @@ PREFILL_QUERIES = 16
 
 
 def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
-    """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window."""
+    """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window.
+
+    Raises:
+        InputError: the ring that the settings ask for is larger than it may be.
+    """
     if not layout.full:
         return None
     shape = layout.layers[layout.full[0]]
     token_bytes = layout.token_bytes(layout.full[0])
     tile = settings.tile or choose_tile(token_bytes, context, math.lcm(settings.chunk, settings.sink or 1))
+    ring = settings.ring or choose_ring(tile * token_bytes)
+    if ring * tile * token_bytes > RING_LIMIT:
+        raise InputError(
+            f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, more "
+            f"than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
+        )
     return TilePlan(
         layers=len(layout.full),
         kv_heads=shape.kv_heads,
@@ -48,7 +58,7 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
         itemsize=layout.dtype.itemsize,
         tile_tokens=tile,
         tiles=-(-context // tile),
-        ring=settings.ring or choose_ring(tile * token_bytes),
+        ring=ring,
         resident=settings.resident,
     )
 

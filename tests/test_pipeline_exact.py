@@ -13,6 +13,7 @@ from offload_triforce.kernels import ops, reference
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.runtime import Runtime
+from offload_triforce.scheduler.device import CudaDevice
 from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
 from offload_triforce.scheduler.pipeline import Leaving, TileStream
 from offload_triforce.speculation.levels import FullLevel
@@ -79,6 +80,16 @@ def test_other_plans(llama, settings):
 def test_the_cpu_device_as_it_is_used(llama):
     model, layout, expected = llama
     assert_same(logits(model, layout, EmulatedDevice(gbps=0.05, latency_us=50)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda(dtype):
+    model = tiny_model("llama").to("cuda", dtype)
+    layout = probe(model)
+    expected = logits(model, layout, EagerDevice("cuda"))
+    for _ in range(5):
+        assert_same(logits(model, layout, CudaDevice(torch.device("cuda"))), expected)
 
 
 def test_smollm2(smollm2):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.kernels import reference as ops
+from offload_triforce.kernels.reference import Choice, Newest, Rule
 
 # (relative, absolute): online attention accumulates in float32 and rounds once, to the output's type.
 ONLINE = {torch.float32: (1e-6, 3e-6), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 1e-5)}
@@ -20,12 +21,14 @@ FUSED = {torch.float32: (1e-5, 3e-6), torch.bfloat16: (2e-2, 1e-2), torch.float1
 DTYPES = pytest.mark.parametrize("dtype", ONLINE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def dense_attention(query, key, value, scaling, window=None):
+def dense_attention(query, key, value, scaling, window=None, softcap=None):
     """Softmax attention in float64 of the last T of n tokens: [H, T, D]. The reference of this file."""
     tokens, total = query.shape[1], key.shape[1]
     groups = query.shape[0] // key.shape[0]
     key, value = (x.double().repeat_interleave(groups, dim=0) for x in (key, value))
     scores = query.double() @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     for row in range(tokens):
         position = total - tokens + row
         scores[:, row, position + 1 :] = -math.inf
@@ -41,7 +44,8 @@ def tiled_attention(query, key, value, scaling, tile, window=None):
     state = ops.attention_start(packed)
     for start in range(0, key.shape[1], tile):
         part = slice(start, start + tile)
-        state = ops.attention_update(state, packed, key[:, part], value[:, part], scaling, mask[:, part])
+        newest = Newest(mask[:, part])
+        state = ops.attention_update(state, packed, key[:, part], value[:, part], Rule(scaling), newest)
     return ops.attention_finish(state, query.shape[0], query.dtype)
 
 
@@ -96,7 +100,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(order):
     state = ops.attention_start(packed)
     for start in range(0, 60, 7):
         part = slice(start, start + 7)
-        state = ops.attention_update(state, packed, key[:, part], value[:, part], 1.0)
+        state = ops.attention_update(state, packed, key[:, part], value[:, part], Rule(1.0))
     expected = (query.double() @ key.double().mT).softmax(-1) @ value.double()
     assert_near(ops.attention_finish(state, 1, torch.float32), expected, torch.float32)
 
@@ -105,11 +109,11 @@ def test_state_holds_log_sum_exp():
     """``maximum`` and ``total`` are what the retrieval baseline is made of."""
     query, key, value = draw(2, 3, 5, 37, 16)
     packed = ops.pack_queries(query, 2)
-    state = ops.attention_update(ops.attention_start(packed), packed, key[:, :20], value[:, :20], 0.25)
-    state = ops.attention_update(state, packed, key[:, 20:], value[:, 20:], 0.25)
+    state = ops.attention_update(ops.attention_start(packed), packed, key[:, :20], value[:, :20], Rule(0.25))
+    state = ops.attention_update(state, packed, key[:, 20:], value[:, 20:], Rule(0.25))
     scores = packed.double() @ key.double().mT * 0.25
     torch.testing.assert_close(state.maximum, scores.amax(-1).float())
-    torch.testing.assert_close(state.maximum + state.total.log(), scores.logsumexp(-1).float())
+    torch.testing.assert_close(ops.attention_logsumexp(state), scores.logsumexp(-1).float())
 
 
 def test_packed_rows_are_grouped_by_kv_head():
@@ -140,28 +144,62 @@ def test_causal_mask(tokens, total, window):
 def test_prefill_attention(tokens, total, groups, window, dtype):
     query, key, value = draw(2, groups, tokens, total, 80, dtype)
     expected = dense_attention(query, key, value, 0.1, window)
-    assert_near(ops.prefill_attention(query, key, value, 0.1, window), expected, dtype, FUSED)
+    assert_near(ops.prefill_attention(query, key, value, Rule(0.1, window)), expected, dtype, FUSED)
+
+
+@pytest.mark.parametrize("window", [None, 7, 1500])
+def test_prefill_attention_with_softcap(window):
+    """More keys than go through at once."""
+    query, key, value = draw(2, 3, 5, 2100, 16)
+    expected = dense_attention(query, key, value, 0.5, window, softcap=1.5)
+    assert_near(ops.prefill_attention(query, key, value, Rule(0.5, window, 1.5)), expected, torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 40])
+@pytest.mark.parametrize(("tokens", "total", "room"), [(1, 1, 0), (5, 37, 0), (5, 37, 20), (9, 9, 3)])
+def test_newest_tokens_window_and_length(tokens, total, room, window):
+    """The causal mask of the queries' own tokens, at the end of what counts of a longer buffer."""
+    query, key, value = draw(2, 3, tokens, total + room, 16)
+    key[:, total:], value[:, total:] = 9, 9
+    length = torch.tensor([total]) if room else None
+    packed = ops.pack_queries(query, 2)
+    newest = Newest(ops.causal_mask(tokens, tokens), length=length)
+    state = ops.attention_update(ops.attention_start(packed), packed, key, value, Rule(0.25, window, 2.0), newest)
+    expected = dense_attention(query, key[:, :total], value[:, :total], 0.25, window, softcap=2.0)
+    assert_near(ops.attention_finish(state, 6, torch.float32), expected, torch.float32)
+
+
+def test_tree_mask_and_positions():
+    """Five nodes behind 20 keys: 0 and 1 are roots, 2 follows 0, 3 follows 2, 4 follows 1; a window of 6."""
+    parents, depths = [None, None, 0, 2, 1], [0, 0, 1, 2, 1]
+    mask = torch.eye(5, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent is not None:
+            mask[node] |= mask[parent]
+    query, key, value = draw(1, 2, 5, 25, 16)
+    packed = ops.pack_queries(query, 1)
+    # On the axis of the keys, where a window of 6 before depth d begins at 20 + d - 5.
+    newest = Newest(mask, positions=torch.tensor([20 + depth for depth in depths]))
+    state = ops.attention_update(ops.attention_start(packed), packed, key, value, Rule(0.5, 6), newest)
+    output = ops.attention_finish(state, 2, torch.float32)
+    for node, depth in enumerate(depths):
+        seen = [j for j in range(20) if j > 20 + depth - 6] + [20 + j for j in range(5) if mask[node, j]]
+        seen = [j for j in seen if j > 20 + depth - 6]
+        expected = dense_attention(query[:, node : node + 1], key[:, seen], value[:, seen], 0.5)
+        assert_near(output[:, node : node + 1], expected, torch.float32)
 
 
 @DTYPES
-def test_chunk_means(dtype):
-    key = draw(3, 1, 1, 40, 16, dtype)[1]
-    means = ops.chunk_means(key, 8)
-    assert means.shape == (3, 5, 16)
-    assert means.dtype == torch.float32
-    for head in range(3):
-        for chunk in range(5):
-            expected = key[head, chunk * 8 : chunk * 8 + 8].double().mean(0)
-            torch.testing.assert_close(means[head, chunk].double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_chunk_scores():
-    query, key, _ = draw(2, 3, 5, 28, 16)
-    packed, means = ops.pack_queries(query, 2), ops.chunk_means(key, 4)
-    baseline = torch.randn(2, 15)
-    wishes = (packed.double() @ means.double().mT * 0.25 - baseline.double()[..., None]).exp()
+def test_chunk_scores(dtype):
+    query, key, _ = draw(2, 3, 5, 28, 16, dtype)
+    packed, baseline = ops.pack_queries(query, 2), torch.randn(2, 15)
+    means = key.double().unflatten(1, (7, 4)).mean(2)
+    wishes = (packed.double() @ means.mT * 0.25 - baseline.double()[..., None]).exp()
     expected = wishes.sum(dim=1).log().float()
-    torch.testing.assert_close(ops.chunk_scores(packed, means, 0.25, baseline), expected)
+    torch.testing.assert_close(ops.chunk_scores(packed, key, 4, 0.25, baseline), expected, rtol=1e-5, atol=1e-5)
+    held = torch.rand(2, 7) < 0.5
+    scores = ops.chunk_scores(packed, key, 4, 0.25, baseline, held)
+    torch.testing.assert_close(scores, expected.masked_fill(held, -math.inf), rtol=1e-5, atol=1e-5)
 
 
 @st.composite
@@ -178,37 +216,52 @@ def offers(draw_):
     return scores, draw_(st.integers(1, 12)), list(itertools.pairwise(bounds))
 
 
+def empty_choice(heads, slots, chunks):
+    scores = torch.full((heads, slots), -math.inf)
+    return Choice(scores, torch.full((heads, slots), -1), torch.zeros(heads, chunks + 1, dtype=torch.bool))
+
+
 @given(offers())
 @settings(deadline=None, max_examples=150)
 def test_streaming_top_k_is_the_global_one(case):
     """Whatever the tiles, the holding is each head's best so far, and what stays does not move."""
     scores, slots, tiles = case
-    heads = scores.shape[0]
-    held = torch.full((heads, slots), -math.inf)
-    chosen = [[None] * slots for _ in range(heads)]
+    heads, chunks = scores.shape
+    choice = empty_choice(heads, slots, chunks)
     for start, stop in tiles:
-        top = ops.merge_top_chunks(held, scores[:, start:stop])
-        before = [list(row) for row in chosen]
-        entered = list(zip(top.head.tolist(), top.slot.tolist(), (top.chunk + start).tolist(), strict=True))
-        assert len({(head, slot) for head, slot, _ in entered}) == len(entered)
-        for head, slot, chunk in entered:
-            assert start <= chunk < stop
-            chosen[head][slot] = chunk
-        held = top.scores
+        before = choice.chunks.tolist()
+        source = ops.select_chunks(choice, scores[:, start:stop], start)
         for head in range(heads):
             on_offer = [c for c in range(stop) if scores[head, c] > -math.inf]
             best = sorted(on_offer, key=lambda c: -scores[head, c])[:slots]
-            taken = [c for c in chosen[head] if c is not None]
+            chosen = choice.chunks[head].tolist()
+            taken = [c for c in chosen if c >= 0]
             assert sorted(taken) == sorted(best)
-            assert all(c is not None for c in chosen[head][: len(taken)]), "empty slots fill from the lowest"
-            expected = [-math.inf if c is None else scores[head, c].item() for c in chosen[head]]
-            assert held[head].tolist() == expected
-            for slot, chunk in enumerate(before[head]):
-                assert chunk not in best or chosen[head][slot] == chunk, "a chunk that stays keeps its slot"
+            assert all(c >= 0 for c in chosen[: len(taken)]), "empty slots fill from the lowest"
+            assert choice.scores[head].tolist() == [-math.inf if c < 0 else scores[head, c].item() for c in chosen]
+            assert [c for c in range(chunks) if choice.held[head, c]] == sorted(best)
+            for slot, (old, new) in enumerate(zip(before[head], chosen, strict=True)):
+                assert old not in best or new == old, "a chunk that stays keeps its slot"
+                assert source[head, slot] == (-1 if new == old else new - start)
 
 
-def test_merge_with_nothing_on_offer_changes_nothing():
-    held = torch.tensor([[3.0, -math.inf, 1.0]])
-    top = ops.merge_top_chunks(held, torch.full((1, 4), -math.inf))
-    assert len(top.head) == len(top.slot) == len(top.chunk) == 0
-    assert torch.equal(top.scores, held)
+def test_equal_scores_change_nothing():
+    """The held chunk wins; of those on offer, the earlier."""
+    choice = empty_choice(1, 3, 20)
+    ops.select_chunks(choice, torch.tensor([[1.0, 1.0]]), 0)
+    assert ops.select_chunks(choice, torch.tensor([[1.0, 1.0, 1.0]]), 7).tolist() == [[-1, -1, 0]]
+    assert choice.chunks.tolist() == [[0, 1, 7]]
+    assert ops.select_chunks(choice, torch.tensor([[1.0, -math.inf]]), 12).tolist() == [[-1, -1, -1]]
+    assert ops.select_chunks(choice, torch.tensor([[2.0, 3.0]]), 14).tolist() == [[-1, 0, 1]]
+    assert choice.chunks.tolist() == [[0, 14, 15]]
+
+
+def test_gather_copies_what_enters_and_nothing_else():
+    kv = torch.arange(2 * 2 * 12 * 3.0).reshape(2, 2, 12, 3)
+    slots = torch.full((2, 2, 3, 4, 3), -1.0)
+    source = torch.tensor([[2, -1, 0], [-1, 1, -1]])
+    ops.gather_chunks(source, kv, slots)
+    for head, slot in itertools.product(range(2), range(3)):
+        chunk = source[head, slot]
+        expected = kv[:, head, 4 * chunk : 4 * chunk + 4] if chunk >= 0 else torch.full((2, 4, 3), -1.0)
+        assert torch.equal(slots[:, head, slot], expected)

@@ -14,16 +14,18 @@ class EagerDevice:
 
     trace = None
 
-    def __init__(self):
+    def __init__(self, where="cpu"):
+        self.where = where
         self.incoming, self.outgoing = self._lane(), self._lane()
 
     def _lane(self):
         return EagerLane()
 
     def empty(self, shape, dtype):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=self.where)
 
-    host_empty = empty
+    def host_empty(self, shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     def record(self):
         return _Done()

@@ -88,3 +88,10 @@ def test_trace_spans(monkeypatch):
         pass
     device.close()
     assert [(span.track, span.size) for span in trace.spans()] == [("host to device", 20), ("compute", 0)]
+
+
+@pytest.mark.gpu
+def test_right_on_cuda():
+    device = CudaDevice(torch.device("cuda"), Trace())
+    assert run(device, "cuda") == EXPECTED
+    assert {span.track for span in device.trace.spans()} == {"compute", "host to device", "device to host"}

@@ -15,7 +15,7 @@ from offload_triforce.errors import InputError
 
 bench = typer.Typer(help="Measure, and say on what.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Option(help="smollm2 (real text) or llama-1b-half (random weights).")]
+Model = Annotated[str, typer.Option(help="smollm2 (real text) or llama-1b (random weights).")]
 Tokens = Annotated[int, typer.Option(min=512, help="Length of the text.")]
 Tile = Annotated[int | None, typer.Option(help="Tokens per transfer.")]
 Ring = Annotated[int | None, typer.Option(help="Tiles in flight.")]
@@ -26,7 +26,7 @@ Gamma = Annotated[int | None, typer.Option(help="Guesses per pass over the full 
 @bench.command()
 @guarded
 def pipeline(
-    model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2 and llama-1b-half.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2 and llama-1b.")] = None,
     link_gbps: Annotated[
         list[float] | None,
         typer.Option(help="Bandwidth in GB/s; may be repeated. By default three at which the link dominates."),

@@ -18,7 +18,7 @@ from offload_triforce.errors import InputError
 from offload_triforce.fetch import fetch_smollm2
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
-MODELS = ("smollm2", "llama-1b-half")
+MODELS = ("smollm2", "llama-1b")
 # The link dominates when its time is a multiple of the computation's: these many times.
 DOMINANCE = (3.0, 6.0, 12.0)
 

@@ -36,11 +36,11 @@ _QWEN_25_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
-# Llama-3.2-1B's layers, but half as many, and the vocabulary of Llama-2: small enough for a CPU.
-_LLAMA_1B_HALF = {
+# Llama-3.2-1B with the vocabulary of Llama-2, whose output head is a quarter as large: small enough for a CPU.
+_LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 16,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "vocab_size": 32000,
@@ -50,7 +50,7 @@ SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-2-7b": (LlamaConfig, _LLAMA_2_7B),
     "llama-3.1-8b": (LlamaConfig, _LLAMA_3_8B),
     "qwen2.5-7b": (Qwen2Config, _QWEN_25_7B),
-    "llama-1b-half": (LlamaConfig, _LLAMA_1B_HALF),
+    "llama-1b": (LlamaConfig, _LLAMA_1B),
 }
 
 

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-ARENA = 1 << 33  # bytes
+MAP_NORESERVE = 0x4000  # Linux: no promise of memory is made for what is not used; Python names it from 3.13 on
 
 
 @pytest.fixture(scope="session")
@@ -13,26 +13,28 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def arena(device):
-    """``arena(dtype, shape, strides)``: a tensor of any strides in a space of 8 GB, of which only what is used exists.
+    """``arena(values, strides)``: a copy with any strides, in a space of which only what is used exists.
 
-    Its first element is in the middle, so that an offset that wraps around reads zeros rather than crashing.
+    It begins in the middle of the space, so that an offset that wraps around reads zeros rather than crashing.
     """
     if device.type == "cuda":
-        if torch.cuda.mem_get_info()[0] < ARENA + (1 << 30):
-            pytest.skip("needs 9 GB of free GPU memory")
-        space = torch.zeros(ARENA, dtype=torch.uint8, device=device)
+        size = min(9 << 31, torch.cuda.mem_get_info()[0] // 8 * 7) >> 20 << 20
+        space = torch.empty(size, dtype=torch.uint8, device=device)
     else:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-        space = torch.frombuffer(mmap.mmap(-1, ARENA, flags=flags), dtype=torch.uint8)
+        size = 1 << 36
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        space = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
     taken = 0
 
     def place(values, strides):
-        """A copy of ``values`` with these strides, and after the tensors placed before."""
         nonlocal taken
-        view = space.view(values.dtype)
-        tensor = view.as_strided(values.shape, strides, len(view) // 2 + taken)
+        end = sum((length - 1) * stride for length, stride in zip(values.shape, strides, strict=True)) + 1
+        middle = size // 2 // values.itemsize
+        if middle + taken + end > size // values.itemsize:
+            pytest.skip("needs more GPU memory")
+        tensor = space.view(values.dtype).as_strided(values.shape, strides, middle + taken)
         taken += 4096
         return tensor.copy_(values)
 

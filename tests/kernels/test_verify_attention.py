@@ -71,12 +71,11 @@ def test_tiles_of_any_size(device, kv_heads, groups, tokens, dim, dtype):
     assert_twins(query, steps, Rule(dim**-0.5), kv_heads)
 
 
-@pytest.mark.parametrize("sizes", [(300, 512), (512, 7)])
-def test_many_queries(device, sizes):
-    query = draw(device, 2, 512, 64, dtype=torch.bfloat16, seed=1)
+def test_many_queries(device):
+    query = draw(device, 1, 512, 64, dtype=torch.bfloat16, seed=1)
+    first, last = draw_tiles(device, 1, (40, 512), 64, torch.bfloat16)
     newest = Newest(causal_mask(512, 512, device=device))
-    tiles = draw_tiles(device, 1, sizes, 64, torch.bfloat16)
-    assert_twins(query, [(tile, newest if tile.shape[2] == 512 else None) for tile in tiles], Rule(0.125), 1)
+    assert_twins(query, [(first, None), (last, newest)], Rule(0.125), 1)
 
 
 def tree(device, tokens, masked, seed=0):
@@ -132,7 +131,7 @@ def test_masks_of_any_strides(device):
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("length", [0, 3, 5, 64, 70, 122, 123])
 def test_what_lies_behind_the_length_is_not_read(device, length, window):
-    """A buffer of 123 keys with NaN behind ``length``; when that is less than the mask, its first columns are unused."""
+    """A buffer of 123 keys with NaN behind ``length``. Where the mask is longer, its first columns are of no use."""
     query = draw(device, 3, 5, 64, seed=1)
     first, last = draw_tiles(device, 1, (20, 123), 64)
     last[:, :, length:] = math.nan
@@ -175,6 +174,7 @@ def test_queries_that_see_nothing(device):
 def test_any_number_of_splits(device, splits, monkeypatch):
     """Most of 32 splits get no keys at all."""
     monkeypatch.setattr(attention, "split_count", lambda *_: splits)
+    monkeypatch.setattr(attention, "state_layout", attention.state_layout.__wrapped__)
     query = draw(device, 6, 5, 80, seed=1)
     tiles = draw_tiles(device, 2, (1, 300, 7, 200), 80)
     newest = (None, None, Newest(causal_mask(5, 5, device=device)), None)
@@ -215,18 +215,17 @@ def test_one_buffer_serves_all_smaller_blocks(device):
 @pytest.mark.parametrize("far", ["heads", "tokens", "rows", "mask"])
 def test_offsets_pass_two_to_the_31(device, arena, far):
     """Each stride fits 32 bits, but a few steps of it do not."""
-    far_head, far_token = 3 << 28, (1 << 29) + 4096
-    heads, tokens = 4, 5
+    heads, tokens, step = 5, 5, 1 << 29
     key, value = draw(device, 2, heads, tokens, 64, dtype=torch.float16)
     if far in ("heads", "tokens"):
-        strides = (far_head, 64, 1) if far == "heads" else (320, far_token, 1)
+        strides = (step, 64, 1) if far == "heads" else (320, step, 1)
         key, value = arena(key, strides), arena(value, strides)
     query = draw(device, heads, tokens, 64, dtype=torch.float16, seed=2)
     if far == "rows":
-        query = arena(query, (320, far_token, 1))
+        query = arena(query, (320, step, 1))
     mask = tree(device, tokens, tokens)
     if far == "mask":
-        mask = arena(mask, (far_token, 1))
+        mask = arena(mask, (step, 1))
     assert_twins(query, [((key, value), Newest(mask))], Rule(0.125), heads)
 
 

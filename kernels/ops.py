@@ -5,6 +5,7 @@ Callers import this module alone. What each operation computes is said by its ea
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "causal_mask",
     "chunk_scores",
     "gather_chunks",
+    "own_tokens",
     "pack_queries",
     "prefill_attention",
     "select_chunks",
@@ -42,6 +44,12 @@ def uses_triton(tensor: Tensor) -> bool:
     if verify_attention is None or wanted == "torch":
         return False
     return tensor.is_cuda or wanted == "triton"
+
+
+@functools.lru_cache(maxsize=64)
+def own_tokens(tokens: int, device: torch.device) -> Newest:
+    """The queries' own tokens are the newest keys, each seen by itself and those after it. Made once per length."""
+    return Newest(causal_mask(tokens, tokens, device=device))
 
 
 class RunningAttention:
@@ -79,12 +87,13 @@ class RunningAttention:
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    """See ``reference.prefill_attention``. torch's fused kernels know no soft-capping; ours does."""
-    if rule.softcap is None or not uses_triton(query):
+    """See ``reference.prefill_attention``. torch's fused kernels know no soft-capping, and no groups in float32."""
+    grouped = query.dtype == torch.float32 and query.shape[0] != key.shape[0]
+    if not uses_triton(query) or (rule.softcap is None and not grouped):
         return reference.prefill_attention(query, key, value, rule)
     attention, tokens = RunningAttention(), query.shape[1]
     attention.start(query, key.shape[0], rule)
-    attention.update(key, value, Newest(causal_mask(tokens, tokens, device=query.device)))
+    attention.update(key, value, own_tokens(tokens, query.device))
     return attention.finish()
 
 

@@ -47,6 +47,7 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.vram * 1e9 / total))
     report: dict[str, Any] = {"machine": describe_machine(), "vram_cap_gb": arguments.vram, "models": []}
+    report["hbm_gbps"] = gpu.memory_bandwidth(device, 1 << 26 if arguments.rehearse else 1 << 30)
     for shape in arguments.shapes:
         measure_model(shape, arguments, device, report)
     print(json.dumps(report, indent=1))
@@ -66,8 +67,6 @@ def measure_model(shape: str, arguments: argparse.Namespace, device: torch.devic
         measure_context(model, context, arguments.budget, row, Parts(row["parts"], report, out))
     parts = Parts(report.setdefault("prefill", {}).setdefault(shape, {}), report, out)
     parts.run("against_transformers", gpu.prefill_speed, model, Settings(), arguments.prefill_tokens)
-    if device.type == "cuda":
-        parts.run("device_memory", gpu.memory_bandwidth, device)
 
 
 def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict[str, Any], parts: Parts) -> None:
@@ -77,14 +76,16 @@ def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict
     row["plan"] = {"tile_tokens": plan.tile_tokens, "tile_bytes": plan.tile_bytes, "ring": plan.ring}
     parts.run("link", gpu.link_ceiling, model.device, plan.tile_bytes)
     for queries in (settings.gamma + 1, 64, 512):
-        parts.run(f"kernels_{queries}", gpu.kernel_time, model, plan, queries, shape.slots, settings.chunk)
+        sizes = (queries, shape.slots, settings.chunk, parts.report["hbm_gbps"])
+        parts.run(f"kernels_{queries}", gpu.kernel_time, model, plan, *sizes)
     needed = work_out(model, layout, settings, shape, plan, context).host
     free = psutil.virtual_memory().available
     if needed > 0.95 * free:
         row["skipped"] = f"{needed / 1e9:.1f} GB of host memory needed, {free / 1e9:.1f} GB free"
         return
-    ceiling = row["parts"]["link"].get("h2d_gbps", 0.0)
-    parts.run("passes", passes, model, settings, context, ceiling)
+    ceiling = row["parts"]["link"].get("h2d_gbps")
+    if ceiling:
+        parts.run("passes", passes, model, settings, context, ceiling)
     parts.run("memory", gpu.peak_memory, model, settings, context)
 
 

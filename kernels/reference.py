@@ -146,7 +146,7 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> 
         mask = causal_lower_right(tokens, key.shape[1])
     gqa = query.shape[0] != key.shape[0]
     if gqa and query.is_cuda and (query.dtype == torch.float32 or rule.window is not None):
-        # No fused CUDA kernel takes grouped heads in float32, or with a mask, and the fallback holds all scores at once.
+        # No fused CUDA kernel takes grouped heads in float32, or with a mask: the fallback holds all scores at once.
         group = query.shape[0] // key.shape[0]
         key, value, gqa = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0), False
     return F.scaled_dot_product_attention(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from offload_triforce import cli_bench
+from offload_triforce import cli_bench, cli_plan
 from offload_triforce._version import __version__
 from offload_triforce.cli_common import build_settings, guarded, notes
 from offload_triforce.errors import InputError
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_bench.trace)
+app.command()(cli_plan.plan)
+app.command()(cli_plan.doctor)
 
 
 def main() -> None:

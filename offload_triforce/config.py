@@ -25,7 +25,7 @@ class Settings:
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
-        tile: tokens per transfer, a multiple of the chunk; None is about 8 MB.
+        tile: tokens per transfer, a multiple of the chunk; None is about 16 MB.
         ring: tiles in flight: staging buffers on the device; None is about 128 MB.
         resident: share of the full cache's tiles that stays on the device, 0 to 1.
         link_gbps: emulate a link of this speed (GB/s); CPU only.

@@ -24,7 +24,7 @@ from offload_triforce.model.loader import load_model, max_positions, resolve_dev
 from offload_triforce.model.prefill import Progress
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.request import Request, interpret
-from offload_triforce.runtime import Runtime
+from offload_triforce.runtime import Runtime, on
 from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft, static_view
 from offload_triforce.speculation.hierarchy import Proposer
 from offload_triforce.speculation.sampling import Choices, RandomChoices, Sampler
@@ -286,7 +286,7 @@ class TriForce:
         with contextlib.closing(steps):
             while True:
                 self._check_ticket(ticket)
-                with attached(self.model, draft), torch.inference_mode(False), torch.no_grad():
+                with on(self.layout.device), attached(self.model, draft), torch.inference_mode(False), torch.no_grad():
                     tokens = next(steps, None)
                 if tokens is None:
                     return

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalShape
@@ -15,6 +16,14 @@ from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.plan import TilePlan
+
+
+class Configured(Protocol):
+    """A model, loaded or only planned."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """transformers' own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Needs:
 
 
 def work_out(
-    model: PreTrainedModel,
+    model: Configured,
     layout: ModelLayout,
     settings: Settings,
     shape: RetrievalShape,
@@ -80,16 +89,20 @@ def check_memory(needs: Needs, device: torch.device, context: int) -> None:
     """
     free = psutil.virtual_memory().available
     if device.type == "cuda":
-        _compare("device", needs.device, needs.fixed, _free_on(device), context)
+        _compare("device", needs.device, needs.fixed, free_on(device), context)
         _compare("host", needs.host, 0, free, context)
     else:
         _compare("host", needs.host + needs.device, needs.fixed, free, context)
 
 
-def _free_on(device: torch.device) -> int:
+def free_on(device: torch.device) -> int:
     """Bytes that this process may still take: what the driver has, and what torch keeps cached without using it."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
+    reserved = torch.cuda.memory_reserved(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in all versions of torch
+    if share is not None:
+        free = min(free, int(share(device) * torch.cuda.get_device_properties(device).total_memory) - reserved)
+    return free + reserved - torch.cuda.memory_allocated(device)
 
 
 def _compare(kind: str, needed: int, fixed: int, free: int, context: int) -> None:

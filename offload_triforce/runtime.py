@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
     ring = settings.ring or choose_ring(tile * token_bytes)
     if ring * tile * token_bytes > RING_LIMIT:
         raise InputError(
-            f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, more "
-            f"than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
+            f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, "
+            f"more than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
         )
     return TilePlan(
         layers=len(layout.full),
@@ -145,6 +146,12 @@ class Runtime:
 
     def prefill(self, tokens: Tensor, progress: Progress | None) -> None:
         """Read ``tokens`` (n,) into empty caches. They are ready to decode from when it ends."""
+        with on(self.layout.device):
+            self._prefill(tokens, progress)
+        if self.layout.device.type == "cuda":
+            torch.cuda.current_stream(self.layout.device).synchronize()  # so that its time is not taken for decoding's
+
+    def _prefill(self, tokens: Tensor, progress: Progress | None) -> None:
         self.caches.reset()
         if len(tokens):
             prefill(
@@ -196,13 +203,22 @@ class Runtime:
         _close(self._open)
 
 
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a CUDA device the current one: Triton launches its kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _make_device(device: torch.device, gbps: float | None) -> Device:
     return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
 
 
 def _close(resources: list[Device | TileStore]) -> None:
-    while resources:
-        resources.pop(0).close()
+    try:
+        while resources:
+            resources.pop(0).close()
+    finally:
+        if resources:  # one could not be closed: the others still can
+            _close(resources)
 
 
 class _Timed:

@@ -83,13 +83,12 @@ class CudaLane:
         self._stream = torch.cuda.Stream(owner.device)
 
     def submit(self, target: Tensor, source: Tensor, after: _CudaEvent | None = None) -> _CudaEvent:
-        """Queue a copy. Strided tensors go in contiguous pieces, which needs no buffer in between."""
+        """Queue a copy. torch gathers a strided source on the device first, on this lane's stream."""
         if after is not None:
             self._stream.wait_event(after.event)
         size = source.numel() * source.element_size()
         with torch.cuda.stream(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
-            for one, other in zip(contiguous_pieces(target, source), contiguous_pieces(source, target), strict=True):
-                one.copy_(other, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             landed = self._stream.record_event()
         if source.is_cuda:
             source.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
@@ -143,8 +142,10 @@ class CudaDevice:
 
     def close(self) -> None:
         """Let what is under way land."""
-        self.incoming.close()
-        self.outgoing.close()
+        try:
+            self.incoming.close()
+        finally:
+            self.outgoing.close()
 
 
 class _CudaSpan:
@@ -152,20 +153,14 @@ class _CudaSpan:
         self._owner, self._what = owner, (track, name, size)
 
     def __enter__(self) -> None:
-        if self._owner.trace is not None:
+        self._trace = self._owner.trace
+        if self._trace is not None:
             self._start = self._mark()
 
     def __exit__(self, *_: object) -> None:
-        if self._owner.trace is not None:
+        if self._trace is not None:
             owner, (track, name, size), start, end = self._owner, self._what, self._start, self._mark()
-            owner.trace.add_later(lambda: Span(track, name, owner.seconds(start), owner.seconds(end), size))
+            self._trace.add_later(lambda: Span(track, name, owner.seconds(start), owner.seconds(end), size))
 
     def _mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self._owner.device).record_event(torch.cuda.Event(enable_timing=True))
-
-
-def contiguous_pieces(tensor: Tensor, other: Tensor) -> list[Tensor]:
-    """Views of ``tensor`` which are contiguous in it and in ``other``, a tensor of the same shape."""
-    if tensor.dim() == 0 or (tensor.is_contiguous() and other.is_contiguous()):
-        return [tensor]
-    return [piece for i in range(tensor.shape[0]) for piece in contiguous_pieces(tensor[i], other[i])]

@@ -62,29 +62,33 @@ class _Engine:
     def __init__(self, name: str, delay: Callable[[], None] | None) -> None:
         self._delay = delay
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], _Event] | None] = queue.SimpleQueue()
-        self._closed = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], None]) -> _Event:
-        if self._closed:
+        if self._closing.is_set():
             raise RuntimeError("this device has been closed")
         event = _Event()
         self._queue.put((work, event))
         return event
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if not self._closing.is_set():
+            self._closing.set()
             self._queue.put(None)
             self._thread.join()
+
+    def sleep(self, seconds: float) -> None:
+        """For the engine's own work: sleep, unless it is being closed."""
+        self._closing.wait(seconds)
 
     @torch.no_grad()
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             work, event = item
             try:
-                if self._closed:
+                if self._closing.is_set():
                     raise RuntimeError("the device was closed before this began")
                 if self._delay:
                     self._delay()
@@ -138,7 +142,7 @@ class ThreadLane:
         takes = owner.latency_us * 1e-6 + (size / (owner.gbps * 1e9) if owner.gbps else 0.0)
         self._free_at = max(ready, self._free_at) + takes
         if (left := self._free_at - time.perf_counter()) > 0:
-            time.sleep(left)
+            self._engine.sleep(left)
 
 
 class EmulatedDevice:

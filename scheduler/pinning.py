@@ -44,7 +44,8 @@ class Pinner:
         self._stop = True
         self._thread.join()
         for slab in self._slabs[: self._count]:
-            self._unpin(slab)
+            if slab.nbytes:
+                self._unpin(slab)
         self._count = 0
 
     def _run(self) -> None:
@@ -53,7 +54,8 @@ class Pinner:
             for slab, event in zip(self._slabs, self._pinned, strict=True):
                 if self._stop:
                     raise MemoryError("pinning was stopped before it was through")
-                self._pin(slab)
+                if slab.nbytes:  # a layer whose tiles are all resident has none
+                    self._pin(slab)
                 self._count += 1
                 event.set()
                 done += slab.nbytes
@@ -64,13 +66,16 @@ class Pinner:
                 event.set()
 
 
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, whichever is current on this thread
+
+
 def cuda_pin(slab: Tensor) -> None:
     """Page-lock a host tensor in place. torch's own pinned allocator would round its size up to a power of two.
 
     Raises:
         MemoryError: the system refuses, mostly for a limit on locked memory.
     """
-    error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
+    error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, _PORTABLE)
     if int(error) != 0:
         raise MemoryError(
             f"{slab.nbytes / 1e9:.1f} GB of host memory could not be pinned (CUDA error {int(error)}); raise the limit "

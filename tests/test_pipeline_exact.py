@@ -22,7 +22,7 @@ from tests.scheduler.devices import EagerDevice, chaotic
 from tests.tiny import prompt_ids, tiny_model
 
 SETTINGS = Settings(chunk=2, sink=2, recent=3, budget=24, gamma=3, tile=6, ring=3, prefill_chunk=13, resident=0.2)
-PROMPT, PASSES = 50, 6
+PROMPT, PASSES = 50, 4
 
 
 def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS):
@@ -90,6 +90,22 @@ def test_cuda(dtype):
     expected = logits(model, layout, EagerDevice("cuda"))
     for _ in range(5):
         assert_same(logits(model, layout, CudaDevice(torch.device("cuda"))), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_waits_for_nothing_in_a_pass(monkeypatch):
+    model = tiny_model("llama").to("cuda")
+    score = FullLevel.score
+
+    def watched(self, text, guesses):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return score(self, text, guesses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(FullLevel, "score", watched)
+    logits(model, probe(model), CudaDevice(torch.device("cuda")))
 
 
 def test_smollm2(smollm2):

@@ -14,12 +14,14 @@ RANKS = [
     {"cache"},
     {"model"},
     {"speculation"},
-    {"detokenize", "memory", "request", "runtime", "checks", "answer"},
+    {"detokenize", "memory", "request", "runtime", "checks", "answer", "fetch"},
+    {"planner"},
     {"engine"},
-    {"hf", "fetch", "prompt"},
+    {"hf", "prompt"},
     {"report", "demo"},
     {"bench"},
-    {"cli_common", "cli_bench"},
+    {"doctor"},
+    {"cli_common", "cli_bench", "cli_plan"},
     {"cli"},
 ]
 

@@ -13,7 +13,7 @@ from offload_triforce.config import Settings
 from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.runtime import PREFILL_QUERIES, Runtime
+from offload_triforce.runtime import PREFILL_QUERIES, Runtime, on
 from offload_triforce.scheduler.device import Device
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel
 from offload_triforce.speculation.text import TokenText
@@ -31,11 +31,13 @@ class Subject:
         self.device = self.runtime.device
         raw = SimpleNamespace(distributions=lambda rows, ids, length: rows)  # no sampling: the pass alone
         self.target = FullLevel(model, self.runtime.caches, raw, refresh=True)
-        self.middle = RetrievalLevel(model, self.runtime.caches, raw)
+        self.middle = RetrievalLevel(model, self.runtime.caches, raw, self.runtime.graphs)
         self.text = TokenText(text, len(text) + room)
 
     def read(self) -> float:
         """Prefill all of the text but its last token, for real; returns seconds."""
+        if self.runtime.caches.full is not None:
+            self.runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, and not what is timed
         started = time.perf_counter()
         with attached(self.model), torch.no_grad():
             self.runtime.prefill(self.text.ids[:-1], None)
@@ -80,12 +82,12 @@ class Subject:
         return seconds
 
     def _timed(self, work: object) -> float:
-        self.synchronize()
-        started = time.perf_counter()
-        with attached(self.model), torch.no_grad():
+        with on(self.layout.device), attached(self.model), torch.no_grad():
+            self.synchronize()
+            started = time.perf_counter()
             work()
-        self.synchronize()
-        return time.perf_counter() - started
+            self.synchronize()
+            return time.perf_counter() - started
 
     def synchronize(self) -> None:
         """Wait until the device is through, so that a clock means something."""

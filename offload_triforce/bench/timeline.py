@@ -23,10 +23,12 @@ def trace_pass(subject: Subject) -> Trace:
     """The time line of one pass; another one before it warms up."""
     subject.verify()
     trace = subject.device.trace = Trace()
-    with _layer_spans(subject.model, subject.device):
-        subject.verify()
-    trace.spans()  # settled while the device is there to ask
-    subject.device.trace = None
+    try:
+        with _layer_spans(subject.model, subject.device):
+            subject.verify()
+        trace.spans()  # settled while the device is there to ask
+    finally:
+        subject.device.trace = None
     return trace
 
 

@@ -65,7 +65,7 @@ class GrowingBuffer:
         if rule.window is not None:
             held = held[:, :, -(rule.window + tokens - 1) :]
         self._attention.start(query, key.shape[0], rule)
-        self._attention.update(held[0], held[1], ops.Newest(ops.causal_mask(tokens, tokens, device=query.device)))
+        self._attention.update(held[0], held[1], ops.own_tokens(tokens, query.device))
         return self._attention.finish()
 
     def end_step(self, tokens: int) -> None:

@@ -87,7 +87,7 @@ class FullCache:
         tokens, attention, device = query.shape[1], self._attention, self.stream.device
         tail = self.tail.write(layer, key, value)
         attention.start(query, key.shape[0], rule)
-        attention.update(tail[0], tail[1], ops.Newest(ops.causal_mask(tokens, tokens, device=query.device)))
+        attention.update(tail[0], tail[1], ops.own_tokens(tokens, query.device))
         observer = observe(attention.packed, attention.logsumexp(), rule.scaling) if observe else None
         for tile in self.stream.tiles(layer):
             device.launch(f"layer {layer}, tile {tile.index}", self._take, tile, observer)

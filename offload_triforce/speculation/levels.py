@@ -51,7 +51,7 @@ class TargetCaches:
         recent, sink = max(self.retrieval.shape.recent, tokens), self.retrieval.shape.sink
         near, attention = kv[:, :, -recent:], ops.RunningAttention()
         attention.start(queries, kv.shape[1], rule)
-        attention.update(near[0], near[1], ops.Newest(ops.causal_mask(tokens, tokens, device=kv.device)))
+        attention.update(near[0], near[1], ops.own_tokens(tokens, kv.device))
         if 0 < sink <= length - recent:
             attention.update(kv[0, :, :sink], kv[1, :, :sink])
         refresh = self.retrieval.refresh(index, attention.packed, attention.logsumexp(), rule.scaling, length)

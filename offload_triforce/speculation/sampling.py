@@ -46,10 +46,11 @@ class Sampler:
         """
         scores = self._fit(logits.to(torch.float32, copy=True))
         if self._processors:
-            prefix = prefix.to(scores.device)[None]
-            if self._rowwise:
-                scores = self._processors(prefix[:, :first].expand(len(scores), -1), scores)
+            if self._rowwise:  # they do not look at the text, so it need not be brought to the device
+                nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+                scores = self._processors(nothing, scores)
             else:
+                prefix = prefix.to(scores.device)[None]
                 rows = [self._processors(prefix[:, : first + i], scores[i : i + 1]) for i in range(len(scores))]
                 scores = torch.cat(rows)
         if self._do_sample:

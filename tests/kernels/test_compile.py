@@ -22,7 +22,10 @@ def compile_kernels(*arguments, **environment):
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize(("cc", "extent"), [(86, "few"), (89, "usual"), (90, "few"), (120, "few")])
+USUAL = [pytest.param(cc, "usual", marks=pytest.mark.slow) for cc in (86, 89, 90, 120)]
+
+
+@pytest.mark.parametrize(("cc", "extent"), [*((cc, "few") for cc in (86, 89, 90, 120)), *USUAL])
 def test_kernels_compile_and_fit(cc, extent):
     run = compile_kernels("--cc", str(cc), "--extent", extent)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -45,9 +45,7 @@ def _releases_mean_nothing(monkeypatch):
     monkeypatch.setattr(CudaDevice, "release", mutated)
 
 
-@pytest.mark.parametrize(
-    "mutation", [_copies_do_not_wait, _events_recorded_before_the_copy, _releases_mean_nothing]
-)
+@pytest.mark.parametrize("mutation", [_copies_do_not_wait, _events_recorded_before_the_copy, _releases_mean_nothing])
 def test_a_missing_event_shows(monkeypatch, mutation):
     mutation(monkeypatch)
 

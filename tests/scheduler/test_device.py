@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_triforce.scheduler.device import contiguous_pieces
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from tests.scheduler.devices import chaotic
 
@@ -186,18 +185,3 @@ def test_a_failed_computation_raises_at_the_end_of_it():
         device.finish()
     device.finish()
     device.close()
-
-
-@pytest.mark.parametrize("piece", [(2, 3, 4, 5), (2, 3, 2, 5), (2, 3, 4, 2)], ids=["whole", "tokens", "dims"])
-def test_contiguous_pieces_cover_both_sides(piece):
-    """As in the tail: a slice of tokens of [2, K, n, D] falls into one piece per head."""
-    whole, target = torch.arange(120.0).reshape(2, 3, 4, 5), torch.zeros(piece)
-    source = whole[:, :, : piece[2], : piece[3]]
-    ones, others = contiguous_pieces(target, source), contiguous_pieces(source, target)
-    assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
-        assert one.is_contiguous()
-        assert other.is_contiguous()
-        one.copy_(other)
-    assert torch.equal(target, source)
-    assert len(ones) == {(2, 3, 4, 5): 1, (2, 3, 2, 5): 6, (2, 3, 4, 2): 24}[piece]

@@ -80,11 +80,11 @@ def test_bytes_of_llama_2_7b_at_128k():
 
 @given(st.integers(1, 10**6), st.integers(2, 2**21), st.sampled_from([1, 3, 8, 24, 32]))
 def test_chosen_tile(token_bytes, context, multiple):
-    """A multiple of the chunk; never more than 8 MB, unless a single multiple is."""
+    """A multiple of the chunk; never more than 16 MB, unless a single multiple is."""
     tile = choose_tile(token_bytes, context, multiple)
     assert tile % multiple == 0
     assert tile >= multiple
-    assert tile * token_bytes <= 8 << 20 or tile == multiple
+    assert tile * token_bytes <= 16 << 20 or tile == multiple
     assert tile * 8 <= context or tile == multiple
 
 
@@ -97,11 +97,11 @@ def test_chosen_ring(tile_bytes):
 
 @pytest.mark.parametrize(
     ("kv_heads", "tile", "ring"),
-    [(32, 512, 16), (8, 2048, 16), (4, 4096, 16)],
+    [(32, 1024, 8), (8, 4096, 8), (4, 8192, 8)],
     ids=["Llama-2-7B", "Llama-3.1-8B", "Qwen2.5-7B"],
 )
 def test_choices_for_well_known_shapes(kv_heads, tile, ring):
-    """bf16, head dimension 128: 8 MB tiles, 128 MB of ring."""
+    """bf16, head dimension 128: 16 MB tiles, 128 MB of ring."""
     token_bytes = 2 * kv_heads * 128 * 2
     assert choose_tile(token_bytes, 131072, 8) == tile
     assert choose_ring(tile * token_bytes) == ring

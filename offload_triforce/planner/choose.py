@@ -1,0 +1,131 @@
+"""Settings that nobody should have to know: the largest budget that fits, the gammas that pay, a filled card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from offload_triforce.config import Settings, replace_settings
+from offload_triforce.memory import free_on
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.shape import ModelShape, weigh
+from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
+from offload_triforce.planner.machine import Machine, this_machine
+from offload_triforce.planner.predict import DRAFT_ACCEPTANCE, Assumed, assumed_acceptance, predict_target, round_time
+
+LEAST_BUDGET = 1024
+# Longer chains have not been measured, and guesses are less independent than the model of them says.
+GAMMAS = (6, 8, 12, 16, 24, 32)
+GAMMA1S = (2, 4, 6)
+# Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
+RESERVE = 0.02
+
+
+def assume(
+    settings: Settings, context: int, draft: str, retrieval: float | None = None, drafted: float | None = None
+) -> Assumed:
+    """The acceptance to reckon with. ``draft``: ngram, none, self or model; the rates win where they are given."""
+    if retrieval is None:
+        retrieval = assumed_acceptance(settings.budget_for(context))
+    return Assumed(retrieval, DRAFT_ACCEPTANCE[draft] if drafted is None else drafted)
+
+
+def choose_settings(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    fixed: Collection[str] = (),
+    draft: ModelShape | None = None,
+    draft_kind: str = "ngram",
+    retrieval: float | None = None,
+    drafted: float | None = None,
+) -> Settings:
+    """Fill in what nobody has set, for a text of ``context`` tokens. What comes out need not fit: see ``missing``.
+
+    Args:
+        model: the target. settings: as given so far. machine: what it is for; None of its memory may be taken yet.
+        fixed: names of settings that stay as they are.
+        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        retrieval, drafted: acceptance, where it is known.
+    """
+    if not model.layout.full:
+        return settings
+    if "budget" not in fixed:
+        settings = replace_settings(settings, {"budget": _budget(model, settings, context, machine, draft)})
+    rates = assume(settings, context, draft_kind, retrieval, drafted)
+    settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
+    if "resident" not in fixed:
+        settings = replace_settings(settings, {"resident": resident_share(model, settings, context, machine, draft)})
+    plan = footprint(model, settings, context, draft).plan
+    return replace_settings(settings, {"tile": plan.tile_tokens, "ring": plan.ring})
+
+
+def choose_for_loaded(
+    model: PreTrainedModel, layout: ModelLayout, settings: Settings, context: int, fixed: Collection[str], kind: str
+) -> Settings:
+    """The same for a model whose weights are on the card already (its draft's too). On a CPU nothing is changed.
+
+    ``kind``: of the draft: ngram, none, self or model.
+    """
+    if layout.device.type != "cuda":
+        return settings
+    heads, weights = model.config.get_text_config().num_attention_heads, weigh(model, None)
+    shape = ModelShape("", model.config, layout, heads, weights)
+    taken = weights.total + DEVICE_OVERHEAD  # what is free is free of these
+    machine = this_machine()
+    machine = replace(machine, memory=free_on(layout.device) + taken)
+    return choose_settings(shape, settings, context, machine, fixed, draft_kind=kind)
+
+
+def resident_share(
+    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None = None
+) -> float:
+    """The share of the tiles that the memory left on the card has room for, in thousandths, rounded down."""
+    used = footprint(model, replace_settings(settings, {"resident": 0.0}), context, draft)
+    left = int(machine.memory * (1 - RESERVE)) - used.vram_bytes
+    total = used.plan.layers * used.plan.tiles * used.plan.tile_bytes
+    return max(0.0, min(1.0, math.floor(1000 * left / total) / 1000))
+
+
+def _gammas(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    fixed: Collection[str],
+    draft: ModelShape | None,
+    draft_kind: str,
+    rates: Assumed,
+) -> Settings:
+    """The settings with those guesses per pass and per step that take the least time per token."""
+    gammas = (settings.gamma,) if "gamma" in fixed else GAMMAS
+    gamma1s = (settings.gamma1,) if "gamma1" in fixed else GAMMA1S if draft_kind != "none" else (0,)
+    if draft is not None:  # see check_draft
+        gammas = [g for g in gammas if settings.draft_cache >= 2 * (settings.draft_sink + g + 2)] or gammas[:1]
+    best, least = replace_settings(settings, {"gamma": gammas[0], "gamma1": gamma1s[0]}), math.inf
+    if len(gammas) * len(gamma1s) == 1:
+        return best
+    for gamma in gammas:
+        # How much is resident hardly moves the best gammas, so they are sought before.
+        passing = predict_target(model, replace_settings(settings, {"gamma": gamma}), context, machine, gamma + 1, True)
+        for gamma1 in gamma1s:
+            tried = replace_settings(settings, {"gamma": gamma, "gamma1": gamma1})
+            took = round_time(model, tried, context, machine.speeds, rates, draft, passing).ms_per_token
+            if took < 0.98 * least:  # a longer chain has to pay
+                best, least = tried, took
+    return best
+
+
+def _budget(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> int:
+    """The default budget, or half of it again and again while it does not fit, down to LEAST_BUDGET."""
+    budget = settings.budget_for(context)
+    while budget // 2 >= LEAST_BUDGET:
+        used = footprint(model, replace_settings(settings, {"budget": budget, "resident": 0.0}), context, draft)
+        if not missing(used, machine.memory, None):
+            break
+        budget //= 2
+    return budget

@@ -1,0 +1,188 @@
+"""How fast it will be: what a model computes per layer, step and tile, handed to the scheduler's cost model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from offload_triforce.config import Settings
+from offload_triforce.model.shape import ModelShape
+from offload_triforce.planner.machine import Machine
+from offload_triforce.runtime import make_plan, make_shape
+from offload_triforce.scheduler.cost import (
+    LinkSpeed,
+    PassTime,
+    PassWork,
+    RoundTime,
+    Speeds,
+    chain,
+    predict_pass,
+    predict_prefill,
+    rounds,
+)
+from offload_triforce.scheduler.plan import TilePlan
+
+# The host's time to launch an operation from Python, and the device's time between two of a replayed graph, in
+# seconds; operations per decoder layer and per tile. Orders of magnitude, not yet measured on a card.
+LAUNCH, REPLAY = 8e-6, 1.5e-6
+PER_LAYER, PER_TILE = 25, 6
+
+# Acceptance by the target of a guess of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K tokens of
+# Python source, T=0.6, chunks of 8, chosen anew every 16 tokens. Never assumed better than at the largest budget.
+ACCEPTANCE = ((1024, 0.886), (2048, 0.912), (4096, 0.944))
+# Acceptance by the retrieval level of a draft's guess: look-up in the text on free text, and a small model of the same
+# family. Assumptions; repetitive text does better (the demo's look-up: 0.59).
+DRAFT_ACCEPTANCE = {"ngram": 0.4, "none": 0.0, "self": 0.8, "model": 0.6}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Acceptance of a guess: of the retrieval level by the target, of the draft by the retrieval level."""
+
+    retrieval: float
+    draft: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Times in seconds, if not said otherwise."""
+
+    round: RoundTime
+    passing: PassTime
+    plain: PassTime
+    prefill_s: float
+    assumed: Assumed
+
+    @property
+    def plain_ms(self) -> float:
+        """Milliseconds per token without speculation: one pass each."""
+        return 1e3 * self.plain.seconds
+
+
+def assumed_acceptance(budget: int) -> float:
+    """ACCEPTANCE between its budgets (straight lines over the logarithm), and going on below."""
+    points = [(math.log2(size), rate) for size, rate in ACCEPTANCE]
+    x = math.log2(budget)
+    if x >= points[-1][0]:
+        return points[-1][1]
+    (x0, y0), (x1, y1) = (points[1], points[2]) if x >= points[1][0] else (points[0], points[1])
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def layer_seconds(model: ModelShape, speeds: Speeds, tokens: int) -> float:
+    """The matrix products of one decoder layer in a step of a few tokens: its weights are read once."""
+    weights = model.weights
+    touched = 1 - (1 - weights.expert_share) ** tokens  # experts that some token chooses
+    size = weights.layer + touched * weights.experts + (weights.unpacked if tokens > 1 else 0.0)
+    parameters = weights.layer_parameters + weights.expert_share * weights.expert_parameters
+    return speeds.seconds(size, 2 * parameters * tokens)
+
+
+def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, refresh: bool) -> PassWork:
+    """A pass with that many queries. ``refresh``: chunks are scored and chosen as the tiles go by."""
+    layout, layer = model.layout, layer_seconds(model, speeds, tokens)
+    gaps, pending = [], 0.0
+    for index, shape in enumerate(layout.layers):
+        if shape.window is not None:
+            pending += layer + speeds.seconds(shape.window * layout.token_bytes(index))
+            continue
+        gaps.append(pending + layer / 2)  # projections and what else comes before the attention
+        pending = layer / 2
+    gaps.append(pending + speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens))
+    flops = (4 + 2 * refresh) * model.heads * plan.head_dim * plan.tile_tokens * tokens
+    tile = speeds.seconds((1.5 if refresh else 1.0) * plan.tile_bytes, flops)  # scoring reads the keys again
+    issue = PER_LAYER * LAUNCH * len(layout.layers) / plan.layers
+    return PassWork(tuple(gaps), tile, issue, PER_TILE * LAUNCH * (1 if refresh else 0.5))
+
+
+def predict_target(
+    model: ModelShape, settings: Settings, context: int, machine: Machine, tokens: int, refresh: bool
+) -> PassTime:
+    """One pass over ``context`` tokens."""
+    plan = make_plan(model.layout, settings, context)
+    if plan is None:  # nothing is streamed
+        return PassTime(_resident_step(model, settings, context, machine.speeds, tokens, LAUNCH), 0.0, 0.0)
+    tail = make_shape(settings, context).tail_needed(settings.gamma + 1)
+    tiles = max(0, context - tail) // plan.tile_tokens
+    work = pass_work(model, plan, machine.speeds, tokens, refresh)
+    # Bandwidths are those of copies of a tile's size, so what a copy costs beside its bytes is in them already.
+    return predict_pass(plan, tiles, LinkSpeed(machine.link_gbps), work)
+
+
+def _resident_step(
+    model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int, launch: float
+) -> float:
+    """A step over caches that lie on the device: windows, and the retrieval cache."""
+    held = settings.budget_for(context)
+    layout, seconds = model.layout, 0.0
+    for index, shape in enumerate(layout.layers):
+        reach = held if shape.window is None else min(shape.window, context)
+        seconds += layer_seconds(model, speeds, tokens) + speeds.seconds(reach * layout.token_bytes(index))
+    seconds += speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens)
+    return max(seconds, len(layout.layers) * PER_LAYER * launch)
+
+
+def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Speeds) -> float:
+    """A step of the retrieval level: the weights and the retrieval cache are read once."""
+    launch = REPLAY if settings.graphs else LAUNCH
+    return _resident_step(model, settings, context, speeds, settings.gamma1 + 1, launch)
+
+
+def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
+    """All guesses of a draft model for one step of the retrieval level; look-up in the text costs nothing here."""
+    if draft is None:
+        return 0.0
+    reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1)
+    launch = REPLAY if settings.graphs else LAUNCH
+    return settings.gamma1 * _resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
+
+
+def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:
+    """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer."""
+    layout, weights, speeds = model.layout, model.weights, machine.speeds
+    chunks = -(-context // settings.prefill_chunk)
+    parameters = weights.layer_parameters + weights.expert_share * weights.expert_parameters
+    products = chunks * speeds.seconds(weights.unpacked)
+    products += chunks * speeds.seconds(weights.layer + weights.experts, 2 * parameters * context / chunks)
+    computing, copying = [], []
+    for index, shape in enumerate(layout.layers):
+        reach = context / 2 if shape.window is None else min(shape.window, context / 2)
+        computing.append(products + speeds.seconds(0, 4 * model.heads * shape.head_dim * context * reach))
+        leaves = context * layout.token_bytes(index) * (1 - settings.resident) if shape.window is None else 0
+        copying.append(leaves / (machine.link_gbps * 1e9))
+    return predict_prefill(computing, copying, chunks)
+
+
+def round_time(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    speeds: Speeds,
+    assumed: Assumed,
+    draft: ModelShape | None,
+    passing: PassTime,
+) -> RoundTime:
+    """Guessing and the pass that judges it."""
+    guesses = settings.gamma > 0
+    return RoundTime(
+        passing.seconds,
+        step_seconds(model, settings, context, speeds) if guesses else 0.0,
+        draft_seconds(draft, settings, speeds) if guesses else 0.0,
+        rounds(settings.gamma, settings.gamma1, assumed.draft),
+        chain(assumed.retrieval, settings.gamma),
+    )
+
+
+def predict(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    assumed: Assumed,
+    draft: ModelShape | None = None,
+) -> Prediction:
+    """Prefill, plain decoding and decoding through the hierarchy at a text of ``context`` tokens."""
+    plain = predict_target(model, settings, context, machine, 1, refresh=False)
+    passing = predict_target(model, settings, context, machine, settings.gamma + 1, refresh=settings.gamma > 0)
+    timing = round_time(model, settings, context, machine.speeds, assumed, draft, passing)
+    return Prediction(timing, passing, plain, prefill_seconds(model, settings, context, machine), assumed)

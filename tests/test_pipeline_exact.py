@@ -108,6 +108,7 @@ def test_cuda_waits_for_nothing_in_a_pass(monkeypatch):
     logits(model, probe(model), CudaDevice(torch.device("cuda")))
 
 
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2(smollm2):
     model, tokenizer = smollm2
     layout = probe(model)

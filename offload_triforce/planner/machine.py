@@ -66,7 +66,7 @@ def of_card(card: Card, host: int | None = None) -> Machine:
     """A machine with a card of the table."""
     said = (
         f"link {card.link_gbps:g} GB/s: PCIe {card.generation}.0 x{card.lanes} at about 80 % of its raw speed",
-        f"{card.name}: {card.memory_gbps:g} GB/s of memory bandwidth, {card.tflops:g} dense TFLOPS (data sheet)",
+        f"{card.name}: {card.memory_gbps:g} GB/s of memory bandwidth, {card.tflops:g} dense TFLOPS (as published)",
     )
     return Machine(card.name, card.memory_bytes, card.link_gbps, Speeds(card.memory_gbps, card.tflops), host, said)
 

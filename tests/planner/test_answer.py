@@ -90,7 +90,7 @@ def test_chosen_settings_fill_the_card_and_keep_what_is_set(llama):
     card = of_card(find_card("RTX 4090"))
     chosen = choose_settings(llama, Settings(), CONTEXT, card)
     assert chosen.resident > 0.05
-    assert chosen.tile == 512
+    assert chosen.tile == 1024
     fixed = choose_settings(llama, Settings(gamma=8, gamma1=1, resident=0.01), CONTEXT, card, ("gamma", "gamma1"))
     assert (fixed.gamma, fixed.gamma1) == (8, 1)
     kept = choose_settings(llama, Settings(resident=0.01, budget=2048), CONTEXT, card, ("resident", "budget"))

@@ -53,7 +53,7 @@ def by_hand(name, budget):
     total += 2 * 2 * CONTEXT * HEAD_DIM.get(name, 128)  # sines and cosines
     total += 1024 * 2 * (3 * inner + 8 * hidden)
     if full:
-        tile = 1 << int(min(8 * 2**20 / layer_token, CONTEXT / 8)).bit_length() - 1
+        tile = 1 << int(min(16 * 2**20 / layer_token, CONTEXT / 4)).bit_length() - 1
         total += (budget + tile + 64 + 80) * token + 2**27  # retrieval cache, tail, ring
     if sliding:
         total += 1.25 * window * layer_token * sliding

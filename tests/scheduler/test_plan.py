@@ -85,7 +85,7 @@ def test_chosen_tile(token_bytes, context, multiple):
     assert tile % multiple == 0
     assert tile >= multiple
     assert tile * token_bytes <= 16 << 20 or tile == multiple
-    assert tile * 8 <= context or tile == multiple
+    assert tile * 4 <= context or tile == multiple
 
 
 @given(st.integers(1, 10**9))

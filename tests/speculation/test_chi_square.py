@@ -111,7 +111,13 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("name", SETUPS)
+# The normal run has one of each draft, and of each kind of warping, penalty and end; the others take minutes.
+USUAL = ("self, penalty", "self, two layers", "model, nucleus", "ngram", "ngram, texts that end")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in SETUPS]
+)
 def test_texts_have_the_targets_distribution(name):
     """The seeds are fixed, so a failure is a bug and not bad luck. Apart from each other, for pytest -n."""
     count, options = SETUPS[name]

@@ -43,7 +43,7 @@ def every_pair():
             yield pytest.param(family, draft, marks=pytest.mark.slow if (i + j) % 2 else ())
 
 
-@pytest.mark.parametrize(("family", "draft"), every_pair())
+@pytest.mark.parametrize(("family", "draft"), list(every_pair()))
 def test_greedy_equals_transformers(family, draft):
     """Tiles, write-back, sliding windows, refreshes and draft refills all come up within these tokens."""
     calm = draft != "none"

@@ -217,7 +217,7 @@ def test_ctrl_c_is_one_sentence_and_130(phase, model, book):
     else:
         time.sleep(1)  # well into the first layer, whose tiles take minutes over this link
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err.decode()
     assert err.decode().splitlines()[-1] == "interrupted"
     assert "Traceback" not in err.decode()

@@ -18,9 +18,20 @@ from offload_triforce.kernels.reference import (
     Rule,
     attention_finish,
     attention_logsumexp,
+    attention_start,
+    chunk_scores,
+    gather_chunks,
 )
 
-__all__ = ["attention_finish", "attention_logsumexp", "attention_update", "select_chunks"]
+__all__ = [
+    "attention_finish",
+    "attention_logsumexp",
+    "attention_start",
+    "attention_update",
+    "chunk_scores",
+    "gather_chunks",
+    "select_chunks",
+]
 
 
 def attention_update(

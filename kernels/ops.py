@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or wanted == "triton"
 
 
+def _torch_functions(tensor: Tensor) -> ModuleType:
+    """Where Triton does not serve: the eager twins, or the CPU's own versions of them."""
+    return reference if tensor.is_cuda else host
+
+
 @functools.lru_cache(maxsize=64)
 def own_tokens(tokens: int, device: torch.device) -> Newest:
     """The queries' own tokens are the newest keys, each seen by itself and those after it. Made once per length."""
@@ -70,8 +76,8 @@ class RunningAttention:
             self._buffers = verify_attention.state_buffers(self._buffers, self.packed)
             self._state = verify_attention.attention_start(self._buffers, self.packed)
         else:
-            self._functions = reference if query.is_cuda else host
-            self._state = reference.attention_start(self.packed)
+            self._functions = _torch_functions(query)
+            self._state = self._functions.attention_start(self.packed)
 
     def update(self, key: Tensor, value: Tensor, newest: Newest | None = None) -> None:
         """Take keys and values in, [K, n, D] each; ``newest`` where the queries' own tokens are among them."""
@@ -101,17 +107,17 @@ def chunk_scores(
     packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    functions = retrieval if uses_triton(key) else reference
+    functions = retrieval if uses_triton(key) else _torch_functions(key)
     return functions.chunk_scores(packed, key, chunk, scaling, baseline, held)
 
 
 def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
     """See ``reference.select_chunks``."""
-    functions = retrieval if uses_triton(offered) else reference if offered.is_cuda else host
+    functions = retrieval if uses_triton(offered) else _torch_functions(offered)
     return functions.select_chunks(choice, offered, first)
 
 
 def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
     """See ``reference.gather_chunks``."""
-    functions = retrieval if uses_triton(kv) else reference
+    functions = retrieval if uses_triton(kv) else _torch_functions(kv)
     functions.gather_chunks(source, kv, slots)

@@ -16,7 +16,7 @@ import torch
 
 from offload_triforce.bench.gpu import link_ceiling, memory_bandwidth
 from offload_triforce.bench.machine import describe_machine
-from offload_triforce.planner.cards import LINK_GBPS
+from offload_triforce.planner.cards import LINK_GBPS, slot_gbps
 from offload_triforce.planner.machine import Measured, keep_measured
 from offload_triforce.scheduler.plan import TILE_BYTES
 
@@ -118,7 +118,7 @@ def check_link_speed(gbps: float, smi: dict[str, str]) -> Finding:
     most, lanes = smi["pcie.link.gen.max"], smi["pcie.link.width.current"]
     if not (most.isdigit() and lanes.isdigit()) or int(most) not in LINK_GBPS:
         return Finding("link", "note", f"{gbps:.1f} GB/s to the card")
-    expected = LINK_GBPS[int(most)] * int(lanes) / 16
+    expected = slot_gbps(int(most), int(lanes))
     found = f"{gbps:.1f} GB/s to the card, {expected:.1f} expected of gen {most} x{lanes}"
     if gbps >= 0.8 * expected:
         return Finding("link", "ok", found)

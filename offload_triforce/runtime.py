@@ -146,12 +146,6 @@ class Runtime:
 
     def prefill(self, tokens: Tensor, progress: Progress | None) -> None:
         """Read ``tokens`` (n,) into empty caches. They are ready to decode from when it ends."""
-        with on(self.layout.device):
-            self._prefill(tokens, progress)
-        if self.layout.device.type == "cuda":
-            torch.cuda.current_stream(self.layout.device).synchronize()  # so that its time is not taken for decoding's
-
-    def _prefill(self, tokens: Tensor, progress: Progress | None) -> None:
         self.caches.reset()
         if len(tokens):
             prefill(
@@ -164,6 +158,8 @@ class Runtime:
                 progress,
             )
         self.caches.end_fill(len(tokens))
+        if self.layout.device.type == "cuda":
+            torch.cuda.current_stream(self.layout.device).synchronize()  # so that its time is not taken for decoding's
 
     def decode(
         self,

@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload_triforce.bench.subject import Subject
+from offload_triforce.bench.subject import Subject, synchronize
 from offload_triforce.config import Settings
 from offload_triforce.kernels import ops
 from offload_triforce.scheduler.pinning import cuda_pin, cuda_unpin
 from offload_triforce.scheduler.plan import TilePlan
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device is through."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:

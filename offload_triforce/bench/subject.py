@@ -19,6 +19,12 @@ from offload_triforce.speculation.levels import FullLevel, RetrievalLevel
 from offload_triforce.speculation.text import TokenText
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is through, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Subject:
     """The caches hold a text; each ``verify`` is one pass over it, and leaves everything as it was."""
 
@@ -39,9 +45,9 @@ class Subject:
         if self.runtime.caches.full is not None:
             self.runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, and not what is timed
         started = time.perf_counter()
-        with attached(self.model), torch.no_grad():
+        with on(self.layout.device), attached(self.model), torch.no_grad():
             self.runtime.prefill(self.text.ids[:-1], None)
-        self.synchronize()
+        synchronize(self.layout.device)
         return time.perf_counter() - started
 
     @torch.no_grad()
@@ -61,38 +67,27 @@ class Subject:
             if leaving:
                 leaving.wait()
         caches.end_fill(length)
-        self.synchronize()
+        synchronize(self.layout.device)
 
     def verify(self) -> float:
         """One pass over the full cache with gamma guesses, none of which is kept; returns seconds."""
-        guesses = self.settings.gamma
-        self.text.append([(7 * i) % 1000 for i in range(guesses)])
-        seconds = self._timed(lambda: self.target.score(self.text, guesses))
-        self.text.truncate(len(self.text) - guesses)
-        self.target.keep(len(self.text) - 1)
-        return seconds
+        return self._score(self.target, self.settings.gamma)
 
     def draft(self) -> float:
         """One step of the retrieval level with gamma1 guesses, none of which is kept; returns seconds."""
-        guesses = self.settings.gamma1
+        return self._score(self.middle, self.settings.gamma1)
+
+    def _score(self, level: FullLevel | RetrievalLevel, guesses: int) -> float:
         self.text.append([(7 * i) % 1000 for i in range(guesses)])
-        seconds = self._timed(lambda: self.middle.score(self.text, guesses))
-        self.text.truncate(len(self.text) - guesses)
-        self.middle.keep(len(self.text) - 1)
-        return seconds
-
-    def _timed(self, work: object) -> float:
         with on(self.layout.device), attached(self.model), torch.no_grad():
-            self.synchronize()
+            synchronize(self.layout.device)
             started = time.perf_counter()
-            work()
-            self.synchronize()
-            return time.perf_counter() - started
-
-    def synchronize(self) -> None:
-        """Wait until the device is through, so that a clock means something."""
-        if self.layout.device.type == "cuda":
-            torch.cuda.synchronize(self.layout.device)
+            level.score(self.text, guesses)
+            synchronize(self.layout.device)
+            seconds = time.perf_counter() - started
+        self.text.truncate(len(self.text) - guesses)
+        level.keep(len(self.text) - 1)
+        return seconds
 
     @property
     def pass_bytes(self) -> int:

@@ -99,7 +99,9 @@ class GrowingBuffer:
         """Forget the oldest ``tokens`` and move the rest to the front."""
         if not 0 <= tokens <= self.committed:
             raise IndexError(f"cannot drop {tokens} of {self.committed} committed tokens")
-        for start in range(tokens, self.length if tokens else 0, tokens or 1):  # parts that do not overlap
+        if not tokens:
+            return
+        for start in range(tokens, self.length, tokens):  # parts that do not overlap
             part = self.kv[:, :, :, start : min(start + tokens, self.length)]
             self.kv[:, :, :, start - tokens : start - tokens + part.shape[3]] = part
         self.length -= tokens

@@ -21,6 +21,11 @@ LINK_GBPS = {3: 12.5, 4: 25.0, 5: 50.0}
 USABLE = 0.985
 
 
+def slot_gbps(generation: int, lanes: int) -> float:
+    """Assumed bandwidth of a PCIe slot, each way, in GB/s. ``generation``: of LINK_GBPS."""
+    return LINK_GBPS[generation] * lanes / 16
+
+
 @dataclass(frozen=True)
 class Card:
     """One card. ``lanes``: of its own connector; a laptop's is taken to be wired with 8."""
@@ -40,7 +45,7 @@ class Card:
     @property
     def link_gbps(self) -> float:
         """Assumed bandwidth of the link, each way, with the card in a slot that is as good as the card."""
-        return LINK_GBPS[self.generation] * self.lanes / 16
+        return slot_gbps(self.generation, self.lanes)
 
 
 CARDS = (

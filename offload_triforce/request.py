@@ -30,7 +30,8 @@ from offload_triforce.errors import InputError
 DEFAULT_NEW_TOKENS = 256
 
 # What generate() itself adds to the model's inputs for a plain text.
-_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_CACHES = ("past_key_values", "cache")  # transformers 5.24 gave it another name
+_KNOWN_INPUTS = {"attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position"}
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,10 @@ def _refuse(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
         raise InputError("the attention mask hides some tokens (padding); pass the text without them")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise InputError("past_key_values that hold tokens are not supported; pass the whole text as token ids")
+    for name in _CACHES:
+        past = model_kwargs.get(name)
+        if past is not None and past.get_seq_length() > 0:
+            raise InputError(f"{name} that hold tokens are not supported; pass the whole text as token ids")
     for name, value in model_kwargs.items():
         empty = value is None or (isinstance(value, dict) and not value)  # of images that are not there
         if not empty and name not in _KNOWN_INPUTS:

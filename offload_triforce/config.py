@@ -10,6 +10,7 @@ from typing import Any
 from offload_triforce.errors import InputError
 
 DEFAULT_BUDGET = 4096
+RULES = ("coupled", "resampled")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,16 @@ class Settings:
     Attributes:
         context: most tokens of prompt and answer together; None takes what each request needs.
         budget: tokens in the retrieval cache, per KV head and layer; None is 4096, or a quarter of a short context.
-        gamma: guesses per pass over the full cache (gamma2 in the paper); 0 decodes plainly.
-        gamma1: guesses of the draft per step of the retrieval level.
+        gamma: longest path of guesses per pass over the full cache (gamma2 in the paper); 0 decodes plainly.
+        gamma1: most guesses of the draft per step of the retrieval level.
+        tree: most guesses per pass, over all paths; None is four times gamma, or gamma without branches.
+        branches: most guesses for one place; 1 makes chains.
+        width: guesses that a step of the retrieval level reads, those of the draft apart.
+        adaptive: guess only as far as it pays, by costs and acceptance that are measured on the way; else up to gamma.
+        draft_cost: what a step of the retrieval level costs, in passes; None measures it.
+        rule: "coupled" or "resampled", see ``speculation.rules``.
+        refresh: choose anew for the retrieval cache in each pass; else once, after the prefill.
+        ahead: go on guessing while a pass is under way.
         chunk: tokens per retrieval chunk.
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
@@ -35,8 +44,16 @@ class Settings:
 
     context: int | None = None
     budget: int | None = None
-    gamma: int = 12
+    gamma: int = 48
     gamma1: int = 4
+    tree: int | None = None
+    branches: int = 4
+    width: int = 8
+    adaptive: bool = True
+    draft_cost: float | None = None
+    rule: str = "coupled"
+    refresh: bool = True
+    ahead: bool = True
     chunk: int = 8
     sink: int = 8
     recent: int = 64
@@ -51,13 +68,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         least = {"context": 2, "budget": 1, "gamma": 0, "gamma1": 0, "chunk": 1, "sink": 0, "recent": 1}
+        least |= {"tree": 0, "branches": 1, "width": 1}
         least |= {"draft_cache": 4, "draft_sink": 0, "tile": 1, "ring": 1, "prefill_chunk": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
                 raise InputError(f"{name} must be a whole number of at least {lowest}, not {value!r}")
-        if not isinstance(self.graphs, bool):
-            raise InputError(f"graphs must be True or False, not {self.graphs!r}")
+        for name in ("graphs", "adaptive", "refresh", "ahead"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.rule not in RULES:
+            raise InputError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
+        if self.draft_cost is not None and not self.draft_cost > 0:
+            raise InputError(f"draft_cost must be greater than 0, not {self.draft_cost}")
+        if self.tree is not None and self.tree < self.gamma:
+            raise InputError(f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it")
         if not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
         if self.link_gbps is not None and not self.link_gbps > 0:
@@ -81,6 +106,37 @@ class Settings:
             InputError: an unknown key (with the nearest known one) or a value out of range.
         """
         return replace_settings(cls(), values)
+
+    @classmethod
+    def triforce(cls, **changes: Any) -> Settings:
+        """The paper's own way, as the yardstick: chains of 12 guesses with 2 of the draft at a time, chunks chosen once.
+
+        ``changes``: other settings, such as the budget.
+        """
+        fixed = {"gamma": 12, "gamma1": 2, "branches": 1, "width": 1, "adaptive": False, "rule": "resampled"}
+        return cls.from_mapping({**fixed, "refresh": False, "ahead": False, **changes})
+
+    @property
+    def nodes(self) -> int:
+        """Most guesses per pass."""
+        if self.tree is not None:
+            return self.tree
+        return self.gamma if self.branches == 1 else 4 * self.gamma
+
+    @property
+    def block(self) -> int:
+        """Most tokens that a pass reads: guesses, and the newest token of the text."""
+        return self.nodes + 1
+
+    @property
+    def news(self) -> int:
+        """Most tokens that a pass brings."""
+        return self.gamma + 1
+
+    @property
+    def drafts(self) -> int:
+        """Most tokens that the retrieval level holds behind the text: guesses, and those that turn out to be none."""
+        return (2 if self.ahead else 1) * self.nodes + 1 + self.width + self.gamma1
 
     def budget_for(self, context: int) -> int:
         """The budget at a context of that many tokens: as set, but no more than the context can use."""

@@ -25,9 +25,9 @@ from offload_triforce.model.prefill import Progress
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime, on
-from offload_triforce.speculation.draft import ModelDraft, NgramDraft, NoDraft, static_view
-from offload_triforce.speculation.hierarchy import Proposer
-from offload_triforce.speculation.sampling import Choices, RandomChoices, Sampler
+from offload_triforce.speculation.draft import Draft, ModelDraft, NgramDraft, static_view
+from offload_triforce.speculation.rules import Coupling, Noise, Resampling, Rule
+from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.stats import DecodeStats
 
@@ -225,18 +225,26 @@ class TriForce:
                 self._runtime = Runtime(self.model, self.layout, self.settings, context, pinning)
         return self._runtime
 
-    def _make_draft(self, sampler: Sampler, choices: Choices) -> Proposer:
+    def _make_rule(self, request: Request, seed: int) -> Rule:
+        sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
         device = self.layout.device
+        if not request.do_sample:
+            return Coupling(sampler, None)
+        if self.settings.rule == "resampled":
+            return Resampling(sampler, RandomChoices(seed, device))
+        return Coupling(sampler, Noise(seed, len(request.prompt), sampler.vocabulary, device))
+
+    def _make_drafts(self, rule: Rule) -> list[Draft]:
         if self._draft == "ngram":
-            return NgramDraft(sampler.vocabulary, device)
+            return [NgramDraft(self.layout.vocabulary)]
         if not isinstance(self._draft, PreTrainedModel):
-            return NoDraft(sampler.vocabulary, device)
+            return []
         if self._small is None:
             with torch.inference_mode(False):
                 self._small = self._make_small(self._draft, self._draft_layout)
         cache, graphs = self._small
         cache.reset()
-        return ModelDraft(self._draft, cache, sampler, choices, graphs)
+        return [ModelDraft(self._draft, cache, rule, graphs)]
 
     def _make_small(self, model: PreTrainedModel, layout: ModelLayout) -> tuple[StreamingCache, StepGraphs | None]:
         settings, shape = self.settings, layout.layers[0]
@@ -269,18 +277,16 @@ class TriForce:
         progress: Progress | None,
     ) -> Iterator[list[int]]:
         self._check_ticket(ticket)  # before the draft's cache is touched
-        sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
-        choices = RandomChoices(seed, self.layout.device)
+        rule = self._make_rule(request, seed)
         draft = self._draft if isinstance(self._draft, PreTrainedModel) else None
         steps = runtime.decode(
             text,
             request.max_new_tokens,
-            self._make_draft(sampler, choices),
-            sampler,
-            choices,
+            self._make_drafts(rule),
+            rule,
             stats,
             stop=lambda text, start: request.cut(text.ids, start),
-            ended=lambda text: text[-1:][0] in request.eos,
+            ended=request.eos.__contains__,
             progress=progress,
         )
         with contextlib.closing(steps):

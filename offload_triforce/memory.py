@@ -55,19 +55,21 @@ def work_out(
     context: int,
 ) -> Needs:
     """What a text of ``context`` tokens takes. ``plan`` is None when all layers have a sliding window."""
-    config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.gamma + 1
+    config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.block
     caches, host = {}, 0
     if layout.sliding:
-        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block)
+        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block) + settings.drafts
         caches["sliding windows"] = room * sum(layout.token_bytes(i) for i in layout.sliding)
     if plan is not None:
         token = plan.token_bytes * plan.layers
         caches["resident tiles"] = plan.resident_bytes
         caches["ring"] = plan.ring_bytes
-        caches["tail"] = FullCache.tail_capacity(plan, shape.tail_needed(block), block) * token
-        caches["retrieval cache"] = shape.capacity(block) * token
-        # Which chunks are chosen: one byte per chunk, one int64 per slot.
-        caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 8 * shape.slots)
+        keep = shape.tail_needed(settings.news)
+        caches["tail"] = FullCache.tail_capacity(plan, keep, block, settings.news) * token
+        near = shape.near(settings.news, settings.drafts)
+        caches["retrieval cache"] = (shape.slots * shape.chunk + near) * token
+        # Which chunks are chosen: one byte per chunk, one int64 and one float32 per slot.
+        caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 12 * shape.slots)
         host = plan.host_bytes
     chunk = min(settings.prefill_chunk, context)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

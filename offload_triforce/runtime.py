@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,9 +25,13 @@ from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
 from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
-from offload_triforce.speculation.hierarchy import Middle, Proposer, decode
+from offload_triforce.speculation.draft import Draft
+from offload_triforce.speculation.drafting import Drafting
+from offload_triforce.speculation.economy import History, Pace
+from offload_triforce.speculation.growth import Limits, Middle
+from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel, TargetCaches
-from offload_triforce.speculation.sampling import Choices, Sampler
+from offload_triforce.speculation.rules import Rule
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.stats import DecodeStats
 
@@ -109,26 +113,25 @@ class Runtime:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
                 raise
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
-        make_view = self.caches.static_view
-        self.graphs = make_graphs(model, layout, make_view, settings.gamma + 1) if settings.graphs else None
+        most, make_view = settings.width + settings.gamma1, self.caches.static_view
+        self.graphs = make_graphs(model, layout, make_view, most) if settings.graphs else None
 
     def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape, pinning: Progress | None) -> TargetCaches:
         layout, settings = self.layout, self.settings
         where = {"dtype": layout.dtype, "device": layout.device}
-        block = settings.gamma + 1
+        block, news, drafts = settings.block, settings.news, settings.drafts
         full = retrieval = window = None
         if plan is not None:
             store = TileStore(plan, layout.dtype, self.device, pinning)
             self._open.append(store)
             stream = TileStream(store, self.device, layout.dtype)
-            keep = shape.tail_needed(block)
-            full = FullCache(stream, keep, block, **where)
+            full = FullCache(stream, shape.tail_needed(news), block, news, **where)
             heads, dim = plan.kv_heads, plan.head_dim
-            retrieval = RetrievalCache(plan.layers, heads, dim, shape, block, **where, context=self.context)
+            retrieval = RetrievalCache(plan.layers, heads, dim, shape, news, drafts, **where, context=self.context)
         if layout.sliding:
             windows = [layout.layers[i].window for i in layout.sliding]
             first = layout.layers[layout.sliding[0]]
-            window = WindowCache(windows, first.kv_heads, first.head_dim, self.context, block, **where)
+            window = WindowCache(windows, first.kv_heads, first.head_dim, self.context, block, **where, drafts=drafts)
         return TargetCaches(layout, full, retrieval, window)
 
     @property
@@ -165,15 +168,21 @@ class Runtime:
         self,
         text: TokenText,
         limit: int,
-        draft: Proposer,
-        sampler: Sampler,
-        choices: Choices,
+        drafts: Sequence[Draft],
+        rule: Rule,
         stats: DecodeStats,
         stop: Callable[[TokenText, int], int | None],
-        ended: Callable[[TokenText], bool],
+        ended: Callable[[int], bool],
         progress: Progress | None,
     ) -> Iterator[list[int]]:
-        """Prefill, then decode up to ``limit`` tokens; yields the new ones after each pass."""
+        """Prefill, then decode up to ``limit`` tokens; yields the new ones after each pass.
+
+        Args:
+            text: the prompt. limit: most new tokens. rule: how guesses are judged.
+            drafts: who guesses for the retrieval level; the first that can, or the one that pays.
+            stats: what is counted. stop: see ``hierarchy.decode``. ended: is there nothing to say after this token?
+            progress: told how far the prefill is.
+        """
         started = time.perf_counter()
         crossed = self.link_bytes
         stats.prompt_tokens = len(text)
@@ -181,11 +190,9 @@ class Runtime:
         prefilled = time.perf_counter()
         stats.prefill_s = prefilled - started
         stats.prefill_link_bytes, crossed = self.link_bytes - crossed, self.link_bytes
-        target = FullLevel(self.model, self.caches, sampler, refresh=self.settings.gamma > 0)
-        level = RetrievalLevel(self.model, self.caches, sampler, self.graphs)
-        middle = _Timed(Middle(level, draft, self.settings.gamma1, choices, stats.draft, ended), stats)
+        target, middle = self.levels(drafts, rule, stats, ended)
         resumed = prefilled
-        for tokens in decode(target, middle, text, self.settings.gamma, limit, choices, stats, stop):
+        for tokens in decode(target, middle, rule, text, limit, stats, stop):
             now = time.perf_counter()
             stats.ttft_s = stats.ttft_s or now - started
             stats.decode_s += now - resumed
@@ -193,6 +200,33 @@ class Runtime:
             stats.full_kv_bytes = self.full_kv_bytes(len(text) - 1)  # the newest token has no KV yet
             yield tokens
             resumed = time.perf_counter()  # the reader's own time does not count
+
+    def levels(
+        self, drafts: Sequence[Draft], rule: Rule, stats: DecodeStats, ended: Callable[[int], bool]
+    ) -> tuple[FullLevel, Middle]:
+        """The target, and who guesses for it."""
+        settings = self.settings
+        choosing = "never" if settings.gamma == 0 else "each pass" if settings.refresh else "once"
+        limits = Limits(
+            depth=settings.gamma,
+            nodes=settings.nodes,
+            branches=settings.branches,
+            width=settings.width,
+            room=settings.drafts,
+            adaptive=settings.adaptive,
+            ahead=settings.ahead and settings.gamma > 0,
+        )
+        middle = Middle(
+            RetrievalLevel(self.model, self.caches, self.graphs),
+            Drafting(drafts, settings.gamma1, settings.adaptive, timed=settings.draft_cost is None),
+            rule,
+            limits,
+            History(rule.prior),
+            Pace(settings.draft_cost),
+            ended,
+            stats,
+        )
+        return FullLevel(self.model, self.caches, choosing), middle
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""
@@ -215,17 +249,3 @@ def _close(resources: list[Device | TileStore]) -> None:
     finally:
         if resources:  # one could not be closed: the others still can
             _close(resources)
-
-
-class _Timed:
-    """A proposer whose time is counted."""
-
-    def __init__(self, proposer: Proposer, stats: DecodeStats) -> None:
-        self._proposer, self._stats = proposer, stats
-        self.keep = proposer.keep
-
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        started = time.perf_counter()
-        q = self._proposer.propose(text, limit)
-        self._stats.draft_s += time.perf_counter() - started
-        return q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,11 @@ class Acceptance:
 
 @dataclass
 class DecodeStats:
-    """Counts and times of one run. Times in seconds, sizes in bytes."""
+    """Counts and times of one run. Times in seconds, sizes in bytes.
+
+    ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
+    ``ahead_s``. ``nodes``: guesses that the target read, over all passes.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -42,7 +47,28 @@ class DecodeStats:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
+    ahead_s: float = 0.0
+    steps: int = 0
+    steps_ahead: int = 0
+    nodes: int = 0
     interrupted: bool = False
+
+    def add_step(self, tokens: int, seconds: float, hidden: bool) -> None:
+        """A step of the retrieval level was made; ``hidden``: during a pass."""
+        self.steps += 1
+        self.draft_s += seconds
+        self.steps_ahead += hidden
+        self.ahead_s += seconds if hidden else 0.0
+
+    def add_pass(self, nodes: Sequence[Any], path: Sequence[Any], new_tokens: int) -> None:
+        """A pass read the root and guesses ``nodes``, accepted those on the ``path``, and brought new tokens."""
+        self.passes += 1
+        self.new_tokens += new_tokens
+        self.nodes += len(nodes) - 1
+        judged = any(node.parent is path[-1] for node in nodes)  # the guesses at the end of the path were all wrong
+        self.retrieval.proposed += len(nodes) - 1
+        self.retrieval.accepted += len(path) - 1
+        self.retrieval.judged += len(path) - 1 + judged
 
     @property
     def tokens_per_pass(self) -> float:
@@ -76,6 +102,9 @@ class DecodeStats:
             "ttft_s": self.ttft_s,
             "decode_s": self.decode_s,
             "draft_s": self.draft_s,
+            "ahead_s": self.ahead_s,
+            "steps": self.steps,
+            "steps_ahead": self.steps_ahead,
             "ms_per_token": self.ms_per_token,
             "interrupted": self.interrupted,
         }

@@ -24,6 +24,9 @@ class Event(Protocol):
     def wait(self) -> None:
         """Let the computation that is issued from now on start after this point."""
 
+    def arrived(self) -> bool:
+        """Whether that point has been reached already. The host does not wait."""
+
 
 class Lane(Protocol):
     """One direction of the link."""
@@ -53,6 +56,9 @@ class Device(Protocol):
     def release(self, buffer: Tensor) -> Event:
         """The computation issued so far was the last to use this buffer: a copy may overwrite it after the event."""
 
+    def await_landing(self, landed: Event) -> Callable[[], float]:
+        """Let the computation from now on wait for a copy. The result tells, once it is over, for how many seconds."""
+
     def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Issue computation. It may run later, in the order of issue; ``finish`` before issuing any without this."""
 
@@ -72,6 +78,9 @@ class _CudaEvent:
 
     def wait(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self.event)
+
+    def arrived(self) -> bool:
+        return self.event.query()
 
 
 class CudaLane:
@@ -123,6 +132,15 @@ class CudaDevice:
     def release(self, buffer: Tensor) -> _CudaEvent:
         """The computation issued so far was the last to use this buffer."""
         return self.record()
+
+    def await_landing(self, landed: _CudaEvent) -> Callable[[], float]:
+        """Let the computation from now on wait for a copy, between two events that are timed."""
+        stream = torch.cuda.current_stream(self.device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream.record_event(before)
+        landed.wait()
+        stream.record_event(after)
+        return lambda: before.elapsed_time(after) / 1e3
 
     def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Issue computation: CUDA calls return at once by themselves."""

@@ -56,6 +56,9 @@ class _Event:
         if self.error is not None:
             raise RuntimeError("a copy over the link failed") from self.error
 
+    def arrived(self) -> bool:
+        return self.done.is_set()
+
 
 class _Engine:
     """A thread that does one thing after the other. What has not begun when it is closed fails."""
@@ -182,6 +185,13 @@ class EmulatedDevice:
     def release(self, buffer: Tensor) -> _Event:
         """The computation issued so far was the last to use this buffer."""
         return self._compute.submit(lambda: poison(buffer)) if self._compute else self.record()
+
+    def await_landing(self, landed: _Event) -> Callable[[], float]:
+        """Wait for a copy."""
+        started = time.perf_counter()
+        landed.wait()
+        waited = time.perf_counter() - started
+        return lambda: waited
 
     def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Compute: at once, or under chaos later and on another thread."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,7 @@ class TileStream:
         shape = (self.plan.ring, 2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
         self._ring = device.empty(shape, dtype)
         self._tiles = 0
+        self._waits: list[Callable[[], float]] = []
         self._todo: Iterator[tuple[int, int]] = iter(())
         self._flying: deque[tuple[int, Event]] = deque()  # slots in the order of the pass
         self._free: deque[tuple[int, Event]] = deque()  # slots, and when they may be overwritten
@@ -107,22 +108,34 @@ class TileStream:
         while self._flying:
             self._flying.popleft()[1].wait()
         self._tiles = tiles
+        self._waits.clear()
         self._todo = self.plan.stream_order(tiles)
         issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
         self._free = deque((slot, issued) for slot in range(self.plan.ring))
         self._run_ahead()
 
-    def tiles(self, layer: int) -> Iterator[Tile]:
-        """The tiles of one layer in order of position. Each is valid until the next one is asked for."""
+    def tiles(self, layer: int, idle: Callable[[], object] | None = None) -> Iterator[Tile]:
+        """The tiles of one layer in order of position. Each is valid until the next one is asked for.
+
+        ``idle`` is called before the computation waits for a tile that is still on its way. What it does should take
+        no longer than the copies that the ring has room for, or the link stands still.
+        """
         for index in range(self._tiles):
             if self.plan.is_resident(layer, index):
                 yield Tile(index, self.store.place(layer, index))
                 continue
             slot, landed = self._flying.popleft()
-            landed.wait()
+            if idle is not None and not landed.arrived():
+                self.device.finish()
+                idle()
+            self._waits.append(self.device.await_landing(landed))
             yield Tile(index, self._ring[slot])
             self._free.append((slot, self.device.release(self._ring[slot])))
             self._run_ahead()
+
+    def waited(self) -> float:
+        """Seconds in which the computation of the last pass, which is over, stood still for tiles on their way."""
+        return sum(wait() for wait in self._waits)
 
     def _run_ahead(self) -> None:
         """Submit copies into all free slots. Their order is that of the pass, so no copy waits behind a later one."""

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from offload_triforce.kernels import ops
+
+
+class TreeStep(NamedTuple):
+    """How T new tokens of a tree of guesses see each other and the pending tokens before them.
+
+    ``mask`` (bool [T, M]) covers all M pending tokens, the T new ones last. ``depths`` (int64 [T]) are the new tokens'
+    places in the text behind the committed ones: 0 is the first.
+    """
+
+    mask: Tensor
+    depths: Tensor
 
 
 class GrowingBuffer:
@@ -58,15 +72,40 @@ class GrowingBuffer:
         self.kv[layer, 1, :, self.length : end] = value
         return self.kv[layer, :, :, :end]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
-        """Write T new tokens and attend from them to all that is held: query [H, T, D] -> [H, T, D]."""
-        tokens = query.shape[1]
-        held = self.write(layer, key, value)
-        if rule.window is not None:
-            held = held[:, :, -(rule.window + tokens - 1) :]
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+    ) -> Tensor:
+        """Write T new tokens and attend from them to all that is held: query [H, T, D] -> [H, T, D].
+
+        Without ``step`` the new tokens follow each other, and all that is pending.
+        """
         self._attention.start(query, key.shape[0], rule)
-        self._attention.update(held[0], held[1], ops.own_tokens(tokens, query.device))
+        self.attend_on(self._attention, layer, key, value, rule, step)
         return self._attention.finish()
+
+    def attend_on(
+        self,
+        attention: ops.RunningAttention,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        rule: ops.Rule,
+        step: TreeStep | None = None,
+    ) -> Tensor:
+        """The same for an attention that has begun and goes on elsewhere. Returns what ``write`` returns."""
+        held = self.write(layer, key, value)
+        newest = self.newest(key.shape[1], rule.window, step)
+        first = 0 if rule.window is None else max(0, held.shape[2] - rule.window - newest.mask.shape[1] + 1)
+        if newest.positions is not None:
+            newest = newest._replace(positions=newest.positions - first)
+        attention.update(held[0, :, first:], held[1, :, first:], newest)
+        return held
+
+    def newest(self, tokens: int, window: int | None, step: TreeStep | None) -> ops.Newest:
+        """What is special about the newest keys, once that many new ones are written."""
+        if step is None:
+            return ops.own_tokens(tokens, self.kv.device)
+        return ops.Newest(step.mask, None if window is None else step.depths + self.committed)
 
     def end_step(self, tokens: int) -> None:
         """The step is through all layers: its tokens are held, and pending."""
@@ -79,6 +118,21 @@ class GrowingBuffer:
             raise IndexError(f"cannot keep {tokens} of {self.pending} pending tokens")
         self.length = self.committed + tokens
         self.pending = tokens
+
+    def select_pending(self, kept: Sequence[int]) -> None:
+        """Keep these of the pending tokens (their numbers, ascending), moved together, and drop the others.
+
+        Raises:
+            IndexError: not such numbers.
+        """
+        if list(kept) != sorted(set(kept)) or (len(kept) and not 0 <= kept[0] <= kept[-1] < self.pending):
+            raise IndexError(f"cannot keep tokens {list(kept)} of {self.pending} pending ones")
+        start, count = self.committed, len(kept)
+        same = next((i for i, number in enumerate(kept) if i != number), count)  # so many stay where they are
+        if same < count:
+            source = torch.tensor(kept[same:], dtype=torch.long).to(self.kv.device, non_blocking=True)
+            self.kv[:, :, :, start + same : start + count] = self.kv[:, :, :, start:].index_select(3, source)
+        self.keep_pending(count)
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens and drop the others."""

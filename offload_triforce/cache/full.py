@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
 from offload_triforce.kernels import ops
 from offload_triforce.scheduler.pipeline import Leaving, Tile, TileStream
 from offload_triforce.scheduler.plan import TilePlan
@@ -34,22 +34,27 @@ class FullCache:
     still reads it in the tail; it counts as tiled from the commit after that.
     """
 
-    def __init__(self, stream: TileStream, keep: int, block: int, dtype: torch.dtype, device: torch.device) -> None:
-        """``keep``: newest tokens that stay on the device. ``block``: most tokens pending at once."""
+    def __init__(
+        self, stream: TileStream, keep: int, block: int, news: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """``keep``: newest tokens that stay on the device.
+
+        ``block``: most tokens pending at once. ``news``: most of them that one commit accepts.
+        """
         plan = stream.plan
         self.stream = stream
         self.keep = keep
         self.tail = GrowingBuffer(
-            plan.layers, plan.kv_heads, self.tail_capacity(plan, keep, block), plan.head_dim, dtype, device
+            plan.layers, plan.kv_heads, self.tail_capacity(plan, keep, block, news), plan.head_dim, dtype, device
         )
         self.tiles = 0
         self._attention = ops.RunningAttention()
         self._leaving, self._left = Leaving(), 0  # copies of the first so many tiles of the tail
 
     @staticmethod
-    def tail_capacity(plan: TilePlan, keep: int, block: int) -> int:
-        """Tokens that the tail makes room for, per layer: those of two passes beside what stays."""
-        return plan.tile_tokens + keep + 2 * block
+    def tail_capacity(plan: TilePlan, keep: int, block: int, news: int) -> int:
+        """Tokens that the tail makes room for, per layer: what a commit brings, and what the next pass has pending."""
+        return plan.tile_tokens + keep + news + block
 
     @property
     def tiled(self) -> int:
@@ -78,18 +83,20 @@ class FullCache:
         value: Tensor,
         rule: ops.Rule,
         observe: Observe | None = None,
+        step: TreeStep | None = None,
+        idle: Callable[[], object] | None = None,
     ) -> Tensor:
         """Attention of the step's T new tokens over all that is held: query [H, T, D] -> [H, T, D].
 
-        The new tokens' ``key`` and ``value`` [K, T, D] become pending. ``observe``, called with the packed
-        queries and their attention over the tail, may return an observer of the tokens that pass by.
+        The new tokens' ``key`` and ``value`` [K, T, D] become pending; ``step`` as for the buffer. ``observe``, called
+        with the packed queries and their attention over the tail, may return an observer of the tokens that pass by.
+        ``idle`` is called where the device would otherwise wait for a tile to arrive.
         """
-        tokens, attention, device = query.shape[1], self._attention, self.stream.device
-        tail = self.tail.write(layer, key, value)
+        attention, device = self._attention, self.stream.device
         attention.start(query, key.shape[0], rule)
-        attention.update(tail[0], tail[1], ops.own_tokens(tokens, query.device))
+        tail = self.tail.attend_on(attention, layer, key, value, rule, step)
         observer = observe(attention.packed, attention.logsumexp(), rule.scaling) if observe else None
-        for tile in self.stream.tiles(layer):
+        for tile in self.stream.tiles(layer, idle):
             device.launch(f"layer {layer}, tile {tile.index}", self._take, tile, observer)
         device.finish()
         if observer:
@@ -108,6 +115,10 @@ class FullCache:
     def keep_pending(self, tokens: int) -> None:
         """Drop all but the first ``tokens`` pending tokens; those stay pending."""
         self.tail.keep_pending(tokens)
+
+    def select_pending(self, kept: Sequence[int]) -> None:
+        """Keep these of the pending tokens (their numbers, ascending) and drop the others; those stay pending."""
+        self.tail.select_pending(kept)
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others; whole tiles begin to leave the tail."""

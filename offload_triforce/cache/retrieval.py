@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.cache.chunks import ChunkStore
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
 
@@ -41,13 +42,16 @@ class RetrievalShape:
         start = max(0, length - self.recent) // self.chunk * self.chunk
         return start if start > self.sink else 0
 
-    def tail_needed(self, block: int) -> int:
-        """Newest tokens that a full cache must have on the device, for ``sync`` to find the recent window there."""
-        return self.recent + self.chunk + block
+    def tail_needed(self, news: int) -> int:
+        """Newest tokens that a full cache must have on the device, for ``sync`` to find the recent window there.
 
-    def capacity(self, block: int) -> int:
-        """Tokens to make room for, per KV head and layer; ``block`` as for the cache."""
-        return self.sink + self.slots * self.chunk + self.recent + self.chunk + 2 * block
+        ``news``: most tokens that one pass commits.
+        """
+        return self.recent + self.chunk + news
+
+    def near(self, news: int, drafts: int) -> int:
+        """Tokens to make room for beside the chosen chunks, per KV head and layer; ``drafts``: most guesses held."""
+        return self.sink + self.recent + self.chunk + news + drafts
 
     def pool(self, length: int) -> range:
         """Chunk numbers to choose from: all between the sink and the recent window."""
@@ -56,11 +60,13 @@ class RetrievalShape:
 
 
 class RetrievalCache(GrowingBuffer):
-    """Sink chunk | chosen chunks | recent window | tokens being drafted, per layer and KV head, on the device.
+    """What the retrieval level attends to, per layer and KV head, on the device: chosen chunks in a store, and in
+    the buffer: sink chunk | recent window | tokens being drafted.
 
     The choice is *refreshed* whenever a pass streams the full cache by (``refresh``): held chunks are
     scored again, chunks on their way through the device are scored and the winners kept as they pass, so it
-    costs no link bytes. Keys keep the rotary position they were computed at.
+    costs no link bytes. Keys keep the rotary position they were computed at. Drafting may go on meanwhile: until
+    ``sync``, it sees the slots that were filled before, whatever has moved into them.
     """
 
     def __init__(
@@ -69,30 +75,47 @@ class RetrievalCache(GrowingBuffer):
         kv_heads: int,
         head_dim: int,
         shape: RetrievalShape,
-        block: int,
+        news: int,
+        drafts: int,
         dtype: torch.dtype,
         device: torch.device,
         context: int,
     ) -> None:
-        """``block``: most tokens that one pass commits, and most pending at once. ``context``: longest text."""
-        self.shape = shape
-        super().__init__(layers, kv_heads, shape.capacity(block), head_dim, dtype, device)
-        # Chunk numbers per layer, KV head and slot; -1 is an empty slot.
+        """``news``: most tokens that one pass commits. ``drafts``: most pending. ``context``: longest text."""
+        self.shape, self.most_pending = shape, drafts
+        super().__init__(layers, kv_heads, shape.near(news, drafts), head_dim, dtype, device)
+        self.store = ChunkStore(layers, kv_heads, shape.slots, shape.chunk, head_dim, dtype, device)
+        # Chunk numbers per layer, KV head and slot; -1 is an empty slot. And how much they were wanted.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
+        self.scores = torch.full(self.chosen.shape, float("-inf"), device=device)
         # The same as a set: whether a chunk is chosen. One column more than chunks, see ``ops.Choice``.
         self.held = torch.zeros(layers, kv_heads, context // shape.chunk + 1, dtype=torch.bool, device=device)
+        self.pool = range(0)  # chunks that the choice has been made from
         self.filled = 0  # slots in use: the same number for every layer and head, from the first on
 
-    def refresh(self, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int) -> Refresh:
-        """Begin to choose anew for one layer, at ``length`` committed tokens.
+    def attend_draft(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+    ) -> Tensor:
+        """The retrieval level's step: its T new tokens become pending, and see all that is held."""
+        self._attention.start(query, key.shape[0], rule)
+        if self.filled:
+            self.store.attend_on(self._attention, layer, self.filled)
+        self.attend_on(self._attention, layer, key, value, rule, step)
+        return self._attention.finish()
+
+    def refresh(
+        self, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int, anew: bool = True
+    ) -> Refresh:
+        """Begin to choose for one layer, at ``length`` committed tokens.
 
         ``baseline`` [K, G*T] is the log-sum-exp of the packed queries [K, G*T, D] over the tail. Show the result every
-        token in order.
+        token in order. Without ``anew`` the choice stays, but for chunks that have left the recent window since: they
+        take the place of those that were wanted least.
         """
-        return Refresh(self, layer, packed, baseline, scaling, length)
+        return Refresh(self, layer, packed, baseline, scaling, length, anew)
 
     def sync(self, tail: Tensor, start: int, length: int, refreshed: int) -> None:
-        """Take the recent window from the full cache's tail, after a refresh of all layers.
+        """Take the recent window from the full cache's tail, after a refresh of all layers. Drafts stay behind it.
 
         Args:
             tail: [layers, 2, K, n, D], the tokens from position ``start`` on.
@@ -102,39 +125,53 @@ class RetrievalCache(GrowingBuffer):
         """
         shape = self.shape
         begin = shape.recent_start(refreshed)
-        self.filled = min(len(shape.pool(refreshed)), shape.slots)
-        base = shape.sink + self.filled * shape.chunk if begin else 0
-        self.length, self.pending = base + length - begin, 0
-        self.kv[:, :, :, base : self.length] = tail[:, :, :, begin - start : length - start]
+        self.pool = shape.pool(refreshed)
+        self.filled = min(len(self.pool), shape.slots)
+        base = shape.sink if begin else 0
+        recent = base + length - begin
+        drafts = self.kv[:, :, :, self.committed : self.length]
+        self.kv[:, :, :, recent : recent + self.pending] = drafts.clone() if self.pending else drafts
+        self.length = recent + self.pending
+        self.kv[:, :, :, base:recent] = tail[:, :, :, begin - start : length - start]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.chosen.fill_(-1)
         self.held.fill_(False)
-        self.filled = 0
+        self.pool, self.filled = range(0), 0
 
 
 class Refresh:
     """A new choice in the making, for one layer: sees the context go by once and keeps the best chunks."""
 
     def __init__(
-        self, cache: RetrievalCache, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int
+        self,
+        cache: RetrievalCache,
+        layer: int,
+        packed: Tensor,
+        baseline: Tensor,
+        scaling: float,
+        length: int,
+        anew: bool,
     ) -> None:
-        shape, kv = cache.shape, cache.kv[layer]
-        self.shape, self.packed, self.scaling = shape, packed, scaling
+        shape = self.shape = cache.shape
+        self.packed, self.scaling, self.anew = packed, scaling, anew
+        self.store, self.layer = cache.store, layer
         self.pool = shape.pool(length)
-        self.sink = kv[:, :, : shape.sink]
-        chosen = kv[:, :, shape.sink : shape.sink + shape.slots * shape.chunk]
-        self.slots = chosen.unflatten(2, (shape.slots, shape.chunk))  # a view: writing here fills the cache
-        if cache.filled and shape.sink:  # the sink is in, since chunks have been chosen before
-            wishes = torch.matmul(packed.float(), self.sink[0].float().transpose(1, 2)) * scaling
-            baseline = torch.logaddexp(baseline, wishes.logsumexp(dim=-1))
+        self.sink = cache.kv[layer, :, :, : shape.sink]
+        scores = cache.scores[layer]
+        if anew:
+            if cache.filled and shape.sink:  # the sink is in, since chunks have been chosen before
+                wishes = torch.matmul(packed.float(), self.sink[0].float().transpose(1, 2)) * scaling
+                baseline = torch.logaddexp(baseline, wishes.logsumexp(dim=-1))
+            scores.fill_(float("-inf"))
+            if cache.filled:
+                keys = self.store.keys(layer, cache.filled)
+                scores[:, : cache.filled] = ops.chunk_scores(packed, keys, shape.chunk, scaling, baseline)
+        else:
+            self.pool = range(max(self.pool.start, cache.pool.stop), self.pool.stop)
         self.baseline = baseline
-        scores = torch.full(cache.chosen[layer].shape, float("-inf"), device=kv.device)
-        if cache.filled:
-            keys = kv[0, :, shape.sink : shape.sink + cache.filled * shape.chunk]
-            scores[:, : cache.filled] = ops.chunk_scores(packed, keys, shape.chunk, scaling, baseline)
         self.choice = ops.Choice(scores, cache.chosen[layer], cache.held[layer])
 
     def see(self, start: int, kv: Tensor) -> None:
@@ -148,5 +185,8 @@ class Refresh:
             return
         part = kv[:, :, first * chunk - start : last * chunk - start]
         held = self.choice.held[:, first:last]
-        offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
-        ops.gather_chunks(ops.select_chunks(self.choice, offered, first), part, self.slots)
+        if self.anew:
+            offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
+        else:
+            offered = self.baseline.new_full(held.shape, torch.finfo(torch.float32).max)
+        self.store.put(self.layer, ops.select_chunks(self.choice, offered, first), part)

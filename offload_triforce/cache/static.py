@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,29 +11,58 @@ from torch import Tensor
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.kernels import ops
 
-# (layer of the model, its rule) -> the buffer that it attends to, and the layer's number in there.
-Find = Callable[[int, ops.Rule], tuple[GrowingBuffer, int]]
+
+class Share(NamedTuple):
+    """Keys and values that a step only reads, ``kv`` [2, K, capacity, D], and which counter tells how many there are."""
+
+    kv: Tensor
+    counter: int
+
+
+class Held(NamedTuple):
+    """What a layer attends to: shares that are only read, then the buffer that its new tokens go to, and its index."""
+
+    shares: Sequence[Share]
+    buffer: GrowingBuffer
+    index: int
 
 
 class StaticView:
-    """Growing buffers under steps of T tokens that are the same work each time, on the same memory.
+    """Buffers under steps of T tokens that are the same work each time, on the same memory.
 
     ``GrowingBuffer.attend`` cuts out what is held, so its shapes change from step to step. Here every operation takes
     the whole buffer, and how much of it counts is a number on the device. The buffers themselves stay as they
     are: the host's ``length`` is still the truth, and steps of both kinds may take turns.
     """
 
-    def __init__(self, buffers: Sequence[GrowingBuffer], find: Find, tokens: int) -> None:
-        """``tokens``: T. The memory that this allocates belongs to whoever captures the step."""
+    def __init__(
+        self,
+        buffers: Sequence[GrowingBuffer],
+        find: Callable[[int, ops.Rule], Held],
+        tokens: int,
+        sight: int,
+        counters: Sequence[Callable[[], int]] = (),
+    ) -> None:
+        """The memory that this allocates belongs to whoever captures the step.
+
+        Args:
+            buffers: those that a step writes to. find: what a layer of the model with that rule attends to.
+            tokens: T. sight: M, the newest tokens of a buffer that not every new one sees.
+            counters: tokens of each share.
+        """
         device = buffers[0].kv.device
-        self.buffers, self.tokens, self._find = tuple(buffers), tokens, find
+        self.buffers, self.tokens, self.sight, self._find, self._counters = buffers, tokens, sight, find, counters
         self._back = torch.arange(-tokens, 0, device=device)
-        self._mask = ops.causal_mask(tokens, tokens, device=device)
+        self._all = torch.ones(tokens, 1, dtype=torch.bool, device=device)
         self._attention = ops.RunningAttention()
-        self._ends: dict[GrowingBuffer, tuple[Tensor, ops.Newest]] = {}
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many numbers ``held`` returns: two per buffer, and one per counter."""
+        return len(self.buffers), len(self.buffers), len(self._counters)
 
     def held(self) -> list[int]:
-        """Tokens that each buffer holds once the step is written.
+        """What ``begin`` is to be told: tokens of each buffer once the step is written, those committed, counters.
 
         Raises:
             IndexError: they do not fit.
@@ -41,20 +71,33 @@ class StaticView:
         for length, buffer in zip(lengths, self.buffers, strict=True):
             if length > buffer.capacity:
                 raise IndexError(f"{length} tokens do not fit a buffer of {buffer.capacity}")
-        return lengths
+        return [*lengths, *(buffer.committed for buffer in self.buffers), *(counter() for counter in self._counters)]
 
-    def begin(self, held: Tensor) -> None:
-        """Start a step. ``held``, int64 [buffers], is what ``held()`` said, on the device."""
-        for buffer, length in zip(self.buffers, held.split(1), strict=True):
-            self._ends[buffer] = self._back + length, ops.Newest(self._mask, length=length)
+    def begin(self, held: Tensor, mask: Tensor, depths: Tensor) -> None:
+        """Start a step.
+
+        Args:
+            held: int64, what ``held()`` said, on the device.
+            mask: bool [T, M], which of the newest M tokens of a buffer (its own last) each new one sees.
+            depths: int64 [T], places behind the committed tokens.
+        """
+        lengths, committed, counts = held.split(self.sizes)
+        self._mask, self._depths, self._counts = mask, depths, counts.split(1)
+        self._ends = {
+            buffer: (length, kept)
+            for buffer, length, kept in zip(self.buffers, lengths.split(1), committed.split(1), strict=True)
+        }
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
-        """Write T new tokens behind those held and attend from them to all: query [H, T, D] -> [H, T, D]."""
-        buffer, index = self._find(layer, rule)
-        places, newest = self._ends[buffer]
-        held = buffer.kv[index]
+        """Write T new tokens behind those held and attend from them to all they see: query [H, T, D] -> [H, T, D]."""
+        shares, buffer, index = self._find(layer, rule)
+        length, committed = self._ends[buffer]
+        places, held = self._back + length, buffer.kv[index]
         held[0].index_copy_(1, places, key.to(held.dtype))
         held[1].index_copy_(1, places, value.to(held.dtype))
         self._attention.start(query, key.shape[0], rule)
-        self._attention.update(held[0], held[1], newest)
+        for kv, counter in shares:
+            count = self._counts[counter]
+            self._attention.update(kv[0], kv[1], ops.Newest(self._all, self._depths + count, count))
+        self._attention.update(held[0], held[1], ops.Newest(self._mask, self._depths + committed, length))
         return self._attention.finish()

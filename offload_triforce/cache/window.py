@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.kernels import ops
 
 
 class WindowCache(GrowingBuffer):
     """The newest tokens of the layers with a sliding window, on the device. Exact for every level.
 
-    Both the retrieval level and the target append here; the former's tokens are rolled back before the latter's
-    pass, so that what is committed always comes from the target.
+    What is committed always comes from the target. The retrieval level reads it too, and keeps its own guesses apart,
+    in ``drafts``: it may go on guessing while a pass of the target is under way.
     """
 
     def __init__(
@@ -24,18 +25,39 @@ class WindowCache(GrowingBuffer):
         block: int,
         dtype: torch.dtype,
         device: torch.device,
+        drafts: int = 0,
     ) -> None:
-        """``windows``: one size per layer. ``context``: longest text. ``block``: most tokens pending at once."""
+        """``windows``: one size per layer. ``context``: longest text.
+
+        ``block``: most tokens pending at once. ``drafts``: the same of the retrieval level.
+        """
         self.windows = windows
         self.reach = max(windows)
         self.block = block
         super().__init__(len(windows), kv_heads, self.room_for(windows, context, block), head_dim, dtype, device)
+        self.drafts = GrowingBuffer(len(windows), kv_heads, drafts, head_dim, dtype, device)
 
     @staticmethod
     def room_for(windows: list[int], context: int, block: int) -> int:
-        """Tokens to make room for, per layer."""
+        """Tokens to make room for, per layer, beside the drafts."""
         held = min(max(windows), context)
         return held + max(held // 4, block) + block  # a quarter more, so that moving to the front is rare
+
+    def attend_draft(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+    ) -> Tensor:
+        """The retrieval level's step: its T new tokens become drafts, and see those and what is committed."""
+        attention = self._attention
+        attention.start(query, key.shape[0], rule)
+        first = max(0, self.committed - rule.window + 1)
+        if self.committed:
+            held = self.kv[layer, :, :, first : self.committed]
+            tokens, device = query.shape[1], query.device
+            depths = step.depths if step else torch.arange(tokens, device=device) + self.drafts.length
+            seen = torch.ones(tokens, 1, dtype=torch.bool, device=device)
+            attention.update(held[0], held[1], ops.Newest(seen, depths + held.shape[2]))
+        self.drafts.attend_on(attention, layer, key, value, rule, step)
+        return attention.finish()
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others, and forget what no window reaches."""
@@ -50,3 +72,8 @@ class WindowCache(GrowingBuffer):
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
         self.length += min(tokens, self.reach)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.drafts.reset()

@@ -78,13 +78,17 @@ def attached(*models: PreTrainedModel | None) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def run(model: PreTrainedModel, tokens: Sequence[int] | Tensor, position: int, view: View, keep: int) -> Tensor:
-    """One forward step of T ``tokens`` from ``position`` on, over ``view``: the last ``keep`` logits, [keep, V]."""
-    ids = torch.as_tensor(tokens, dtype=torch.long)
-    if model.device.type == "cuda" and not ids.is_cuda:
-        ids = ids.pin_memory()  # else the host would wait for the copy
-    ids = ids.to(model.device, non_blocking=True)
-    return forward(model, ids, torch.arange(position, position + len(ids), device=ids.device), view, keep)
+def run(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int], view: View, keep: int) -> Tensor:
+    """One forward step of T ``tokens`` at their ``positions``, over ``view``: the last ``keep`` logits, [keep, V]."""
+    both = to_device(torch.tensor([list(tokens), list(positions)], dtype=torch.long), model.device)
+    return forward(model, both[0], both[1], view, keep)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host's, on the device. Nobody waits for the copy."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, view: View, keep: int) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -42,6 +44,15 @@ def make_graphs(
     return None if how is None else StepGraphs(model, make_view, how, most_tokens)
 
 
+class StepInputs(NamedTuple):
+    """What changes from step to step, see ``StepGraphs``."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    depths: Sequence[int]
+    seen: np.ndarray
+
+
 class StepGraphs:
     """Stands in for ``adapter.run``: the same steps, over static views.
 
@@ -64,24 +75,39 @@ class StepGraphs:
         self._capture: Capture | None = capture
         self._seen: set[tuple[int, int]] = set()
 
-    def __call__(self, tokens: Sequence[int], position: int, view: View, keep: int) -> Tensor:
-        """One forward step, see ``adapter.run``; ``view`` is what it attends over when it is not replayed."""
+    def __call__(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        view: View,
+        keep: int,
+        seen: np.ndarray,
+        depths: Sequence[int],
+    ) -> Tensor:
+        """One forward step, see ``adapter.run``; ``view`` is what it attends over when it is not replayed.
+
+        Args:
+            tokens: T. positions: in the text. view, keep: as for ``run``.
+            seen: bool [T, P], which of the newest P tokens (the step's own last) each new one sees.
+            depths: T places behind the committed tokens.
+        """
+        inputs = StepInputs(tokens, positions, depths, seen)
         shape = len(tokens), keep
         graph = self.graphs.get(shape)
         if graph is None:
-            logits = self._captured(shape, tokens, position)
-            return run(self.model, tokens, position, view, keep) if logits is None else logits
-        logits = graph(tokens, position)
+            logits = self._captured(shape, inputs)
+            return run(self.model, tokens, positions, view, keep) if logits is None else logits
+        logits = graph(inputs)
         if graph.trusted:
             return logits
-        expected = run(self.model, tokens, position, view, keep)
+        expected = run(self.model, tokens, positions, view, keep)
         graph.trusted = alike(logits, expected)
         if not graph.trusted:
             self.graphs.clear()
             self._give_up("a graph computed something else than the model")
         return expected
 
-    def _captured(self, shape: tuple[int, int], tokens: Sequence[int], position: int) -> Tensor | None:
+    def _captured(self, shape: tuple[int, int], inputs: StepInputs) -> Tensor | None:
         """Capture a shape if its time has come: the logits of this step, or None."""
         if self._capture is None or shape[0] > self.most_tokens or len(self.graphs) >= self.most_graphs:
             return None
@@ -89,7 +115,7 @@ class StepGraphs:
             self._seen.add(shape)
             return None
         graph = StepGraph(self.model, self._make_view(shape[0]), shape[1])
-        graph.load(tokens, position)
+        graph.load(inputs)
         try:
             logits = graph.capture(self._capture)
         except Exception as error:  # whatever it was: if the model itself is at fault, its plain step will raise it too
@@ -113,25 +139,27 @@ class StepGraph:
     def __init__(self, model: PreTrainedModel, view: StaticView, keep: int) -> None:
         self.trusted = False  # a replay has been compared with the model
         self._model, self._view, self._keep = model, view, keep
-        self._sizes = [view.tokens, 1, len(view.buffers)]
-        device = model.device
+        tokens, device = view.tokens, model.device
+        self._sizes = [tokens, tokens, tokens, sum(view.sizes), tokens * view.sight]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.long, device=device)
-        self._ahead = torch.arange(view.tokens, device=device)
         # All that changes travels in one copy, which nobody waits for but the next one.
         self._staging = torch.zeros(sum(self._sizes), dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._replay: Step | None = None
 
-    def load(self, tokens: Sequence[int], position: int) -> None:
+    def load(self, inputs: StepInputs) -> None:
         """Put the inputs of a step where it finds them.
 
         Raises:
             IndexError: the tokens do not fit the caches.
         """
-        values = torch.tensor([*tokens, position, *self._view.held()], device="cpu")
+        held, view = self._view.held(), self._view
+        mask = np.ones((view.tokens, view.sight), dtype=np.int64)
+        mask[:, view.sight - inputs.seen.shape[1] :] = inputs.seen
         if self._copied is not None:
             self._copied.synchronize()
-        self._staging.copy_(values)
+        values = self._staging.numpy()
+        np.concatenate([inputs.tokens, inputs.positions, inputs.depths, held, mask.ravel()], out=values)
         self._inputs.copy_(self._staging, non_blocking=True)
         if self._copied is not None:
             torch.cuda.current_stream(self._inputs.device).record_event(self._copied)
@@ -144,15 +172,15 @@ class StepGraph:
             self._replay = capture(self._step)
         return logits
 
-    def __call__(self, tokens: Sequence[int], position: int) -> Tensor:
+    def __call__(self, inputs: StepInputs) -> Tensor:
         """Replay: logits [keep, V], good until the next replay."""
-        self.load(tokens, position)
+        self.load(inputs)
         return self._replay()
 
     def _step(self) -> Tensor:
-        ids, position, held = self._inputs.split(self._sizes)
-        self._view.begin(held)
-        return forward(self._model, ids, self._ahead + position, self._view, self._keep)
+        ids, positions, depths, held, mask = self._inputs.split(self._sizes)
+        self._view.begin(held, mask.view(self._view.tokens, self._view.sight).bool(), depths)
+        return forward(self._model, ids, positions, self._view, self._keep)
 
 
 @contextmanager

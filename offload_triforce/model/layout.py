@@ -83,7 +83,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     view = _Probe()
     try:
         with attached(model), torch.no_grad():
-            vocabulary = run(model, [0], 0, view, keep=1).shape[-1]
+            vocabulary = run(model, [0], [0], view, keep=1).shape[-1]
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:

@@ -60,7 +60,7 @@ class KeyTurner:
         for position in (0, 7):
             view = _KeyRecorder()
             with attached(self.model):
-                run(self.model, [0], position, view, keep=1)
+                run(self.model, [0], [position], view, keep=1)
             keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
         try:
             error = (self.turn(keys[1], 7) - keys[0]).abs().max()

@@ -1,69 +1,69 @@
-"""Level 0: whoever makes the first guess. A small model, look-up in the text itself, or nobody."""
+"""Level 0: whoever makes the first guess. A small model, or look-up in the text itself."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.cache.static import StaticView
+from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.streaming import StreamingCache
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import Rule as AttentionRule
 from offload_triforce.model.adapter import run
 from offload_triforce.model.graphs import StepGraphs
-from offload_triforce.speculation.sampling import Choices, Sampler
+from offload_triforce.speculation.rules import Guess, Place, Rule
 from offload_triforce.speculation.text import TokenText
 
 
-class NoDraft:
-    """Never guesses."""
+class Draft(Protocol):
+    """Somebody who guesses how a text goes on."""
 
-    def __init__(self, vocabulary: int, device: torch.device) -> None:
-        self._nothing = torch.empty(0, vocabulary, device=device)
+    def offer(self, text: TokenText) -> str | None:
+        """The kind of guess that can be made about this text, by how sure it is; None if none can."""
 
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        """No guesses: [0, V]."""
-        return self._nothing
-
-    def keep(self, length: int) -> None:
-        """Nothing is held."""
+    def guess(self, text: TokenText, count: int) -> list[Guess]:
+        """Up to ``count`` guesses about the text that ``offer`` has just seen. The text stays as it is."""
 
 
-class NgramDraft(NoDraft):
+class NgramDraft:
     """Guesses that the text goes on as it did after the longest earlier occurrence of its own ending.
 
-    The guess is certain of itself: its distribution has all mass on the token. The search is a few
-    vectorised comparisons over the whole text, so there is no index to keep or to roll back.
+    The search is a few vectorised comparisons over the whole text, so there is no index to keep or to roll back.
     """
 
-    def __init__(self, vocabulary: int, device: torch.device, shortest: int = 2, longest: int = 32) -> None:
-        """``shortest`` and ``longest``: tokens of the ending that are compared, at least and at most."""
-        super().__init__(vocabulary, device)
-        self.shortest, self.longest = shortest, longest
+    # Kinds of guess, by the tokens that match: up to so many.
+    LENGTHS = (2, 4, 8, 16, 32)
 
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        """Append up to ``limit`` tokens; return one-hot rows, [k, V]."""
-        vocabulary = self._nothing.shape[1]
-        guess = longest_match(text.ids.numpy(), self.shortest, self.longest, limit)
+    def __init__(self, vocabulary: int, shortest: int = 2, longest: int = 32) -> None:
+        """``vocabulary``: V. ``shortest`` and ``longest``: tokens of the ending that are compared."""
+        self.vocabulary, self.shortest, self.longest = vocabulary, shortest, longest
+        self._next = 0
+
+    def offer(self, text: TokenText) -> str | None:
+        """See ``Draft``: the longer the match, the surer the guess."""
+        matched, self._next = longest_match(text.ids.numpy(), self.shortest, self.longest)
+        if not matched:
+            return None
+        return f"ngram {next((n for n in self.LENGTHS if matched <= n), self.LENGTHS[-1])}"
+
+    def guess(self, text: TokenText, count: int) -> list[Guess]:
+        """See ``Draft``."""
+        follow = text[self._next : self._next + count]
         # A prompt may hold ids that a model reads but never says.
-        guess = list(itertools.takewhile(lambda token: token < vocabulary, guess))
-        text.append(guess)
-        tokens = torch.as_tensor(guess, dtype=torch.long, device=self._nothing.device)
-        return torch.nn.functional.one_hot(tokens, vocabulary).float()
+        return [Guess(token, None) for token in itertools.takewhile(lambda token: token < self.vocabulary, follow)]
 
 
-def longest_match(ids: np.ndarray, shortest: int, longest: int, limit: int) -> list[int]:
-    """What followed the longest earlier occurrence of the ending of ``ids``: at most ``limit`` tokens.
+def longest_match(ids: np.ndarray, shortest: int, longest: int) -> tuple[int, int]:
+    """The longest earlier occurrence of the ending of ``ids``: its length, and where what followed it begins.
 
-    Of several longest occurrences, the newest counts. Endings under ``shortest`` tokens do not count.
+    Of several longest occurrences, the newest counts. Endings under ``shortest`` tokens do not count: (0, 0).
     """
-    if limit < 1:
-        return []
     ends = np.flatnonzero(ids[:-1] == ids[-1])  # where an occurrence of the last token ends
-    best = ends[:0]
+    best, matched = ends[:0], 0
     for length in range(1, longest + 1):
         if length > 1:
             ends = ends[ends >= length - 1]
@@ -71,55 +71,73 @@ def longest_match(ids: np.ndarray, shortest: int, longest: int, limit: int) -> l
         if not len(ends):
             break
         if length >= shortest:
-            best = ends
-    return ids[best[-1] + 1 : best[-1] + 1 + limit].tolist() if len(best) else []
+            best, matched = ends, length
+    return (matched, int(best[-1]) + 1) if matched else (0, 0)
 
 
 class ModelDraft:
     """A small transformers model over a streaming cache."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: StreamingCache,
-        sampler: Sampler,
-        choices: Choices,
-        graphs: StepGraphs | None = None,
+        self, model: PreTrainedModel, cache: StreamingCache, rule: Rule, graphs: StepGraphs | None = None
     ) -> None:
-        self.model, self.cache, self.sampler, self.choices, self.graphs = model, cache, sampler, choices, graphs
+        """``cache`` must be empty. ``rule``: how it takes a token from its logits."""
+        self.model, self.cache, self.rule, self.graphs = model, cache, rule, graphs
+        self._read: list[int] = []  # tokens of the text that have been read or left out, from ``_first`` on
+        self._first = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """The view that the model attends over."""
         return self.cache.attend(layer, query, key, value, rule)
 
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        """Draw ``limit`` tokens one by one; return the distributions they were drawn from, [limit, V]."""
-        rows = [torch.empty(0, self.sampler.vocabulary, device=self.model.device)]
-        for _ in range(limit):
-            row = self.sampler.distributions(self._read(text), text.ids, len(text))
-            rows.append(row)
-            text.append([self.choices.draw(row[0])])
-        return torch.cat(rows)
+    def offer(self, text: TokenText) -> str | None:
+        """See ``Draft``: a model can always guess."""
+        return "model"
 
-    def _read(self, text: TokenText) -> Tensor:
+    def guess(self, text: TokenText, count: int) -> list[Guess]:
+        """See ``Draft``: drawn one by one."""
+        start, guesses = len(text), []
+        for _ in range(count):
+            guess = self.rule.draft(self._logits(text), Place(lambda: text.ids, len(text)))
+            guesses.append(guess)
+            text.append([guess.token])
+        text.truncate(start)
+        return guesses
+
+    def _logits(self, text: TokenText) -> Tensor:
         """Read what is unread of the text: logits after its last token, [1, V']."""
         cache = self.cache
-        parts = [range(cache.text, len(text))] if cache.length else cache.begin(len(text))
-        tokens = [token for part in parts for token in text[part.start : part.stop]]
-        cache.settle(cache.pending - min(cache.pending, max(0, cache.text - text.decided)))
-        cache.make_room(len(tokens))
-        if self.graphs is None:
-            logits = run(self.model, tokens, cache.length, self, keep=1)
+        if cache.length:
+            self._forget_but(text)
+            parts = [range(cache.text, len(text))]
         else:
-            logits = self.graphs(tokens, cache.length, self, keep=1)
+            parts = cache.begin(len(text))
+            self._first = len(text) - 1
+        tokens = [token for part in parts for token in text[part.start : part.stop]]
+        guesses = cache.text - (text.decided - 1)  # and the newest decided token, which may be asked about again
+        cache.settle(cache.pending - min(cache.pending, max(0, guesses)))
+        cache.make_room(len(tokens))
+        positions = range(cache.length, cache.length + len(tokens))
+        if self.graphs is None:
+            logits = run(self.model, tokens, positions, self, keep=1)
+        else:
+            depths = range(cache.pending, cache.pending + len(tokens))
+            seen = np.tri(len(tokens), dtype=bool)
+            logits = self.graphs(tokens, positions, self, 1, seen, depths)
         cache.end_step(len(tokens))
+        self._read = text[self._first :]
         return logits
 
-    def keep(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens of the text."""
-        self.cache.keep_pending(self.cache.pending - max(0, self.cache.text - length))
+    def _forget_but(self, text: TokenText) -> None:
+        """Forget what has been read of another text than this one, and this one's last token, which is read again."""
+        now, same = text[self._first : -1], 0
+        for mine, its in zip(self._read, now, strict=False):
+            if mine != its:
+                break
+            same += 1
+        self.cache.keep_pending(self.cache.pending - max(0, self.cache.text - self._first - same))
 
 
 def static_view(cache: StreamingCache, tokens: int) -> StaticView:
     """What the draft attends over in steps of that many tokens that are captured."""
-    return StaticView([cache], lambda layer, _: (cache, layer), tokens)
+    return StaticView([cache], lambda layer, _: Held((), cache, layer), tokens, tokens)

@@ -1,107 +1,66 @@
-"""The algorithm: each level judges the guesses of the one below it. One page; everything else serves it.
+"""The algorithm, on one page; everything else serves it.
 
     draft (L0)  ->  retrieval level (L1)  ->  target with the full cache (L2)
 
-``judge`` is one round between two neighbours. The tokens it adds have the judge's own distribution, whoever
-guessed; so the middle level's output can be guesses for the target, with the middle level's distributions as
-their q. That both levels are exact is one and the same rule.
+Level 1 grows a tree of guesses behind the text, with the help of a draft that it judges itself; the target reads all of
+it in one pass, and walks from the root as far as the guesses are right. Each token on the way is the target's own,
+by a rule that makes it so whatever was guessed (``rules``). While the pass streams, level 1 goes on guessing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from offload_triforce.speculation.sampling import Choices, verify
+from offload_triforce.speculation.rules import Rule, place_after
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.stats import Acceptance, DecodeStats
+from offload_triforce.speculation.tree import Node
+from offload_triforce.stats import DecodeStats
+
+
+class Target(Protocol):
+    """The level that has the last word. ``waited``: seconds in which its last step only waited for the link."""
+
+    waited: float
+
+    def score(self, nodes: Sequence[Node], idle: Callable[[], object] | None) -> Tensor:
+        """Read the root of a tree and some of its guesses, parents first: the logits after each, [T, V].
+
+        ``idle`` is called whenever there is time for something else.
+        """
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Accept these of the tokens read (their numbers, ascending), and forget the others."""
 
 
 class Proposer(Protocol):
-    """Something that guesses how the text goes on."""
+    """Whoever guesses for the target, in a tree."""
 
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        """Append k <= ``limit`` guesses; return the distributions they were drawn from, [k, V]."""
+    def propose(self, text: TokenText, limit: int) -> list[Node]:
+        """The text's newest token as the root, then guesses of at most ``limit`` tokens behind it, parents first."""
 
-    def keep(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens of the text."""
+    def go_on(self) -> object:
+        """Guess further while those are judged, if there is time."""
 
+    def learn(self, node: Node, taken: int) -> None:
+        """The target took token ``taken`` after a node."""
 
-class Level(Protocol):
-    """A model with a cache."""
+    def move_to(self, node: Node, token: int) -> None:
+        """The text now ends with ``token`` after a node."""
 
-    def score(self, text: TokenText, guesses: int) -> Tensor:
-        """Read the text's unread end; its distributions before each of the last ``guesses`` tokens and after them."""
-
-    def keep(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens of the text."""
-
-
-class Target(Level, Protocol):
-    """The level that has the last word."""
-
-    def settle(self) -> None:
-        """What is held now is final."""
-
-
-def judge(level: Level, below: Proposer, text: TokenText, guesses: int, choices: Choices, count: Acceptance) -> Tensor:
-    """One round: ``below`` guesses up to ``guesses`` tokens, ``level`` verifies them all at once and adds one.
-
-    Returns the level's distributions [m, V] of the m = accepted + 1 tokens that the text has grown by.
-    """
-    start = len(text)
-    q = below.propose(text, guesses)
-    p = level.score(text, len(text) - start)
-    accepted, token = verify(text[start:], q, p, choices)
-    count.add(proposed=len(text) - start, accepted=accepted)
-    text.truncate(start + accepted)
-    level.keep(len(text))
-    below.keep(len(text))
-    text.append([token])
-    return p[: accepted + 1]
-
-
-class Middle:
-    """The level between: proposes tokens of its own distribution, found with the help of the level below."""
-
-    def __init__(
-        self,
-        level: Level,
-        below: Proposer,
-        gamma: int,
-        choices: Choices,
-        count: Acceptance,
-        ended: Callable[[TokenText], bool],
-    ) -> None:
-        """``gamma``: guesses per round of the level below. ``ended``: is there nothing to say after this token?"""
-        self.level, self.below, self.gamma = level, below, gamma
-        self.choices, self.count, self.ended = choices, count, ended
-
-    def propose(self, text: TokenText, limit: int) -> Tensor:
-        """Append guesses until there are ``limit``, or the text has ended; return their distributions."""
-        end = len(text) + limit
-        rows: list[Tensor] = []
-        while len(text) < end and not (rows and self.ended(text)):
-            guesses = min(self.gamma, end - len(text) - 1)
-            rows.append(judge(self.level, self.below, text, guesses, self.choices, self.count))
-        return torch.cat(rows) if rows else torch.empty(0)
-
-    def keep(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens of the text."""
-        self.level.keep(length)
-        self.below.keep(length)
+    def passed(self, nodes: int, seconds: float, new_tokens: int, waited: float) -> None:
+        """A pass over that many nodes took so long, ``waited`` so long of that, and brought so many tokens."""
 
 
 def decode(
     target: Target,
     middle: Proposer,
+    rule: Rule,
     text: TokenText,
-    gamma: int,
     limit: int,
-    choices: Choices,
     stats: DecodeStats,
     stop: Callable[[TokenText, int], int | None],
 ) -> Iterator[list[int]]:
@@ -109,23 +68,48 @@ def decode(
 
     Args:
         target: the authority. middle: whoever guesses for it.
+        rule: how guesses are judged.
         text: prompt in, everything out.
-        gamma: guesses per pass.
         limit: most new tokens.
-        choices: the source of chance. stats: what is counted.
+        stats: what is counted.
         stop: (text, length before the pass) -> length to cut the text to, or None to go on.
     """
     end = len(text) + limit
     while len(text) < end:
         start = len(text)
-        judge(target, middle, text, min(gamma, end - start - 1), choices, stats.retrieval)
-        target.settle()
+        nodes = middle.propose(text, end - start - 1)
+        started = time.perf_counter()
+        logits = target.score(nodes, middle.go_on)
+        path, token = walk(nodes, logits, rule, text, middle)
+        text.append([node.token for node in path[1:]] + [token])
+        place = {node: number for number, node in enumerate(nodes)}
+        middle.move_to(path[-1], token)
+        target.commit([place[node] for node in path])
         text.decide()
         cut = stop(text, start)
         if cut is not None:
             text.truncate(cut)
-        stats.passes += 1
-        stats.new_tokens += len(text) - start
+        stats.add_pass(nodes, path, len(text) - start)
+        middle.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.waited)
         yield text[start:]
         if cut is not None:
             return
+
+
+def walk(
+    nodes: Sequence[Node], logits: Tensor, rule: Rule, text: TokenText, middle: Proposer
+) -> tuple[list[Node], int]:
+    """Follow the target through the tree: the accepted nodes from the root on, and the token after them.
+
+    ``logits`` [T, V] are those of the T ``nodes``.
+    """
+    rows = dict(zip(nodes, logits.split(1), strict=True))
+    path = [nodes[0]]
+    while True:
+        node = path[-1]
+        token = rule.verdict(rows[node], place_after(text, node), node.candidates, len(node.children))
+        middle.learn(node, token)
+        child = node.known.get(token)
+        if child not in rows:
+            return path, token
+        path.append(child)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import Refresh, RetrievalCache
-from offload_triforce.cache.static import StaticView
+from offload_triforce.cache.static import Held, Share, StaticView
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels import ops
-from offload_triforce.model.adapter import run
+from offload_triforce.model.adapter import run, to_device
 from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.pipeline import Leaving
-from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.tree import Node, sight, tokens_of
+
+# When chunks are chosen for the retrieval cache: anew in each pass, once after the prefill, or not in passes at all.
+Choosing = Literal["each pass", "once", "never"]
 
 
 class TargetCaches:
@@ -33,9 +40,8 @@ class TargetCaches:
     ) -> None:
         self.layout, self.full, self.retrieval, self.window = layout, full, retrieval, window
         self.place = {layer: i for group in (layout.full, layout.sliding) for i, layer in enumerate(group)}
+        self.windows = [layer.window for layer in layout.layers if layer.window is not None]
         self.length = 0  # committed tokens of the text
-        self.drafted = 0  # tokens behind them that the retrieval level has read
-        self.pending = 0  # tokens behind them that the target has read
 
     def fill_layer(self, layer: int, kv: Tensor, queries: Tensor, rule: ops.Rule) -> Leaving | None:
         """Prefill of one layer: ``kv`` [2, K, n, D], newest ``queries`` [H, m, D]. The retrieval cache chooses.
@@ -68,38 +74,51 @@ class TargetCaches:
         self.length = tokens
         self._sync(tokens)
 
-    def commit(self, tokens: int) -> None:
-        """The target has accepted the first ``tokens`` of its pending tokens."""
+    def commit(self, kept: Sequence[int]) -> None:
+        """The target accepts these of its pending tokens (their numbers, ascending). What is drafted stays."""
         refreshed = self.length
         for cache in (self.full, self.window):
             if cache is not None:
-                cache.commit(tokens)
-        self.length += tokens
-        self.pending = 0
+                cache.select_pending(kept)
+                cache.commit(len(kept))
+        self.length += len(kept)
         self._sync(refreshed)
 
-    def small(self, layer: int, rule: ops.Rule) -> tuple[GrowingBuffer, int]:
-        """What the retrieval level attends to in a layer of the model: a cache, and the layer's place in it."""
-        return self.retrieval if rule.window is None else self.window, self.place[layer]
+    def drafts(self) -> list[GrowingBuffer]:
+        """Where the retrieval level's guesses are pending."""
+        window = None if self.window is None else self.window.drafts
+        return [buffer for buffer in (self.retrieval, window) if buffer is not None]
+
+    def keep_drafts(self, kept: Sequence[int]) -> None:
+        """Keep these of the retrieval level's guesses (their numbers, ascending), and drop the others."""
+        for buffer in self.drafts():
+            buffer.select_pending(kept)
 
     def static_view(self, tokens: int) -> StaticView:
-        """The same for steps of that many tokens that are captured."""
-        caches = [cache for cache in (self.retrieval, self.window) if cache is not None]
-        return StaticView(caches, self.small, tokens)
+        """What the retrieval level attends to in steps of that many tokens that are captured."""
+        retrieval, window, drafts = self.retrieval, self.window, self.drafts()
 
-    def rollback_drafted(self) -> None:
-        """Drop what the retrieval level has drafted."""
-        for cache in (self.retrieval, self.window):
-            if cache is not None:
-                cache.rollback()
-        self.drafted = 0
+        def find(layer: int, rule: ops.Rule) -> Held:
+            index = self.place[layer]
+            if rule.window is None:
+                return Held([Share(retrieval.store.kv[index].flatten(2, 3), 0)], retrieval, index)
+            return Held([Share(window.kv[index], 1)], window.drafts, index)
+
+        def chosen() -> int:
+            return retrieval.filled * retrieval.shape.chunk if retrieval is not None else 0
+
+        def committed() -> int:
+            return window.committed if window is not None else 0
+
+        most = retrieval.most_pending if window is None else window.drafts.capacity
+        return StaticView(drafts, find, tokens, most, [chosen, committed])
 
     def reset(self) -> None:
         """Forget everything."""
         for cache in (self.full, self.retrieval, self.window):
             if cache is not None:
                 cache.reset()
-        self.length = self.drafted = self.pending = 0
+        self.length = 0
 
     def _sync(self, refreshed: int) -> None:
         if self.full is not None:
@@ -107,103 +126,112 @@ class TargetCaches:
 
 
 class _TargetLevel:
-    """What both levels share: the weights, and a step over the unread end of the text."""
+    """What both levels share: the weights, and a step over nodes of a tree."""
 
-    def __init__(self, model: PreTrainedModel, caches: TargetCaches, sampler: Sampler) -> None:
-        self.model, self.caches, self.sampler = model, caches, sampler
+    def __init__(self, model: PreTrainedModel, caches: TargetCaches) -> None:
+        self.model, self.caches = model, caches
+        self._nodes: Sequence[Node] = ()
+        self._before: Sequence[Node] = ()
+        self._steps: dict[int | None, TreeStep | None] = {}
 
-    def _step(self, text: TokenText, guesses: int, read: int, grown: Caches) -> tuple[int, Tensor]:
-        """Read what follows the first ``read`` tokens: how many that were, and the distributions asked for."""
-        tokens = text[read:]
-        logits = self._forward(tokens, read, guesses + 1)
-        for cache in grown:
-            if cache is not None:
-                cache.end_step(len(tokens))
-        return len(tokens), self.sampler.distributions(logits, text.ids, len(text) - guesses)
+    def _begin(self, nodes: Sequence[Node], before: Sequence[Node]) -> list[int]:
+        """The step's nodes follow those that are pending: the positions of their tokens."""
+        self._nodes, self._before = nodes, before
+        self._steps.clear()
+        return [self.caches.length + node.depth for node in nodes]
 
-    def _forward(self, tokens: Sequence[int], position: int, keep: int) -> Tensor:
-        return run(self.model, tokens, position, self, keep=keep)
+    def _step(self, rule: ops.Rule) -> TreeStep | None:
+        """How the tokens of this step see each other under a rule. None if they follow each other."""
+        deepest = max(node.depth for node in self._nodes)
+        window = rule.window if rule.window is not None and rule.window <= deepest else None
+        if window not in self._steps:
+            self._steps[window] = self._make_step(window)
+        return self._steps[window]
+
+    def _make_step(self, window: int | None) -> TreeStep | None:
+        nodes, before = self._nodes, self._before
+        if all(node.parent is earlier for earlier, node in itertools.pairwise((*before, *nodes))):
+            return None
+        seen, depths = sight(nodes, before), np.array([node.depth for node in (*before, *nodes)])
+        if window is not None:
+            seen &= depths[len(before) :, None] - depths < window
+        device = self.model.device
+        return TreeStep(
+            to_device(torch.from_numpy(seen), device), to_device(torch.from_numpy(depths[len(before) :]), device)
+        )
 
 
 class RetrievalLevel(_TargetLevel):
     """Level 1: attends to the retrieval cache; in sliding layers, to the same window as the target."""
 
-    def __init__(
-        self, model: PreTrainedModel, caches: TargetCaches, sampler: Sampler, graphs: StepGraphs | None = None
-    ) -> None:
-        super().__init__(model, caches, sampler)
+    def __init__(self, model: PreTrainedModel, caches: TargetCaches, graphs: StepGraphs | None = None) -> None:
+        super().__init__(model, caches)
         self.graphs = graphs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """The view that the model attends over."""
-        cache, index = self.caches.small(layer, rule)
-        return cache.attend(index, query, key, value, rule)
+        cache = self.caches.retrieval if rule.window is None else self.caches.window
+        return cache.attend_draft(self.caches.place[layer], query, key, value, rule, self._step(rule))
 
-    def score(self, text: TokenText, guesses: int) -> Tensor:
-        """Read the unread end of the text: distributions [guesses + 1, V] around the last ``guesses`` tokens."""
-        caches = self.caches
-        read, p = self._step(text, guesses, caches.length + caches.drafted, (caches.retrieval, caches.window))
-        caches.drafted += read
-        return p
+    def score(self, nodes: Sequence[Node], before: Sequence[Node]) -> Tensor:
+        """Read T nodes of a tree: the logits after each, [T, V]. ``before``: those read already, in order."""
+        tokens, positions = tokens_of(nodes), self._begin(nodes, before)
+        depths = [node.depth for node in nodes]
+        # In a window that is shorter than the tree, not all layers see the same guesses.
+        if self.graphs is None or max(depths) >= min(self.caches.windows, default=max(depths) + 1):
+            logits = run(self.model, tokens, positions, self, keep=len(nodes))
+        else:
+            logits = self.graphs(tokens, positions, self, len(nodes), sight(nodes, before), depths)
+        for buffer in self.caches.drafts():
+            buffer.end_step(len(nodes))
+        return logits
 
-    def keep(self, length: int) -> None:
-        """Forget everything drafted after the first ``length`` tokens of the text."""
-        caches = self.caches
-        kept = max(0, length - caches.length)
-        if kept < caches.drafted:
-            keep_pending((caches.retrieval, caches.window), kept)
-            caches.drafted = kept
-
-    def _forward(self, tokens: Sequence[int], position: int, keep: int) -> Tensor:
-        if self.graphs is None:
-            return super()._forward(tokens, position, keep)
-        return self.graphs(tokens, position, self, keep)
+    def keep(self, kept: Sequence[int]) -> None:
+        """Forget what has been read, but for these (numbers in the order of reading)."""
+        self.caches.keep_drafts(kept)
 
 
 class FullLevel(_TargetLevel):
-    """Level 2: attends to everything, and (with ``refresh``) chooses anew for the retrieval cache on the way."""
+    """Level 2: attends to everything, and (with ``refresh``) chooses for the retrieval cache on the way."""
 
-    def __init__(self, model: PreTrainedModel, caches: TargetCaches, sampler: Sampler, refresh: bool) -> None:
-        super().__init__(model, caches, sampler)
+    def __init__(self, model: PreTrainedModel, caches: TargetCaches, refresh: Choosing) -> None:
+        super().__init__(model, caches)
         self.refresh = refresh
+        self._idle: Callable[[], object] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """The view that the model attends over."""
-        caches, index = self.caches, self.caches.place[layer]
+        caches, index, step = self.caches, self.caches.place[layer], self._step(rule)
         if rule.window is not None:
-            return caches.window.attend(index, query, key, value, rule)
+            return caches.window.attend(index, query, key, value, rule, step)
 
         def observe(packed: Tensor, baseline: Tensor, scaling: float) -> Refresh:
-            return caches.retrieval.refresh(index, packed, baseline, scaling, caches.length)
+            anew = self.refresh == "each pass"
+            return caches.retrieval.refresh(index, packed, baseline, scaling, caches.length, anew)
 
-        return caches.full.attend(index, query, key, value, rule, observe if self.refresh else None)
+        observer = None if self.refresh == "never" else observe
+        return caches.full.attend(index, query, key, value, rule, observer, step, self._idle)
 
-    def score(self, text: TokenText, guesses: int) -> Tensor:
-        """One pass: read the unread end of the text against the full cache: distributions [guesses + 1, V]."""
-        caches = self.caches
-        caches.rollback_drafted()
-        if caches.full is not None:
-            caches.full.begin_step()
-        read, p = self._step(text, guesses, caches.length + caches.pending, (caches.full, caches.window))
-        caches.pending += read
-        return p
+    def score(self, nodes: Sequence[Node], idle: Callable[[], object] | None = None) -> Tensor:
+        """One pass: read the root and the guesses of a tree against the full cache: the logits after each, [T, V].
 
-    def keep(self, length: int) -> None:
-        """Forget everything read after the first ``length`` tokens of the text."""
-        caches = self.caches
-        caches.pending = max(0, length - caches.length)
-        keep_pending((caches.full, caches.window), caches.pending)
+        ``idle`` is called whenever there is time for something else. What it reads with the same weights must not
+        hinder this step: a model's steps may be nested.
+        """
+        full, self._idle = self.caches.full, idle
+        if full is not None:
+            full.begin_step()
+        logits = run(self.model, tokens_of(nodes), self._begin(nodes, ()), self, keep=len(nodes))
+        for cache in (self.caches.full, self.caches.window):
+            if cache is not None:
+                cache.end_step(len(nodes))
+        return logits
 
-    def settle(self) -> None:
-        """Commit what was kept."""
-        self.caches.commit(self.caches.pending)
+    @property
+    def waited(self) -> float:
+        """Seconds in which the last pass only waited for the link. To be asked once its logits have been looked at."""
+        return self.caches.full.stream.waited() if self.caches.full is not None else 0.0
 
-
-Caches = tuple[FullCache | RetrievalCache | WindowCache | None, ...]
-
-
-def keep_pending(caches: Caches, tokens: int) -> None:
-    """Drop all but the first ``tokens`` pending tokens from each cache that there is."""
-    for cache in caches:
-        if cache is not None:
-            cache.keep_pending(tokens)
+    def commit(self, kept: Sequence[int]) -> None:
+        """Accept these of the tokens read (their numbers, ascending), and forget the others."""
+        self.caches.commit(kept)

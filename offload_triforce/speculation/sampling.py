@@ -1,9 +1,9 @@
-"""Exact sampling: from logits to distributions, and the rule that accepts or resamples a guess."""
+"""Exact sampling: from logits to scores, the sources of chance, and the rule that accepts or resamples guesses."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,32 +30,27 @@ class Sampler:
     """Turns logits into the distributions that tokens are drawn from: the same rule for every level."""
 
     def __init__(self, processors: LogitsProcessorList, do_sample: bool, vocabulary: int) -> None:
-        """``vocabulary``: V, the target's number of logits. Without ``do_sample``, all mass is on the best token."""
+        """``vocabulary``: V, the target's number of logits. Without ``do_sample``, the best token is taken."""
         self.vocabulary = vocabulary
         self._processors = processors
-        self._do_sample = do_sample
+        self.do_sample = do_sample
         self._rowwise = all(type(p) in _ROWWISE for p in processors)  # a subclass may do anything
 
-    def distributions(self, logits: Tensor, prefix: Tensor, first: int) -> Tensor:
-        """Distributions of T consecutive tokens, [T, V] float32.
+    def scores(self, logits: Tensor, prefixes: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """Scores of T tokens, [T, V] float32: logarithms of what they are drawn with, up to a constant per row.
 
         Args:
             logits: [T, V'] of any level. A level with another number of padding tokens is cut or filled to V.
-            prefix: token ids (n,), n >= first + T - 1.
-            first: row i follows the first ``first + i`` of them.
+            prefixes: for each row, what makes the token ids (n,) that it follows.
         """
         scores = self._fit(logits.to(torch.float32, copy=True))
-        if self._processors:
-            if self._rowwise:  # they do not look at the text, so it need not be brought to the device
-                nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
-                scores = self._processors(nothing, scores)
-            else:
-                prefix = prefix.to(scores.device)[None]
-                rows = [self._processors(prefix[:, : first + i], scores[i : i + 1]) for i in range(len(scores))]
-                scores = torch.cat(rows)
-        if self._do_sample:
-            return torch.softmax(scores, dim=-1)
-        return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=-1, keepdim=True), 1.0)
+        if not self._processors:
+            return scores
+        if self._rowwise:  # they do not look at the text, so it need not be brought to the device
+            nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+            return self._processors(nothing, scores)
+        pairs = zip(prefixes, scores.split(1), strict=True)
+        return torch.cat([self._processors(prefix().to(scores.device)[None], row) for prefix, row in pairs])
 
     def _fit(self, scores: Tensor) -> Tensor:
         missing = self.vocabulary - scores.shape[1]
@@ -91,30 +86,33 @@ class RandomChoices:
         return int(torch.multinomial(distribution, 1, generator=self._generator))
 
 
-def verify(guesses: Sequence[int], q: Tensor, p: Tensor, choices: Choices) -> tuple[int, int]:
-    """Accept a prefix of the guesses and draw one more token, so that what comes out is distributed as ``p``.
+def accept_one(p: Tensor, q: Tensor, tokens: Sequence[int], choices: Choices) -> int:
+    """Accept one of several candidates, or draw another token, so that what comes out is distributed as ``p``.
 
-    The rule of speculative sampling (arXiv 2211.17192, 2302.01318): guess x is accepted with min(1, p(x)/q(x));
-    at the first rejection the token is drawn from max(p - q, 0), normalised; after the last guess, from p.
+    For a single candidate this is the rule of speculative sampling (arXiv 2211.17192, 2302.01318): token x is accepted
+    with min(1, p(x)/q(x)); else the token is drawn from max(p - q, 0), normalised. With several, drawn from q one after
+    the other without replacement, each rejection leaves the same question for what remains of p and q (SpecInfer, arXiv
+    2305.09781; Sequoia, arXiv 2402.12374).
 
     Args:
-        guesses: k tokens.
-        q: [k, V], the distribution each guess was really drawn from.
-        p: [k + 1, V], the judge's distribution at each guess and after the last.
+        p: (V,), the judge's distribution.
+        q: (V,), the distribution that the first candidate was really drawn from.
+        tokens: the candidates, in the order of drawing.
         choices: the source of chance.
-
-    Returns:
-        (number of accepted guesses, the token that follows them).
     """
-    if not guesses:
-        return 0, choices.draw(p[-1])
-    rows = torch.arange(len(guesses), device=p.device)
-    tokens = torch.as_tensor(guesses, dtype=torch.long, device=p.device)
-    odds = (p[rows, tokens] / q[rows, tokens]).clamp(max=1.0)
-    for i, probability in enumerate(odds.tolist()):
-        if not choices.accept(probability):
-            return i, choices.draw(residual(p[i], q[i]))
-    return len(guesses), choices.draw(p[-1])
+    for token in tokens:
+        if choices.accept(min(1.0, float(p[token] / q[token]))):
+            return token
+        p, q = residual(p, q), without(q, token)
+    return choices.draw(p)
+
+
+def without(q: Tensor, token: int) -> Tensor:
+    """The distribution ``q`` (V,) given that it is not this token. Zeros, if it can only be this one."""
+    rest = q.clone()
+    rest[token] = 0.0
+    mass = rest.sum()
+    return torch.where(mass > 0, rest / mass, rest)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

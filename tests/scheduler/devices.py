@@ -33,6 +33,10 @@ class EagerDevice:
     def release(self, buffer):
         return _Done()
 
+    def await_landing(self, landed):
+        landed.wait()
+        return lambda: 0.0
+
     def launch(self, name, work, *args):
         work(*args)
 
@@ -53,6 +57,9 @@ class LateDevice(EagerDevice):
 class _Done:
     def wait(self):
         pass
+
+    def arrived(self):
+        return True
 
 
 class EagerLane:
@@ -90,6 +97,9 @@ class _Late:
 
     def wait(self):
         self.lane.catch_up(self.count)
+
+    def arrived(self):
+        return False
 
 
 def chaotic(seed=0, longest_ms=0.05):

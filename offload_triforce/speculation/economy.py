@@ -1,0 +1,137 @@
+"""What guessing costs and what it brings, found out on the way: how far to guess follows from both."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from offload_triforce.speculation.tree import Candidates
+
+# Odds that a candidate is what the target takes, by rank and kind (see ``rules``). Where measurement begins.
+PRIOR_WEIGHT = 12.0
+# So many rounds of the past count.
+ROUNDS = 16
+SAMPLES = 48
+
+
+class History:
+    """How often a candidate of a rank and kind was what the target took."""
+
+    def __init__(self, prior: Sequence[Sequence[float]]) -> None:
+        """``prior``: estimates [ranks][kinds], which count like PRIOR_WEIGHT observations."""
+        self._taken = PRIOR_WEIGHT * np.array(prior)
+        self._seen = np.full(self._taken.shape, PRIOR_WEIGHT)
+
+    @property
+    def ranks(self) -> int:
+        """Candidates that are told apart."""
+        return len(self._taken)
+
+    def chance(self, candidates: Candidates, rank: int) -> float:
+        """Estimated probability that the candidate of that rank is taken."""
+        kind = candidates.kind(rank)
+        return float(self._taken[rank, kind] / self._seen[rank, kind])
+
+    def learn(self, candidates: Candidates, known: int, taken: int) -> None:
+        """The target took token ``taken`` at a place where the first ``known`` candidates were known."""
+        for rank in range(min(known, self.ranks)):
+            token = candidates.token(rank)
+            if token is None:
+                return
+            kind = candidates.kind(rank)
+            self._seen[rank, kind] += 1
+            self._taken[rank, kind] += token == taken
+
+
+class Costs:
+    """Seconds that something takes, as a straight line over its number of tokens: the median of what was seen."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[int, float]] = deque(maxlen=SAMPLES)
+        self._line: tuple[float, float] | None = None
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """It took that long."""
+        self._seen.append((tokens, seconds))
+        self._line = None
+
+    def __bool__(self) -> bool:
+        return bool(self._seen)
+
+    def at(self, tokens: int) -> float:
+        """Seconds for that many tokens."""
+        if self._line is None:
+            self._line = self._fit()
+        return max(0.0, self._line[0] + self._line[1] * tokens)
+
+    @property
+    def per_token(self) -> float:
+        """Seconds that one more token takes."""
+        return self.at(2) - self.at(1)
+
+    def _fit(self) -> tuple[float, float]:
+        """Theil and Sen's estimator: the median of all slopes. One slow outlier, such as the first of its kind, is none."""
+        x, y = np.array(self._seen).T
+        i, j = np.triu_indices(len(x), 1)
+        apart = x[i] != x[j]
+        slopes = (y[j] - y[i])[apart] / (x[j] - x[i])[apart]
+        slope = max(0.0, float(np.median(slopes))) if len(slopes) else 0.0
+        return float(np.median(y - slope * x)), slope
+
+
+class Pace:
+    """Tokens per second, and what steps and passes cost: measured, or as given."""
+
+    def __init__(self, draft_cost: float | None = None) -> None:
+        """``draft_cost``: what a step of the retrieval level costs, in passes; None measures both."""
+        self.draft_cost = draft_cost
+        self.steps, self.passes = Costs(), Costs()
+        self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
+        self._spent = self._hidden = 0.0
+        self._spare = 0.0 if draft_cost is None else 1.0
+
+    def step(self, tokens: int, seconds: float, hidden: bool) -> None:
+        """A step of the retrieval level was made. ``hidden``: while something else was waited for."""
+        self.steps.add(tokens, seconds)
+        cost = seconds if self.draft_cost is None else self.draft_cost
+        if hidden:
+            self._hidden += cost
+        else:
+            self._spent += cost
+
+    def round(self, nodes: int, seconds: float, new_tokens: int, waited: float) -> None:
+        """A pass over that many nodes ended a round, which brought that many tokens.
+
+        ``waited``: seconds in which it had nothing to do but to wait for the link.
+        """
+        self.passes.add(nodes, seconds)
+        self._rounds.append((new_tokens, self._spent + (seconds if self.draft_cost is None else 1.0)))
+        if self.draft_cost is None:
+            self._spare = self._hidden + waited
+        self._spent = self._hidden = 0.0
+
+    def has_time(self, tokens: int) -> bool:
+        """Whether a step of that many tokens would still be hidden by the pass that is under way."""
+        return bool(self.steps) and self._hidden + self.step_cost(tokens) <= self._spare
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to go by."""
+        return bool(self._rounds)
+
+    @property
+    def value(self) -> float:
+        """What a token is worth, in seconds (or passes): what one takes at the pace of the last rounds."""
+        tokens, seconds = (sum(part) for part in zip(*self._rounds, strict=True))
+        return seconds / tokens
+
+    def step_cost(self, tokens: int) -> float:
+        """What a step of that many tokens costs."""
+        return self.draft_cost if self.draft_cost is not None else self.steps.at(tokens)
+
+    @property
+    def node_cost(self) -> float:
+        """What one more node in a pass costs."""
+        return 0.0 if self.draft_cost is not None else self.passes.per_token

@@ -1,0 +1,231 @@
+"""How guesses are made and judged, so that what comes out has the judge's own distribution. Two rules, both exact.
+
+``Coupling``: every place of the text has its own noise, and every level takes the token with the largest score plus
+noise there: an exact draw from its distribution (the Gumbel-max trick). Levels that nearly agree then nearly always take
+the same token, and which candidates a tree offers has no bearing on what comes out: the answer is the one that
+plain decoding gives with the same seed, token for token. Greedy decoding is the case without noise.
+
+``Resampling``: candidates are drawn without replacement, and accepted or resampled one after the other, the rule of
+TriForce. A chain of single guesses is accepted a little more often than by coupling, a tree less often.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from offload_triforce.speculation.sampling import Choices, Sampler, accept_one, without
+from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.tree import Candidates, Node, prefix_of
+
+
+class Place(NamedTuple):
+    """Where a token is wanted: what makes the ids (n,) that it follows, and its position in the text."""
+
+    prefix: Callable[[], Tensor]
+    position: int
+
+
+def place_after(text: TokenText, node: Node) -> Place:
+    """The place of what follows a node of a tree at the end of the text."""
+    return Place(lambda: prefix_of(text, node), len(text) + node.depth)
+
+
+class Guess(NamedTuple):
+    """A guess of the draft. ``q`` (V,): the distribution it was drawn from; None where it was not drawn."""
+
+    token: int
+    q: Tensor | None
+
+
+class Rule(Protocol):
+    """How guesses are made and judged.
+
+    Attributes:
+        candid: candidates may be looked at before it is decided which of them are offered. Else that would change what
+            comes out.
+        prior: first estimates of how often a candidate is taken, by rank and kind.
+    """
+
+    candid: bool
+    prior: Sequence[Sequence[float]]
+
+    def draft(self, logits: Tensor, place: Place) -> Guess:
+        """A draft model's guess, from its logits [1, V']."""
+
+    def candidates(
+        self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
+    ) -> Sequence[Candidates]:
+        """The retrieval level's candidates for each of T places, from its logits [T, V'].
+
+        ``guesses``: the draft's guess for the place, if there is one, which may become the first candidate.
+        """
+
+    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+        """The target's token for a place, from its logits [1, V'], given the first ``offered`` candidates."""
+
+
+# A candidate's kind is its gap behind the best score, in steps of this many nats; for the best one, its lead.
+GAP = 0.5
+KINDS = 16
+MOST_CANDIDATES = 4
+
+# What is expected before anything has been seen. Measured on SmolLM2 and Qwen2.5-Coder.
+COUPLING_PRIOR = (
+    tuple(1 - 0.55 * math.exp(-1.1 * GAP * (kind + 0.5)) for kind in range(KINDS)),
+    tuple(0.45 * math.exp(-1.0 * GAP * (kind + 0.5)) for kind in range(KINDS)),
+    tuple(0.25 * math.exp(-1.0 * GAP * (kind + 0.5)) for kind in range(KINDS)),
+    tuple(0.15 * math.exp(-1.0 * GAP * (kind + 0.5)) for kind in range(KINDS)),
+)
+RESAMPLING_PRIOR = tuple((share,) * KINDS for share in (0.87, 0.05, 0.02, 0.01))
+
+
+class Noise:
+    """Independent standard Gumbel noise (V,) for each position of a text, from a seed."""
+
+    def __init__(self, seed: int, first: int, vocabulary: int, device: torch.device) -> None:
+        """``first``: the position that decoding begins at."""
+        # torch's CPU generator takes 32 bits of a seed; let all bits of ours count.
+        self._generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(32))
+        self._first, self._vocabulary, self._device = first, vocabulary, device
+        self._rows: deque[Tensor] = deque()
+
+    def at(self, position: int) -> Tensor:
+        """The noise of a position, which must not have been forgotten."""
+        if position < self._first:
+            raise IndexError(f"the noise of position {position} has been forgotten")
+        while len(self._rows) <= position - self._first:  # in order, so that it does not matter who asks when
+            row = torch.empty(self._vocabulary, device=self._device)
+            self._rows.append(row.exponential_(generator=self._generator).log_().neg_())
+        return self._rows[position - self._first]
+
+    def forget(self, position: int) -> None:
+        """What comes before ``position`` will not be asked for again."""
+        while self._first < position:
+            self.at(self._first)  # what was never asked for is drawn all the same
+            self._rows.popleft()
+            self._first += 1
+
+
+class Ranking:
+    """Candidates in the order of their scores."""
+
+    def __init__(self, scores: Sequence[float], tokens: Sequence[int]) -> None:
+        self._tokens = [t for s, t in zip(scores, tokens, strict=True) if s > float("-inf")]
+        best, second = scores[0], scores[1] if len(scores) > 1 else float("-inf")
+        self._gaps = [best - second, *[best - score for score in scores[1:]]]
+
+    def token(self, rank: int) -> int | None:
+        """The candidate of that rank; None if there is none."""
+        return self._tokens[rank] if rank < len(self._tokens) else None
+
+    def kind(self, rank: int) -> int:
+        """By the gap; for the first, by its lead."""
+        return int(min(self._gaps[rank] / GAP, KINDS - 1)) if rank < len(self._gaps) else KINDS - 1
+
+
+class Coupling:
+    """The level's token at a place is the one with the largest score plus noise."""
+
+    candid = True
+    prior = COUPLING_PRIOR
+
+    def __init__(self, sampler: Sampler, noise: Noise | None) -> None:
+        """``noise``: None decodes greedily."""
+        self._sampler, self._noise = sampler, noise
+
+    def _race(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
+        scores = self._sampler.scores(logits, [place.prefix for place in places])
+        if self._noise is None:
+            return scores
+        return scores + torch.stack([self._noise.at(place.position) for place in places])
+
+    def draft(self, logits: Tensor, place: Place) -> Guess:
+        """See ``Rule``."""
+        return Guess(int(self._race(logits, [place]).argmax()), None)
+
+    def candidates(
+        self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
+    ) -> Sequence[Candidates]:
+        """See ``Rule``. The draft's guesses have no say."""
+        race = self._race(logits, places)
+        scores, tokens = race.topk(min(MOST_CANDIDATES, race.shape[1]), dim=1)
+        return [Ranking(*row) for row in zip(scores.tolist(), tokens.tolist(), strict=True)]
+
+    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+        """See ``Rule``. What was offered makes no difference."""
+        if self._noise is not None:
+            self._noise.forget(place.position)
+        return int(self._race(logits, [place]).argmax())
+
+
+class Drawn:
+    """Candidates drawn one after the other without replacement, when they are asked for."""
+
+    def __init__(self, q: Tensor, guess: Guess | None, choices: Choices) -> None:
+        """``q``: (V,). ``guess``: of the draft; it is accepted as the first candidate, or resampled."""
+        self.q, self.tokens = q, []
+        self._rest, self._guess, self._choices = q, guess, choices
+        self._kind = int(min(float(q.max()) * KINDS, KINDS - 1))
+
+    def token(self, rank: int) -> int | None:
+        """The candidate of that rank; None if there is none."""
+        while len(self.tokens) <= rank:
+            if not bool(self._rest.sum() > 0):
+                return None
+            if self._guess is not None and not self.tokens:
+                of_draft = self._guess.q if self._guess.q is not None else _certain(self._guess.token, self.q)
+                token = accept_one(self.q, of_draft, [self._guess.token], self._choices)
+            else:
+                token = self._choices.draw(self._rest)
+            self.tokens.append(token)
+            self._rest = without(self._rest, token)
+        return self.tokens[rank]
+
+    def kind(self, rank: int) -> int:
+        """By the probability of the likeliest token: of the candidates nothing may be known before they are drawn."""
+        return self._kind
+
+
+class Resampling:
+    """Candidates are drawn, and accepted or resampled."""
+
+    candid = False
+    prior = RESAMPLING_PRIOR
+
+    def __init__(self, sampler: Sampler, choices: Choices) -> None:
+        self._sampler, self._choices = sampler, choices
+
+    def _rows(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
+        return torch.softmax(self._sampler.scores(logits, [place.prefix for place in places]), dim=-1)
+
+    def draft(self, logits: Tensor, place: Place) -> Guess:
+        """See ``Rule``."""
+        q = self._rows(logits, [place])[0]
+        return Guess(self._choices.draw(q), q)
+
+    def candidates(
+        self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
+    ) -> Sequence[Candidates]:
+        """See ``Rule``."""
+        rows = self._rows(logits, places)
+        return [Drawn(row, guess, self._choices) for row, guess in zip(rows, guesses, strict=True)]
+
+    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+        """See ``Rule``."""
+        p = self._rows(logits, [place])[0]
+        if candidates is None:
+            return self._choices.draw(p)
+        return accept_one(p, candidates.q, candidates.tokens[:offered], self._choices)
+
+
+def _certain(token: int, like: Tensor) -> Tensor:
+    row = torch.zeros_like(like)
+    row[token] = 1.0
+    return row

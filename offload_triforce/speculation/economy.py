@@ -34,12 +34,9 @@ class History:
         kind = candidates.kind(rank)
         return float(self._taken[rank, kind] / self._seen[rank, kind])
 
-    def learn(self, candidates: Candidates, known: int, taken: int) -> None:
-        """The target took token ``taken`` at a place where the first ``known`` candidates were known."""
-        for rank in range(min(known, self.ranks)):
-            token = candidates.token(rank)
-            if token is None:
-                return
+    def learn(self, candidates: Candidates, taken: int) -> None:
+        """The target took token ``taken`` where there were these candidates."""
+        for rank, token in enumerate(candidates.tokens[: self.ranks]):
             kind = candidates.kind(rank)
             self._seen[rank, kind] += 1
             self._taken[rank, kind] += token == taken

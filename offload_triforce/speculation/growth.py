@@ -101,8 +101,7 @@ class Middle:
     def learn(self, node: Node, taken: int) -> None:
         """The target took token ``taken`` after a node of the tree."""
         if node.candidates is not None:
-            known = self.history.ranks if self.rule.candid else len(node.children)
-            self.history.learn(node.candidates, known, taken)
+            self.history.learn(node.candidates, taken)
 
     def move_to(self, node: Node, token: int) -> None:
         """The text now ends with ``token`` after a node of the tree: keep what was guessed to follow that."""
@@ -127,13 +126,20 @@ class Middle:
         return bool(leaves) and gain > self.pace.step_cost(len(leaves)) / self.pace.value
 
     def _leaves(self) -> list[Node]:
-        """The unread guesses that are likeliest to be reached, as many as a step reads."""
+        """The unread guesses that are likeliest to be reached, as many as a step reads.
+
+        Where all guesses there may be are likelier than a leaf, so are they than what would follow it.
+        """
         tree, width = self._tree, min(self.limits.width, self.limits.room - len(self._tree.held))
-        unread = [
+        if tree.root.candidates is None:
+            return [tree.root][: min(width, self._deepest)]
+        enough = len(tree.guesses) >= self._most
+        least = heapq.nlargest(self._most, (node.reach for node in tree.guesses))[-1] if enough else 0.0
+        unread = (
             node
-            for node in (tree.root, *tree.guesses)
-            if node.candidates is None and node.depth < self._deepest and (node is tree.root or not self.ended(node.token))
-        ]
+            for node in tree.guesses
+            if node.candidates is None and node.depth < self._deepest and node.reach > least and not self.ended(node.token)
+        )
         return heapq.nlargest(width, unread, key=lambda node: node.reach)
 
     def _step(self, hidden: bool) -> bool:
@@ -183,8 +189,7 @@ class Middle:
         """Make guesses of a node's candidates; and behind those, where the draft has been there before."""
         for rank in range(min(self.limits.branches, self.history.ranks)):
             reach = node.reach * self.history.chance(node.candidates, rank)
-            full = not self.rule.candid and len(self._tree.guesses) >= self._most
-            if full or (rank and reach < LEAST_REACH):
+            if rank and reach < LEAST_REACH:
                 return
             token = node.candidates.token(rank)
             if token is None:
@@ -212,16 +217,12 @@ class Middle:
             self.level.keep(range(count))
 
     def _pick(self) -> list[Node]:
-        """The root and the guesses for the target: the likeliest where they may be chosen, else the first."""
-        limits, tree = self.limits, self._tree
-        fit = [node for node in tree.guesses if node.depth <= min(self._deepest, limits.depth)]
-        if self.rule.candid:
-            floor = self.pace.node_cost / self.pace.value if limits.adaptive and self.pace.known else 0.0
-            order = {node: number for number, node in enumerate(fit)}
-            best = heapq.nlargest(limits.nodes, fit, key=lambda node: (node.reach, -order[node]))
-            best = [node for node in best if node.reach >= floor]
-            fit = sorted(best, key=order.__getitem__)
-        return [tree.root, *fit[: limits.nodes]]
+        """The root, and the likeliest guesses in the order in which they were made: what the target reads."""
+        limits, guesses = self.limits, self._tree.guesses
+        floor = self.pace.node_cost / self.pace.value if limits.adaptive and self.pace.known else 0.0
+        order = {node: number for number, node in enumerate(guesses) if node.depth <= self._deepest}
+        best = heapq.nlargest(limits.nodes, order, key=lambda node: (node.reach, -order[node]))
+        return [self._tree.root, *sorted((node for node in best if node.reach >= floor), key=order.__getitem__)]
 
 
 def is_guess(node: Node) -> bool:

@@ -13,7 +13,9 @@ from offload_triforce.speculation.text import TokenText
 
 
 class Candidates(Protocol):
-    """What a level thinks may follow a token, best first."""
+    """What a level thinks may follow a token, best first. ``tokens``: those that are known yet."""
+
+    tokens: Sequence[int]
 
     def token(self, rank: int) -> int | None:
         """The candidate of that rank, from 0 on; None if there is none. Ranks are asked for in order."""

@@ -1,0 +1,220 @@
+"""The levels of the hierarchy as toys with fixed random distributions; what ties them is the code under test."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from offload_triforce.speculation.drafting import Drafting
+from offload_triforce.speculation.economy import History, Pace
+from offload_triforce.speculation.growth import Limits, Middle
+from offload_triforce.speculation.hierarchy import decode
+from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.tree import path_after
+from offload_triforce.stats import DecodeStats
+
+VOCABULARY = 3
+EOS = 2
+PROMPT = torch.tensor([0, 1])
+TARGET, MIDDLE, DRAFT = range(3)
+
+
+class Tables:
+    """Fixed random distributions: one per (level, epoch, new tokens). ``cut`` has zeros, as after top-p."""
+
+    def __init__(self, seed, style="full", vocabulary=VOCABULARY, likeness=0.0):
+        """``likeness``: how much the lower levels are like the target, 0 to 1."""
+        self.seed, self.style, self.rows = seed, style, {}
+        self.vocabulary, self.likeness = vocabulary, likeness
+
+    def row(self, level, epoch, tokens):
+        key = (level, epoch, *tokens)
+        if key not in self.rows:
+            random = np.random.default_rng([self.seed, *key, len(tokens)])
+            row = random.dirichlet(np.full(self.vocabulary, 0.8))
+            if self.style == "cut":
+                row[random.integers(self.vocabulary)] = 0
+            row = torch.from_numpy(row / row.sum())
+            if level != TARGET and self.likeness:
+                row = (1 - self.likeness) * row + self.likeness * self.row(TARGET, 0, tokens)
+            self.rows[key] = row
+        return self.rows[key]
+
+
+class Scores:
+    """Stands in for the sampler: logits are logarithms already, and stay float64, so that sums are exact."""
+
+    do_sample = True
+
+    def scores(self, logits, prefixes):
+        assert len(logits) == len(prefixes)
+        return logits
+
+
+class ToyLevel:
+    """Level 1. As a real cache would, it goes wrong if it is not told what to forget."""
+
+    def __init__(self, tables, text):
+        self.tables, self.text, self.read = tables, text, []
+
+    def row(self, node):
+        """Changes its mind after each pass, as a refreshed cache does."""
+        return self.tables.row(MIDDLE, self.text.decided, path_after(self.text, node)[len(PROMPT) :])
+
+    def score(self, nodes, before):
+        assert list(before) == self.read
+        for node in nodes:
+            assert node not in self.read, "it is asked about a token that it has read before"
+            assert node.parent is None or node.parent in self.read, "it has not read what comes before"
+            self.read.append(node)
+        return torch.stack([self.row(node).log() for node in nodes])
+
+    def keep(self, kept):
+        assert list(kept) == sorted(set(kept))
+        self.read = [self.read[number] for number in kept]
+
+
+class ToyTarget:
+    """Commits what it has been told to, and nothing else. During its pass there is time for ``spare`` calls of idle."""
+
+    waited = 0.0
+
+    def __init__(self, tables, text, spare=0):
+        self.tables, self.text, self.spare = tables, text, spare
+        self.committed = text[:-1]
+        self.nodes = []
+
+    def score(self, nodes, idle):
+        assert not self.nodes
+        assert self.committed == self.text[:-1], "what it has committed is the text but for its last token"
+        assert nodes[0].parent is None
+        assert nodes[0].token == self.text[-1:][0]
+        assert all(node.parent in nodes[:number] for number, node in enumerate(nodes) if number)
+        self.nodes = list(nodes)
+        rows = [self.tables.row(TARGET, 0, path_after(self.text, node)[len(PROMPT) :]).log() for node in nodes]
+        for _ in range(self.spare):
+            idle()
+        return torch.stack(rows)
+
+    def commit(self, kept):
+        path = [self.nodes[number] for number in kept]
+        assert path[0] is self.nodes[0]
+        assert all(node.parent is parent for parent, node in itertools.pairwise(path))
+        self.committed += [node.token for node in path]
+        self.nodes = []
+
+
+class ToyDraft:
+    """Draws from its rows, as a model does ("sampled"); or is certain of itself and sometimes makes fewer guesses than
+    it may, as look-up in the text does ("onehot").
+    """
+
+    def __init__(self, tables, kind, rule):
+        self.tables, self.kind, self.rule = tables, kind, rule
+
+    def offer(self, text):
+        return "model"
+
+    def guess(self, text, count):
+        from offload_triforce.speculation.rules import Guess, Place
+
+        start, guesses = len(text), []
+        for i in range(count):
+            row = self.tables.row(DRAFT, text.decided, text[len(PROMPT) :])
+            if self.kind == "onehot":
+                if i and row[0] > 0.5:
+                    break
+                guess = Guess(int(row.argmax()), None)
+            else:
+                guess = self.rule.draft(row.log()[None], Place(lambda: text.ids, len(text)))
+            guesses.append(guess)
+            text.append([guess.token])
+        text.truncate(start)
+        return guesses
+
+
+# As many ranks and kinds as the rules have; good enough for branches to be made.
+FLAT = ((0.6,) * 16, (0.3,) * 16, (0.1,) * 16)
+
+
+class Case:
+    """Runs of ``decode`` over toys.
+
+    Args:
+        draft: "none", "onehot" or "sampled". gamma1: its guesses at a time.
+        gamma, nodes, branches, width: see ``Limits``. spare: calls of idle per pass.
+        tokens: compared. more: how many more could have come, so that passes have full length.
+        adaptive: what a step costs, in passes; None grows all trees to their limits.
+        endless: whether no token ends a text.
+    """
+
+    def __init__(
+        self,
+        draft="none",
+        gamma=2,
+        gamma1=0,
+        nodes=None,
+        branches=1,
+        width=1,
+        spare=0,
+        tokens=2,
+        more=2,
+        style="full",
+        seed=0,
+        adaptive=None,
+        likeness=0.0,
+        endless=False,
+    ):
+        self.end = None if endless else EOS
+        self.draft, self.gamma1, self.spare, self.adaptive = draft, gamma1, spare, adaptive
+        self.tokens, self.more, self.tables = tokens, more, Tables(seed, style, likeness=likeness)
+        nodes = nodes or gamma
+        room = 2 * nodes + 1 + width + gamma1
+        self.limits = Limits(gamma, nodes, branches, width, room, adaptive is not None, spare > 0)
+
+    def run(self, rule):
+        """One run: the new tokens, and what was counted."""
+        limit = self.tokens + self.more
+        text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
+        drafts = [] if self.draft == "none" else [ToyDraft(self.tables, self.draft, rule)]
+        target, level = ToyTarget(self.tables, text, self.spare), ToyLevel(self.tables, text)
+        pace = Pace(self.adaptive)
+        if self.spare:
+            pace.has_time = lambda tokens: not pace.busy
+            pace.busy = True
+            score = target.score
+
+            def during(nodes, idle):
+                pace.busy = False
+                rows = score(nodes, idle)
+                pace.busy = True
+                return rows
+
+            target.score = during
+        drafting = Drafting(drafts, self.gamma1, adaptive=False)
+        middle = Middle(level, drafting, rule, self.limits, History(FLAT), pace, lambda token: token == self.end, stats)
+        out = []
+        for new in decode(target, middle, rule, text, limit, stats, self.stop):
+            assert new
+            out += new
+        assert text[:] == PROMPT.tolist() + out
+        assert stats.new_tokens == len(out)
+        return tuple(out), stats
+
+    def stop(self, text, start):
+        """After the first EOS, or where enough has come to compare."""
+        for length in range(start + 1, len(text) + 1):
+            if text[length - 1 : length] == [self.end] or length == len(PROMPT) + self.tokens:
+                return length
+        return None
+
+    def expected(self):
+        """The target alone, token by token: probability of each output."""
+        total = {}
+        for out in itertools.product(range(VOCABULARY), repeat=self.tokens):
+            out = out[: out.index(EOS) + 1] if EOS in out else out
+            rows = [self.tables.row(TARGET, 0, out[:i]) for i in range(len(out))]
+            total[out] = float(np.prod([row[token] for row, token in zip(rows, out, strict=True)]))
+        return total

@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from offload_triforce.kernels import retrieval, verify_attention
+from offload_triforce.kernels import kv_codec, retrieval, verify_attention
 from offload_triforce.kernels.reference import Choice, Newest, Rule
+from offload_triforce.kernels.reference_codec import CodedChunks
 
 SHARED_MEMORY = 101376
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,10 +59,11 @@ def compiled(cc: int, extent: str = "usual") -> Iterator[Compiled]:
     """
     if not isinstance(verify_attention._update_kernel, triton.JITFunction):
         raise RuntimeError("Triton's interpreter does not compile: unset TRITON_INTERPRET")
-    cases = itertools.chain(_update_cases(extent), _combine_cases(extent), _score_cases(extent), _select_cases(extent))
-    for kernel, parameters, launch in cases:
+    makers = (_update_cases, _combine_cases, _score_cases, _select_cases, _codec_cases)
+    for kernel, parameters, launch in itertools.chain.from_iterable(make(extent) for make in makers):
         binary = compile_launch(kernel, launch, cc)
-        yield Compiled(kernel.__name__, parameters, binary.metadata.shared, binary)
+        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        yield Compiled(name, parameters, binary.metadata.shared, binary)
 
 
 def compile_launch(kernel: triton.JITFunction, launch: Launch, cc: int) -> Any:
@@ -177,6 +179,33 @@ def _select_cases(extent: str) -> Iterator[Case]:
         launches = retrieval.select_arguments(choice, _empty(8, count), 512, source, scratch)
         for kernel, launch in zip((retrieval._rank_kernel, retrieval._assign_kernel), launches, strict=True):
             yield Case(kernel, {"slots": slots, "count": count}, launch)
+
+
+def _codec_cases(extent: str) -> Iterator[Case]:
+    """Packing and unpacking of chunks, and attention over them: the largest head dimension, and usual ones."""
+    shapes = [(torch.bfloat16, 128, 8, 4), (torch.float32, 256, 8, 4), (torch.float16, 80, 16, 8)]
+    if extent == "every":
+        shapes = list(itertools.product(DTYPES, DIMS, (4, 8, 32, 100), (4, 8)))
+    for dtype, dim, chunk, bits in shapes[:1] if extent == "few" else shapes:
+        coded = _coded(8, 512, chunk, dim, bits)
+        named = {"dtype": _name(dtype), "dim": dim, "chunk": chunk, "bits": bits}
+        launch = kv_codec.encode_arguments(
+            _empty(8, 512, dtype=torch.long), _empty(2, 8, 16 * chunk, dim, dtype=dtype), coded
+        )
+        yield Case(kv_codec._encode_kernel, named, launch)
+        yield Case(kv_codec._decode_kernel, named, kv_codec.decode_arguments(coded, 512, _empty(8, 512 * chunk, dim)))
+        rule, tokens = Rule(0.125, None, 50.0), _empty(1, dtype=torch.long)
+        for rows, first in ((96, True), (13, False)):
+            packed, state = _empty(8, rows, dim, dtype=dtype), _state(16, rows, dim, not first)
+            launch = kv_codec.update_arguments(state, packed, coded, rule, None, tokens)
+            yield Case(kv_codec._update_kernel, named | {"rows": rows, "first": first}, launch)
+
+
+def _coded(heads: int, slots: int, chunk: int, dim: int, bits: int) -> CodedChunks:
+    codes = [_empty(heads, slots, chunk, dim * bits // 8, dtype=torch.uint8) for _ in range(2)]
+    ranges = [_empty(heads, slots, dim, dtype=torch.uint8) for _ in range(2)]
+    tokens = [_empty(heads, slots, chunk, dtype=torch.float16) for _ in range(2)]
+    return CodedChunks(*codes, *ranges, *tokens, *(_empty(heads, dim) for _ in range(2)))
 
 
 def main() -> None:

@@ -12,21 +12,25 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import host, reference
+from offload_triforce.kernels import host, reference, reference_codec
 from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries
+from offload_triforce.kernels.reference_codec import CodedChunks
 
 try:
-    from offload_triforce.kernels import retrieval, verify_attention
+    from offload_triforce.kernels import kv_codec, retrieval, verify_attention
 except ImportError:  # no Triton: torch alone
-    retrieval = verify_attention = None
+    kv_codec = retrieval = verify_attention = None
 
 __all__ = [
     "Choice",
+    "CodedChunks",
     "Newest",
     "Rule",
     "RunningAttention",
     "causal_mask",
     "chunk_scores",
+    "decode_keys",
+    "encode_chunks",
     "gather_chunks",
     "own_tokens",
     "pack_queries",
@@ -83,6 +87,26 @@ class RunningAttention:
         """Take keys and values in, [K, n, D] each; ``newest`` where the queries' own tokens are among them."""
         self._state = self._functions.attention_update(self._state, self.packed, key, value, self._rule, newest)
 
+    def update_first(self, key: Tensor, value: Tensor, tokens: Tensor) -> None:
+        """Take the first ``tokens`` (int64 [1], on the device) keys and values in, which all queries see."""
+        self.update(key, value, Newest(_all_see(self.packed.device), length=tokens))
+
+    def update_coded(self, coded: CodedChunks, slots: int | None = None, tokens: Tensor | None = None) -> None:
+        """Take packed chunks in, which all queries see: those of the first ``slots``, or the first ``tokens``.
+
+        ``tokens`` (int64 [1]) is told by the device, for steps of fixed work.
+        """
+        if self._functions is verify_attention:
+            self._state = kv_codec.attention_update(self._state, self.packed, coded, self._rule, slots, tokens)
+            return
+        key = reference_codec.decode_keys(coded, coded.key_codes.shape[1] if slots is None else slots)
+        value = reference_codec.decode_values(coded, key.shape[1] // coded.chunk)
+        dtype = self.packed.dtype
+        if tokens is None:
+            self.update(key.to(dtype), value.to(dtype))
+        else:
+            self.update_first(key.to(dtype), value.to(dtype), tokens)
+
     def logsumexp(self) -> Tensor:
         """Log-sum-exp of the scores so far, per packed query: float32 [K, G*T]."""
         return self._functions.attention_logsumexp(self._state)
@@ -90,6 +114,12 @@ class RunningAttention:
     def finish(self) -> Tensor:
         """The attention output, [H, T, D] in the queries' dtype."""
         return self._functions.attention_finish(self._state, self._heads, self.packed.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _all_see(device: torch.device) -> Tensor:
+    """The mask of one key that one query sees."""
+    return torch.ones(1, 1, dtype=torch.bool, device=device)
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
@@ -121,3 +151,16 @@ def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
     """See ``reference.gather_chunks``."""
     functions = retrieval if uses_triton(kv) else _torch_functions(kv)
     functions.gather_chunks(source, kv, slots)
+
+
+def encode_chunks(source: Tensor, kv: Tensor, coded: CodedChunks) -> None:
+    """See ``reference_codec.encode_chunks``."""
+    functions = kv_codec if uses_triton(kv) else reference_codec
+    functions.encode_chunks(source, kv, coded)
+
+
+def decode_keys(coded: CodedChunks, slots: int, dtype: torch.dtype) -> Tensor:
+    """See ``reference_codec.decode_keys``; in ``dtype``."""
+    if uses_triton(coded.floor):
+        return kv_codec.decode_keys(coded, slots, dtype)
+    return reference_codec.decode_keys(coded, slots).to(dtype)

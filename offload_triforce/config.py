@@ -11,6 +11,7 @@ from offload_triforce.errors import InputError
 
 DEFAULT_BUDGET = 4096
 RULES = ("coupled", "resampled")
+BITS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Settings:
         rule: "coupled" or "resampled", see ``speculation.rules``.
         refresh: choose anew for the retrieval cache in each pass; else once, after the prefill.
         ahead: go on guessing while a pass is under way.
-        chunk: tokens per retrieval chunk.
+        chunk: tokens per retrieval chunk. bits: of each number in the retrieval cache's chosen chunks: 4, 8, or 16 for the
+            model's own dtype. Few bits make room for more tokens; what comes out is the same.
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
@@ -55,6 +57,7 @@ class Settings:
     refresh: bool = True
     ahead: bool = True
     chunk: int = 8
+    bits: int = 4
     sink: int = 8
     recent: int = 64
     draft_cache: int = 256
@@ -77,6 +80,8 @@ class Settings:
         for name in ("graphs", "adaptive", "refresh", "ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.bits not in BITS:
+            raise InputError(f"bits must be 4, 8 or 16, not {self.bits!r}")
         if self.rule not in RULES:
             raise InputError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
         if self.draft_cost is not None and not self.draft_cost > 0:
@@ -114,7 +119,7 @@ class Settings:
         ``changes``: other settings, such as the budget.
         """
         fixed = {"gamma": 12, "gamma1": 2, "branches": 1, "width": 1, "adaptive": False, "rule": "resampled"}
-        return cls.from_mapping({**fixed, "refresh": False, "ahead": False, **changes})
+        return cls.from_mapping({**fixed, "bits": 16, "refresh": False, "ahead": False, **changes})
 
     @property
     def nodes(self) -> int:

@@ -67,7 +67,8 @@ def work_out(
         keep = shape.tail_needed(settings.news)
         caches["tail"] = FullCache.tail_capacity(plan, keep, block, settings.news) * token
         near = shape.near(settings.news, settings.drafts)
-        caches["retrieval cache"] = (shape.slots * shape.chunk + near) * token
+        chosen = plan.layers * plan.kv_heads * shape.chosen_bytes(plan.head_dim, itemsize)
+        caches["retrieval cache"] = chosen + near * token
         # Which chunks are chosen: one byte per chunk, one int64 and one float32 per slot.
         caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 12 * shape.slots)
         host = plan.host_bytes

@@ -70,7 +70,7 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
 
 def make_shape(settings: Settings, context: int) -> RetrievalShape:
     """How the retrieval cache's budget is spent at a context of that many tokens."""
-    return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent)
+    return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent, settings.bits)
 
 
 class Runtime:

@@ -1,6 +1,8 @@
-"""Where chosen chunks are kept: a slot for each, per layer and KV head."""
+"""Where chosen chunks are kept: a slot for each, per layer and KV head, as they are or packed into fewer bits."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,8 +10,78 @@ from torch import Tensor
 from offload_triforce.kernels import ops
 
 
-class ChunkStore:
-    """Chunks in the dtype of the model, [layers, 2, K, slots, chunk, D]. Which chunk is in which slot is not known here."""
+class ChunkStore(Protocol):
+    """Slots for chunks. Which chunk is in which slot is not known here."""
+
+    def calibrate(self, layer: int, key: Tensor) -> None:
+        """Look at the keys of a layer's prompt, [K, n, D], before anything is put there."""
+
+    def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
+        """Copy chunks out of a tile, ``kv`` [2, K, C*chunk, D], into slots; ``source`` is of ``ops.select_chunks``."""
+
+    def keys(self, layer: int, filled: int) -> Tensor:
+        """Keys of the first ``filled`` slots of one layer, [K, filled*chunk, D]."""
+
+    def attend_on(self, attention: ops.RunningAttention, layer: int, filled: int) -> None:
+        """Take the first ``filled`` slots of one layer into an attention that has begun. All queries see them."""
+
+    def attend_static(self, attention: ops.RunningAttention, layer: int, tokens: Tensor) -> None:
+        """The same in a step of fixed work: how many ``tokens`` are there is told by the device, int64 [1]."""
+
+
+def make_store(
+    layers: int,
+    kv_heads: int,
+    slots: int,
+    chunk: int,
+    head_dim: int,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ChunkStore:
+    """A store of chunks in ``bits`` per number: 4, 8, or 16 for the dtype of the model as it is."""
+    if bits == 16:
+        return PlainChunks(torch.zeros(layers, 2, kv_heads, slots, chunk, head_dim, dtype=dtype, device=device))
+    return PackedChunks(layers, kv_heads, slots, chunk, head_dim, bits, dtype, device)
+
+
+def slot_bytes(chunk: int, head_dim: int, bits: int, itemsize: int) -> int:
+    """Bytes of one slot of one layer and KV head; ``itemsize`` of the model's dtype."""
+    if bits == 16:
+        return 2 * chunk * head_dim * itemsize
+    return 2 * chunk * head_dim * bits // 8 + 2 * head_dim + 2 * chunk * 2
+
+
+class PlainChunks:
+    """In the dtype of the model: ``kv`` [layers, 2, K, slots, chunk, D]."""
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv
+
+    def calibrate(self, layer: int, key: Tensor) -> None:
+        """Nothing to do."""
+
+    def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
+        """See ``ChunkStore``."""
+        ops.gather_chunks(source, kv, self.kv[layer])
+
+    def keys(self, layer: int, filled: int) -> Tensor:
+        """See ``ChunkStore``."""
+        return self.kv[layer, 0, :, :filled].flatten(1, 2)
+
+    def attend_on(self, attention: ops.RunningAttention, layer: int, filled: int) -> None:
+        """See ``ChunkStore``."""
+        key, value = self.kv[layer, :, :, :filled].flatten(2, 3)
+        attention.update(key, value)
+
+    def attend_static(self, attention: ops.RunningAttention, layer: int, tokens: Tensor) -> None:
+        """See ``ChunkStore``."""
+        key, value = self.kv[layer].flatten(2, 3)
+        attention.update_first(key, value, tokens)
+
+
+class PackedChunks:
+    """In 4 or 8 bits, see ``kernels.reference_codec``."""
 
     def __init__(
         self,
@@ -18,21 +90,47 @@ class ChunkStore:
         slots: int,
         chunk: int,
         head_dim: int,
+        bits: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.chunk = chunk
-        self.kv = torch.zeros(layers, 2, kv_heads, slots, chunk, head_dim, dtype=dtype, device=device)
+        """``dtype``: of the model's keys and values."""
+        self.dtype = dtype
+        rows, row = (layers, kv_heads, slots), head_dim * bits // 8
+        self.coded = ops.CodedChunks(
+            key_codes=torch.zeros(*rows, chunk, row, dtype=torch.uint8, device=device),
+            value_codes=torch.zeros(*rows, chunk, row, dtype=torch.uint8, device=device),
+            key_low=torch.zeros(*rows, head_dim, dtype=torch.uint8, device=device),
+            key_step=torch.ones(*rows, head_dim, dtype=torch.uint8, device=device),
+            value_low=torch.zeros(*rows, chunk, dtype=torch.float16, device=device),
+            value_step=torch.ones(*rows, chunk, dtype=torch.float16, device=device),
+            floor=torch.full((layers, kv_heads, head_dim), -8.0, device=device),
+            spread=torch.full((layers, kv_heads, head_dim), 16.0, device=device),
+        )
+
+    def _of(self, layer: int) -> ops.CodedChunks:
+        return ops.CodedChunks(*(part[layer] for part in self.coded))
+
+    def calibrate(self, layer: int, key: Tensor) -> None:
+        """The range of each channel, and a little more for what is yet to come."""
+        coded = self._of(layer)
+        low, high = key.amin(1).float(), key.amax(1).float()
+        spread = (1.2 * (high - low)).clamp(min=1e-3)
+        coded.spread.copy_(spread)
+        coded.floor.copy_((low + high - spread) / 2)
 
     def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
-        """Copy chunks out of a tile, ``kv`` [2, K, C*chunk, D], into slots; ``source`` is of ``ops.select_chunks``."""
-        ops.gather_chunks(source, kv, self.kv[layer])
+        """See ``ChunkStore``."""
+        ops.encode_chunks(source, kv, self._of(layer))
 
     def keys(self, layer: int, filled: int) -> Tensor:
-        """Keys of the first ``filled`` slots of one layer, [K, filled*chunk, D]."""
-        return self.kv[layer, 0, :, :filled].flatten(1, 2)
+        """See ``ChunkStore``."""
+        return ops.decode_keys(self._of(layer), filled, self.dtype)
 
     def attend_on(self, attention: ops.RunningAttention, layer: int, filled: int) -> None:
-        """Take the first ``filled`` slots of one layer into an attention that has begun. All queries see them."""
-        key, value = self.kv[layer, :, :, :filled].flatten(2, 3)
-        attention.update(key, value)
+        """See ``ChunkStore``."""
+        attention.update_coded(self._of(layer), filled)
+
+    def attend_static(self, attention: ops.RunningAttention, layer: int, tokens: Tensor) -> None:
+        """See ``ChunkStore``."""
+        attention.update_coded(self._of(layer), tokens=tokens)

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
-from offload_triforce.cache.chunks import ChunkStore
+from offload_triforce.cache.chunks import make_store, slot_bytes
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
 
 
 @dataclass(frozen=True)
 class RetrievalShape:
-    """How a budget is spent, in tokens: sink chunks, chosen chunks, recent window. Validated on construction."""
+    """How a budget is spent, in tokens: sink chunks, chosen chunks, recent window. Validated on construction.
+
+    ``bits``: of a number in a chosen chunk, see ``make_store``.
+    """
 
     budget: int
     chunk: int
     sink: int
     recent: int
+    bits: int = 16
 
     def __post_init__(self) -> None:
         if self.sink % self.chunk:
@@ -53,6 +57,10 @@ class RetrievalShape:
         """Tokens to make room for beside the chosen chunks, per KV head and layer; ``drafts``: most guesses held."""
         return self.sink + self.recent + self.chunk + news + drafts
 
+    def chosen_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of all chosen chunks, per KV head and layer; ``itemsize`` of the model's dtype."""
+        return self.slots * slot_bytes(self.chunk, head_dim, self.bits, itemsize)
+
     def pool(self, length: int) -> range:
         """Chunk numbers to choose from: all between the sink and the recent window."""
         first = self.sink // self.chunk
@@ -84,7 +92,7 @@ class RetrievalCache(GrowingBuffer):
         """``news``: most tokens that one pass commits. ``drafts``: most pending. ``context``: longest text."""
         self.shape, self.most_pending = shape, drafts
         super().__init__(layers, kv_heads, shape.near(news, drafts), head_dim, dtype, device)
-        self.store = ChunkStore(layers, kv_heads, shape.slots, shape.chunk, head_dim, dtype, device)
+        self.store = make_store(layers, kv_heads, shape.slots, shape.chunk, head_dim, shape.bits, dtype, device)
         # Chunk numbers per layer, KV head and slot; -1 is an empty slot. And how much they were wanted.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
         self.scores = torch.full(self.chosen.shape, float("-inf"), device=device)

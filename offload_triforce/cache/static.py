@@ -12,17 +12,14 @@ from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.kernels import ops
 
 
-class Share(NamedTuple):
-    """Keys and values that a step only reads, ``kv`` [2, K, capacity, D], and which counter tells how many there are."""
-
-    kv: Tensor
-    counter: int
+# Takes what a step only reads into an attention, given the depths of its tokens and the counters.
+Read = Callable[[ops.RunningAttention, Tensor, Sequence[Tensor]], None]
 
 
 class Held(NamedTuple):
-    """What a layer attends to: shares that are only read, then the buffer that its new tokens go to, and its index."""
+    """What a layer attends to: what it only reads, if there is any; then the buffer that its new tokens go to."""
 
-    shares: Sequence[Share]
+    read: Read | None
     buffer: GrowingBuffer
     index: int
 
@@ -48,12 +45,11 @@ class StaticView:
         Args:
             buffers: those that a step writes to. find: what a layer of the model with that rule attends to.
             tokens: T. sight: M, the newest tokens of a buffer that not every new one sees.
-            counters: tokens of each share.
+            counters: numbers of tokens that ``find``'s readers go by.
         """
         device = buffers[0].kv.device
         self.buffers, self.tokens, self.sight, self._find, self._counters = buffers, tokens, sight, find, counters
         self._back = torch.arange(-tokens, 0, device=device)
-        self._all = torch.ones(tokens, 1, dtype=torch.bool, device=device)
         self._attention = ops.RunningAttention()
 
     @property
@@ -90,14 +86,13 @@ class StaticView:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
         """Write T new tokens behind those held and attend from them to all they see: query [H, T, D] -> [H, T, D]."""
-        shares, buffer, index = self._find(layer, rule)
+        read, buffer, index = self._find(layer, rule)
         length, committed = self._ends[buffer]
         places, held = self._back + length, buffer.kv[index]
         held[0].index_copy_(1, places, key.to(held.dtype))
         held[1].index_copy_(1, places, value.to(held.dtype))
         self._attention.start(query, key.shape[0], rule)
-        for kv, counter in shares:
-            count = self._counts[counter]
-            self._attention.update(kv[0], kv[1], ops.Newest(self._all, self._depths + count, count))
+        if read is not None:
+            read(self._attention, self._depths, self._counts)
         self._attention.update(held[0], held[1], ops.Newest(self._mask, self._depths + committed, length))
         return self._attention.finish()

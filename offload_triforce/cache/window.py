@@ -59,6 +59,14 @@ class WindowCache(GrowingBuffer):
         self.drafts.attend_on(attention, layer, key, value, rule, step)
         return attention.finish()
 
+    def attend_static(self, attention: ops.RunningAttention, layer: int, depths: Tensor, tokens: Tensor) -> None:
+        """Take what is committed into an attention in a step of fixed work.
+
+        ``depths`` int64 [T], the queries' places behind it. ``tokens`` int64 [1]: how much is committed.
+        """
+        seen = torch.ones(len(depths), 1, dtype=torch.bool, device=depths.device)
+        attention.update(self.kv[layer, 0], self.kv[layer, 1], ops.Newest(seen, depths + tokens, tokens))
+
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others, and forget what no window reaches."""
         super().commit(tokens)

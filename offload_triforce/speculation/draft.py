@@ -140,4 +140,4 @@ class ModelDraft:
 
 def static_view(cache: StreamingCache, tokens: int) -> StaticView:
     """What the draft attends over in steps of that many tokens that are captured."""
-    return StaticView([cache], lambda layer, _: Held((), cache, layer), tokens, tokens)
+    return StaticView([cache], lambda layer, _: Held(None, cache, layer), tokens, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import Refresh, RetrievalCache
-from offload_triforce.cache.static import Held, Share, StaticView
+from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import run, to_device
@@ -52,6 +53,7 @@ class TargetCaches:
         if rule.window is not None:
             self.window.fill_layer(index, kv)
             return None
+        self.retrieval.store.calibrate(index, kv[0])
         leaving = self.full.fill_layer(index, kv)
         length, tokens = kv.shape[2], queries.shape[1]
         recent, sink = max(self.retrieval.shape.recent, tokens), self.retrieval.shape.sink
@@ -101,8 +103,14 @@ class TargetCaches:
         def find(layer: int, rule: ops.Rule) -> Held:
             index = self.place[layer]
             if rule.window is None:
-                return Held([Share(retrieval.store.kv[index].flatten(2, 3), 0)], retrieval, index)
-            return Held([Share(window.kv[index], 1)], window.drafts, index)
+                return Held(partial(read_chosen, index), retrieval, index)
+            return Held(partial(read_window, index), window.drafts, index)
+
+        def read_chosen(index: int, attention: ops.RunningAttention, depths: Tensor, counts: Sequence[Tensor]) -> None:
+            retrieval.store.attend_static(attention, index, counts[0])
+
+        def read_window(index: int, attention: ops.RunningAttention, depths: Tensor, counts: Sequence[Tensor]) -> None:
+            window.attend_static(attention, index, depths, counts[1])
 
         def chosen() -> int:
             return retrieval.filled * retrieval.shape.chunk if retrieval is not None else 0

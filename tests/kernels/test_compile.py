@@ -31,10 +31,14 @@ def test_kernels_compile_and_fit(cc, extent):
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     names = {kernel["name"] for kernel in kernels}
-    assert names == {f"_{name}_kernel" for name in ("update", "combine", "score", "rank", "assign", "gather")}
+    assert names == {
+        *(f"verify_attention._{name}_kernel" for name in ("update", "combine")),
+        *(f"retrieval._{name}_kernel" for name in ("score", "rank", "assign", "gather")),
+        *(f"kv_codec._{name}_kernel" for name in ("encode", "decode", "update")),
+    }
     assert all(kernel["cc"] == cc and kernel["shared"] <= SHARED_MEMORY for kernel in kernels)
     if extent == "usual":
-        updates = [kernel for kernel in kernels if kernel["name"] == "_update_kernel"]
+        updates = [kernel for kernel in kernels if kernel["name"] == "verify_attention._update_kernel"]
         shapes = {(kernel["dtype"], kernel["dim"]) for kernel in updates}
         assert shapes >= {(dtype, dim) for dtype in ("bfloat16", "float32") for dim in (64, 80, 96, 128, 256)}
         assert {kernel["feature"] for kernel in updates} >= {"plain", "newest", "length", "window", "softcap", "all"}

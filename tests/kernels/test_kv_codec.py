@@ -1,0 +1,275 @@
+"""Packed chunks: what the codec loses, and the Triton kernels against their eager twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from offload_triforce.kernels import ops, reference, reference_codec
+from offload_triforce.kernels.reference import Newest, Rule
+from offload_triforce.kernels.reference_codec import CodedChunks, decode_keys, decode_values, pack, unpack
+
+# Tolerances of attention in each dtype: both twins round keys, values and weights to it.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def draw(device, *shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def new_coded(device, heads, slots, chunk, dim, bits, fill=0, reach=6.0):
+    """One layer of three: its parts lie among others'."""
+
+    def part(*shape, dtype=torch.uint8):
+        whole = torch.full((3, heads, slots, *shape), fill, dtype=dtype, device=device)
+        return whole[1]
+
+    row = dim * bits // 8
+    return CodedChunks(
+        part(chunk, row),
+        part(chunk, row),
+        part(dim),
+        part(dim),
+        part(chunk, dtype=torch.float16),
+        part(chunk, dtype=torch.float16),
+        torch.full((heads, dim), -reach, device=device) + 0.1 * draw(device, heads, dim, seed=5),
+        torch.full((heads, dim), 2 * reach, device=device) + 0.1 * draw(device, heads, dim, seed=6),
+    )
+
+
+def filled(device, heads, slots, chunk, dim, bits, dtype=torch.float32):
+    """All slots taken, in another order than in the tile; and what is in there, [2, K, slots*chunk, D]."""
+    coded = new_coded(device, heads, slots, chunk, dim, bits)
+    kv = draw(device, 2, heads, slots * chunk, dim, dtype=dtype)
+    order = torch.stack([torch.randperm(slots, generator=torch.Generator().manual_seed(h)) for h in range(heads)])
+    reference_codec.encode_chunks(order.to(device), kv, coded)
+    chunks = kv.unflatten(2, (slots, chunk))
+    return coded, torch.stack([chunks[:, h, order[h]] for h in range(heads)], dim=1).flatten(2, 3)
+
+
+# --- what the codec loses
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("chunk", "dim"), [(8, 64), (4, 128), (7, 80), (1, 16)])
+def test_error_is_half_a_step(bits, chunk, dim):
+    """Of the range of the chunk's channel (keys; a little more for the range's own rounding), or of the token (values)."""
+    coded, (key, value) = filled("cpu", 2, 5, chunk, dim, bits)
+    levels = 2**bits - 1
+    ranges = key.unflatten(1, (5, chunk)).amax(2, keepdim=True) - key.unflatten(1, (5, chunk)).amin(2, keepdim=True)
+    widest = (ranges + 2 * coded.spread[:, None, None] / 255).expand(2, 5, chunk, dim).flatten(1, 2)
+    assert bool(((decode_keys(coded, 5) - key).abs() <= 0.51 * widest / levels).all())
+    ranges = value.amax(2, keepdim=True) - value.amin(2, keepdim=True)
+    assert bool(((decode_values(coded, 5) - value).abs() <= 0.51 * ranges / levels + 2e-3).all())
+
+
+def test_neighbours_alike_cost_little():
+    """The point of a range per channel and chunk: channels far apart, tokens close together."""
+    coded = new_coded("cpu", 1, 1, 8, 64, 4, reach=40.0)
+    key = 30 * draw("cpu", 1, 1, 64).clamp(-1, 1) + 0.1 * draw("cpu", 1, 8, 64, seed=1)
+    reference_codec.encode_chunks(torch.zeros(1, 1, dtype=torch.long), torch.stack([key, key]), coded)
+    assert float((decode_keys(coded, 1) - key).abs().max()) < 0.1
+    assert float((decode_values(coded, 1) - key).abs().max()) > 1.0
+
+
+def test_outside_of_the_fixed_range_nothing_breaks():
+    coded = new_coded("cpu", 1, 2, 4, 16, 4, reach=0.5)
+    kv = 100 * draw("cpu", 2, 1, 8, 16)
+    reference_codec.encode_chunks(torch.tensor([[1, 0]]), kv, coded)
+    assert bool(decode_keys(coded, 2).isfinite().all())
+    assert float(decode_keys(coded, 2).abs().max()) < 2.0
+
+
+def test_constant_chunks_are_kept():
+    coded = new_coded("cpu", 1, 1, 4, 16, 4)
+    kv = torch.full((2, 1, 4, 16), 0.25)
+    reference_codec.encode_chunks(torch.zeros(1, 1, dtype=torch.long), kv, coded)
+    assert float((decode_keys(coded, 1) - 0.25).abs().max()) < 12.4 / 255
+    assert torch.equal(decode_values(coded, 1), kv[1])
+
+
+def test_only_what_enters_is_written():
+    coded = new_coded("cpu", 2, 3, 4, 16, 4, fill=9)
+    reference_codec.encode_chunks(torch.tensor([[-1, 1, -1], [0, -1, -1]]), draw("cpu", 2, 2, 8, 16), coded)
+    for part in coded[:6]:
+        same = (part == 9).flatten(2).all(2)
+        assert same.tolist() == [[True, False, True], [False, True, True]]
+
+
+@given(st.integers(1, 12), st.sampled_from([4, 8]), st.integers(0, 1000))
+def test_packing_loses_nothing(half, bits, seed):
+    codes = torch.randint(0, 2**bits, (3, 2 * half), generator=torch.Generator().manual_seed(seed)).byte()
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 2 * half * bits // 8)
+    assert torch.equal(unpack(packed, bits), codes.float())
+
+
+# --- kernels
+
+
+@pytest.fixture(scope="module")
+def kv_codec():
+    return pytest.importorskip("offload_triforce.kernels.kv_codec", reason="needs Triton")
+
+
+SHAPES = pytest.mark.parametrize(
+    ("heads", "slots", "chunk", "dim", "bits"),
+    [(2, 9, 8, 64, 4), (1, 3, 7, 80, 4), (3, 5, 4, 128, 8), (2, 1, 16, 96, 8), (1, 4, 1, 32, 4), (1, 2, 33, 256, 4)],
+)
+
+
+@DTYPES
+@SHAPES
+def test_encode(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
+    """Codes may differ by one where a number lies in the middle of two; there are few of those."""
+    count = slots + 3
+    kv = torch.full((2, heads, count * chunk + 5, dim), math.nan, dtype=dtype, device=device)[:, :, 3:-2]
+    kv.copy_(draw(device, *kv.shape, dtype=dtype))
+    source = torch.randint(-1, count, (heads, slots), generator=torch.Generator().manual_seed(1)).to(device)
+    actual = new_coded(device, heads, slots, chunk, dim, bits, fill=3)
+    expected = new_coded(device, heads, slots, chunk, dim, bits, fill=3)
+    kv_codec.encode_chunks(source, kv, actual)
+    reference_codec.encode_chunks(source, kv, expected)
+    for one, other in zip(actual[2:6], expected[2:6], strict=True):
+        assert float((one != other).float().mean()) < 0.02
+        torch.testing.assert_close(one.float(), other.float(), atol=1.0, rtol=1e-3)
+    for one, other in zip(actual[:2], expected[:2], strict=True):
+        apart = (unpack(one, bits) - unpack(other, bits)).abs()
+        assert float(apart.max()) <= (3 if bits == 8 else 1)
+        assert float((apart > 0).float().mean()) < 0.02
+
+
+@DTYPES
+@SHAPES
+def test_decode_keys(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
+    coded, _ = filled(device, heads, slots, chunk, dim, bits)
+    for count in {slots, max(1, slots // 2)}:
+        actual = kv_codec.decode_keys(coded, count, dtype)
+        assert actual.dtype == dtype
+        expected = decode_keys(coded, count).to(dtype)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=TOLERANCE[dtype])
+
+
+def attention_of(functions, update, packed, near, rule):
+    """Attention over keys that come as they are, before and after packed ones: output [K, R, D] and log-sum-exp."""
+    if functions is reference:
+        state = reference.attention_start(packed)
+    else:
+        state = functions.attention_start(functions.state_buffers((), packed), packed)
+    if near is not None:
+        state = functions.attention_update(state, packed, near[0], near[1], rule)
+    state = update(state)
+    logsumexp = functions.attention_logsumexp(state)
+    return functions.attention_finish(state, packed.shape[0], torch.float32), logsumexp
+
+
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("rows", [1, 21])
+def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows):
+    from offload_triforce.kernels import verify_attention
+
+    coded, _ = filled(device, heads, slots, chunk, dim, bits)
+    packed = draw(device, heads, rows, dim, dtype=dtype, seed=2)
+    near = draw(device, 2, heads, 11, dim, dtype=dtype, seed=3) if rows > 1 else None
+    rule = Rule(dim**-0.5, softcap=5.0 if chunk == 7 else None)
+    tokens = torch.tensor([slots * chunk - slots * chunk // 3], device=device)
+    for count, length in ((slots, None), (max(1, slots - 1), None), (None, tokens)):
+
+        def eager(state, count=count, length=length):
+            key, value = (x.to(dtype) for x in (decode_keys(coded, count or slots), decode_values(coded, count or slots)))
+            newest = None
+            if length is not None:
+                newest = Newest(torch.ones(1, 1, dtype=torch.bool, device=device), length=length)
+            return reference.attention_update(state, packed, key, value, rule, newest)
+
+        def triton(state, count=count, length=length):
+            return kv_codec.attention_update(state, packed, coded, rule, count, length)
+
+        actual = attention_of(verify_attention, triton, packed, near, rule)
+        expected = attention_of(reference, eager, packed, near, rule)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_nothing_there_yet(kv_codec, device, slots):
+    """In a step of fixed work the device may say that no chunk has been chosen."""
+    from offload_triforce.kernels import verify_attention
+
+    coded, _ = filled(device, 2, 5, 4, 32, 4)
+    packed, near = draw(device, 2, 3, 32), draw(device, 2, 2, 6, 32, seed=1)
+    rule, tokens = Rule(0.2), torch.tensor([slots * 4], device=device)
+    state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
+    state = kv_codec.attention_update(state, packed, coded, rule, tokens=tokens)
+    state = verify_attention.attention_update(state, packed, near[0], near[1], rule)
+    key = torch.cat([decode_keys(coded, 5)[:, : slots * 4], near[0]], 1)
+    value = torch.cat([decode_values(coded, 5)[:, : slots * 4], near[1]], 1)
+    expected = torch.softmax(packed @ key.mT * 0.2, -1) @ value
+    actual = verify_attention.attention_finish(state, 2, torch.float32)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_offsets_past_two_to_the_31(kv_codec, device, arena):
+    """Heads far apart: what is computed in 32 bits wraps around."""
+    heads, slots, chunk, dim = 2, 3, 4, 32
+    near, _ = filled(device, heads, slots, chunk, dim, 4)
+    apart = 3 << 30
+    far = CodedChunks(
+        *(
+            arena(part, (apart // part.itemsize * 2, *part.stride()[1:]))
+            for part in (near.key_codes, near.value_codes, near.key_low, near.key_step, near.value_low, near.value_step)
+        ),
+        near.floor,
+        near.spread,
+    )
+    packed = draw(device, heads, 5, dim)
+    outputs = []
+    for coded in (near, far):
+        from offload_triforce.kernels import verify_attention
+
+        state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
+        state = kv_codec.attention_update(state, packed, coded, Rule(0.2), slots)
+        outputs.append(verify_attention.attention_finish(state, heads, torch.float32))
+    assert torch.equal(*outputs)
+    assert torch.equal(kv_codec.decode_keys(far, slots, torch.float32), kv_codec.decode_keys(near, slots, torch.float32))
+
+
+@given(
+    heads=st.integers(1, 3), slots=st.integers(1, 12), chunk=st.integers(1, 9), half=st.integers(1, 40),
+    rows=st.integers(1, 40), bits=st.sampled_from([4, 8]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(kv_codec, device, heads, slots, chunk, half, rows, bits, seed):
+    from offload_triforce.kernels import verify_attention
+
+    coded, _ = filled(device, heads, slots, chunk, 2 * half, bits)
+    packed = draw(device, heads, rows, 2 * half, seed=seed)
+    state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
+    state = kv_codec.attention_update(state, packed, coded, Rule(0.3), slots)
+    actual = verify_attention.attention_finish(state, heads, torch.float32)
+    expected = torch.softmax(packed @ decode_keys(coded, slots).mT * 0.3, -1) @ decode_values(coded, slots)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_operations_take_the_kernels(monkeypatch, device, kv_codec):
+    """``ops`` hands over to Triton where it serves, and to the eager twin elsewhere: the same numbers."""
+    outputs = []
+    coded, _ = filled(device, 2, 6, 4, 32, 4)
+    query = draw(device, 6, 3, 32)
+    for wanted in ("triton", "torch"):
+        monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", wanted)
+        attention = ops.RunningAttention()
+        attention.start(query, 2, Rule(0.2))
+        attention.update_coded(coded, 6)
+        outputs.append((attention.finish(), ops.decode_keys(coded, 6, torch.float32)))
+        fresh = new_coded(device, 2, 6, 4, 32, 4)
+        ops.encode_chunks(torch.tensor([[0, -1, 1, 2, 3, 4]] * 2, device=device), draw(device, 2, 2, 20, 32), fresh)
+        outputs[-1] += (decode_keys(fresh, 6),)
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.bench import gpu, shapes
 from offload_triforce.bench.machine import describe_machine
+from offload_triforce.bench.subject import QUERIES
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.memory import work_out
@@ -75,7 +76,7 @@ def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict
     plan, shape = make_plan(layout, settings, context), make_shape(settings, context)
     row["plan"] = {"tile_tokens": plan.tile_tokens, "tile_bytes": plan.tile_bytes, "ring": plan.ring}
     parts.run("link", gpu.link_ceiling, model.device, plan.tile_bytes)
-    for queries in (settings.gamma + 1, 64, 512):
+    for queries in (QUERIES, 64, 512):
         sizes = (queries, shape.slots, settings.chunk, parts.report["hbm_gbps"])
         parts.run(f"kernels_{queries}", gpu.kernel_time, model, plan, *sizes)
     needed = work_out(model, layout, settings, shape, plan, context).host
@@ -85,14 +86,15 @@ def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict
         return
     ceiling = row["parts"]["link"].get("h2d_gbps")
     if ceiling:
-        parts.run("passes", passes, model, settings, context, ceiling)
+        for queries in (QUERIES, settings.block):
+            parts.run(f"passes_{queries}", passes, model, settings, context, queries, ceiling)
     parts.run("memory", gpu.peak_memory, model, settings, context)
 
 
-def passes(model: PreTrainedModel, settings: Settings, context: int, ceiling: float) -> dict[str, Any]:
+def passes(model: PreTrainedModel, settings: Settings, context: int, queries: int, ceiling: float) -> dict[str, Any]:
     subject = gpu.measured_subject(model, settings, context)
     try:
-        return gpu.pass_time(subject, ceiling) | {"level_1_step": gpu.step_time(subject)}
+        return gpu.pass_time(subject, queries, ceiling) | {"level_1_step": gpu.step_time(subject, settings.width)}
     finally:
         subject.close()
 

@@ -3,9 +3,9 @@
 import sys
 
 from offload_triforce import TriForce
-from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.fetch import fetch_model
 
-engine = TriForce.load(sys.argv[1] if len(sys.argv) > 1 else fetch_smollm2())
+engine = TriForce.load(sys.argv[1] if len(sys.argv) > 1 else fetch_model("smollm2"))
 for piece in engine.stream("A pass over the full cache is", max_new_tokens=32):
     print(piece, end="", flush=True)
 print()

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload_triforce import Settings, triforce_generate
-from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.fetch import fetch_model
 
-source = Path(sys.argv[1] if len(sys.argv) > 1 else fetch_smollm2())
+source = Path(sys.argv[1] if len(sys.argv) > 1 else fetch_model("smollm2"))
 where = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
 folder = source.parent if where else source
 tokenizer = AutoTokenizer.from_pretrained(folder, **where)

@@ -20,7 +20,7 @@ Tokens = Annotated[int, typer.Option(min=512, help="Length of the text.")]
 Tile = Annotated[int | None, typer.Option(help="Tokens per transfer.")]
 Ring = Annotated[int | None, typer.Option(help="Tiles in flight.")]
 Resident = Annotated[float | None, typer.Option(help="Share of the KV cache that stays on the device, 0 to 1.")]
-Gamma = Annotated[int | None, typer.Option(help="Guesses per pass over the full cache.")]
+Queries = Annotated[int, typer.Option(min=1, help="Tokens that a pass reads: guesses, and the newest of the text.")]
 
 
 @bench.command()
@@ -36,17 +36,17 @@ def pipeline(
     tile: Tile = None,
     ring: Ring = None,
     resident: Resident = None,
-    gamma: Gamma = None,
+    queries: Queries = 13,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Time passes against the time that their bytes take on the link alone (emulated, without a GPU)."""
-    settings = build_settings(None, tile=tile, ring=ring, resident=resident, gamma=gamma)
+    settings = build_settings(None, tile=tile, ring=ring, resident=resident)
     if link_gbps and min(link_gbps) <= 0:
         raise InputError(f"--link-gbps must be greater than 0, not {min(link_gbps):g}")
     from offload_triforce.bench.pipeline import MODELS, bench_pipeline
 
     report = bench_pipeline(
-        model or MODELS, settings, tokens, repeats, link_gbps, lambda line: notes.print(line, style="dim")
+        model or MODELS, settings, tokens, queries, repeats, link_gbps, lambda line: notes.print(line, style="dim")
     )
     if as_json:
         typer.echo(json.dumps(report))
@@ -74,10 +74,10 @@ def trace(
     tile: Tile = None,
     ring: Ring = None,
     resident: Resident = None,
-    gamma: Gamma = None,
+    queries: Queries = 13,
 ) -> None:
     """Write the time line of one pass: every copy, every tile's attention, every layer."""
-    settings = build_settings(None, tile=tile, ring=ring, resident=resident, gamma=gamma)
+    settings = build_settings(None, tile=tile, ring=ring, resident=resident)
     if link_gbps <= 0:
         raise InputError(f"--link-gbps must be greater than 0, not {link_gbps:g}")
     for path in (out, png):
@@ -90,7 +90,7 @@ def trace(
     subject = make_subject(model, tokens, settings)
     try:
         subject.device.gbps = link_gbps
-        recorded = trace_pass(subject)
+        recorded = trace_pass(subject, queries)
     finally:
         subject.close()
     recorded.write(out)

@@ -13,7 +13,7 @@ from offload_triforce.answer import Generation
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
-from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.fetch import fetch_model
 from offload_triforce.prompt import build_prompt
 from offload_triforce.report import bars, comparison
 
@@ -45,7 +45,7 @@ def run_demo(
     if draft not in ("ngram", "self", "none"):
         raise InputError(f"the demo's drafts are ngram, self and none, not {draft!r}")
     with console.status("bringing SmolLM2-135M-Instruct (98 MB, once)"):
-        path = fetch_smollm2()
+        path = fetch_model("smollm2")
     with console.status("loading it"):
         plain = TriForce.load(path, draft="none", dtype="float32", device=device, settings=settings, gamma=0)
     prompt = demo_prompt(plain, prompt_tokens)

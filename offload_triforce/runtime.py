@@ -174,6 +174,7 @@ class Runtime:
         stop: Callable[[TokenText, int], int | None],
         ended: Callable[[int], bool],
         progress: Progress | None,
+        filled: bool = False,
     ) -> Iterator[list[int]]:
         """Prefill, then decode up to ``limit`` tokens; yields the new ones after each pass.
 
@@ -182,16 +183,17 @@ class Runtime:
             drafts: who guesses for the retrieval level; the first that can, or the one that pays.
             stats: what is counted. stop: see ``hierarchy.decode``. ended: is there nothing to say after this token?
             progress: told how far the prefill is.
+            filled: the caches hold all but the last token of the prompt already.
         """
         started = time.perf_counter()
         crossed = self.link_bytes
         stats.prompt_tokens = len(text)
-        self.prefill(text.ids[:-1], progress)
-        prefilled = time.perf_counter()
-        stats.prefill_s = prefilled - started
+        if not filled:
+            self.prefill(text.ids[:-1], progress)
+        resumed = time.perf_counter()
+        stats.prefill_s = resumed - started
         stats.prefill_link_bytes, crossed = self.link_bytes - crossed, self.link_bytes
         target, middle = self.levels(drafts, rule, stats, ended)
-        resumed = prefilled
         for tokens in decode(target, middle, rule, text, limit, stats, stop):
             now = time.perf_counter()
             stats.ttft_s = stats.ttft_s or now - started

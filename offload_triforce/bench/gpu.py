@@ -127,14 +127,15 @@ def _replayable(device: torch.device, work: Callable[[], None]) -> Callable[[], 
     return graph.replay
 
 
-def pass_time(subject: Subject, ceiling_gbps: float, repeats: int = 5) -> dict[str, Any]:
+def pass_time(subject: Subject, queries: int, ceiling_gbps: float, repeats: int = 5) -> dict[str, Any]:
     """Passes over the full cache against the time of their bytes at the measured ceiling of the link, GB/s."""
-    subject.verify()
+    subject.verify(queries)
     before = subject.device.incoming.moved
-    times = [subject.verify() for _ in range(repeats)]
+    times = [subject.verify(queries) for _ in range(repeats)]
     moved = (subject.device.incoming.moved - before) / repeats
     needed, taken = subject.pass_bytes, statistics.median(times)
     return {
+        "queries": queries,
         "pass_bytes": needed,
         "pass_s": taken,
         "pass_s_all": times,
@@ -145,16 +146,16 @@ def pass_time(subject: Subject, ceiling_gbps: float, repeats: int = 5) -> dict[s
     }
 
 
-def step_time(subject: Subject, repeats: int = 30) -> dict[str, float]:
+def step_time(subject: Subject, queries: int, repeats: int = 30) -> dict[str, float]:
     """A step of the retrieval level with and without CUDA graphs, ms. On a CPU both are without."""
     result = {}
     for name, graphs in (("graphs_ms", subject.runtime.graphs), ("eager_ms", None)):
         subject.middle.graphs = graphs
         for _ in range(5):  # a shape is captured after some uses
-            subject.draft()
-        result[name] = 1e3 * statistics.median(subject.draft() for _ in range(repeats))
+            subject.draft(queries)
+        result[name] = 1e3 * statistics.median(subject.draft(queries) for _ in range(repeats))
     subject.middle.graphs = subject.runtime.graphs
-    return result | {"queries": subject.settings.gamma1 + 1}
+    return result | {"queries": queries}
 
 
 def prefill_speed(model: PreTrainedModel, settings: Settings, tokens: int) -> dict[str, Any]:
@@ -208,8 +209,8 @@ def peak_memory(model: PreTrainedModel, settings: Settings, tokens: int) -> dict
     try:
         prefill_s = subject.read()
         for _ in range(4):  # captures the step's graph, too
-            subject.draft()
-        pass_s = subject.verify()
+            subject.draft(settings.width)
+        pass_s = subject.verify(settings.block)
         cuda = device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(device) if cuda else 0
         planned = weights + subject.runtime.needs.device

@@ -15,7 +15,7 @@ from offload_triforce.config import Settings
 from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import fetch_smollm2
+from offload_triforce.fetch import fetch_model
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
 MODELS = ("smollm2", "llama-1b")
@@ -33,7 +33,7 @@ def make_subject(model: str, tokens: int, settings: Settings) -> Subject:
         raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
     device = EmulatedDevice()
     if model == "smollm2":
-        engine = TriForce.load(fetch_smollm2(), dtype="float32", device="cpu")
+        engine = TriForce.load(fetch_model("smollm2"), dtype="float32", device="cpu")
         subject = Subject(engine.model, settings, torch.tensor(demo_prompt(engine, tokens)), device)
         subject.read()
     else:
@@ -47,6 +47,7 @@ def bench_pipeline(
     models: Sequence[str],
     settings: Settings,
     tokens: int,
+    queries: int,
     repeats: int,
     gbps: Sequence[float] | None,
     say: Callable[[str], None] = lambda line: None,
@@ -55,6 +56,7 @@ def bench_pipeline(
 
     Args:
         models: of MODELS. settings: how to run. tokens: length of the text.
+        queries: tokens that a pass reads.
         repeats: passes per row; the median counts.
         gbps: bandwidths in GB/s; None takes DOMINANCE.
         say: told what is going on.
@@ -70,22 +72,22 @@ def bench_pipeline(
         subject = make_subject(model, tokens, settings)
         try:
             needed = subject.pass_bytes
-            subject.verify()  # the first pass warms up
-            compute_s = statistics.median(subject.verify() for _ in range(repeats))
+            subject.verify(queries)  # the first pass warms up
+            compute_s = statistics.median(subject.verify(queries) for _ in range(repeats))
             for speed in gbps or [_round(needed / (compute_s * factor) / 1e9) for factor in DOMINANCE]:
                 say(f"{model}: passes at {speed:g} GB/s")
                 results.append({"model": model, "tokens": tokens, "unthrottled_s": compute_s})
-                results[-1] |= _measure(subject, needed, speed, repeats)
+                results[-1] |= _measure(subject, needed, speed, queries, repeats)
         finally:
             subject.close()
-    return {"machine": describe_machine(), "settings": vars(settings), "results": results}
+    return {"machine": describe_machine(), "settings": vars(settings), "queries": queries, "results": results}
 
 
-def _measure(subject: Subject, needed: int, gbps: float, repeats: int) -> dict[str, Any]:
+def _measure(subject: Subject, needed: int, gbps: float, queries: int, repeats: int) -> dict[str, Any]:
     device = subject.device
     device.gbps = gbps
     before = device.incoming.moved
-    times = [subject.verify() for _ in range(repeats)]
+    times = [subject.verify(queries) for _ in range(repeats)]
     moved = (device.incoming.moved - before) / repeats
     device.gbps = None
     link_s = needed / (gbps * 1e9)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_triforce.bench.reading import chain
 from offload_triforce.config import Settings
 from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.adapter import attached
@@ -16,7 +17,7 @@ from offload_triforce.model.layout import probe
 from offload_triforce.runtime import PREFILL_QUERIES, Runtime, on
 from offload_triforce.scheduler.device import Device
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel
-from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.tree import Node
 
 
 def synchronize(device: torch.device) -> None:
@@ -25,20 +26,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# Queries of a pass that is timed: TriForce's 12 guesses, and the text's last token.
+QUERIES = 13
+
+
 class Subject:
-    """The caches hold a text; each ``verify`` is one pass over it, and leaves everything as it was."""
+    """The caches hold a text but for its last token; each ``verify`` is one pass over it, and leaves all as it was."""
 
     def __init__(self, model: PreTrainedModel, settings: Settings, text: Tensor, device: Device | None = None) -> None:
         """``text`` (n,) token ids. ``device`` instead of the model's own, as in ``Runtime``."""
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.text = model, settings, text
         self.layout = probe(model)
-        room = 4 * (settings.gamma + 1)
-        self.runtime = Runtime(model, self.layout, settings, len(text) + room, device=device)
+        self.runtime = Runtime(model, self.layout, settings, len(text) + 4 * settings.block, device=device)
         self.device = self.runtime.device
-        raw = SimpleNamespace(distributions=lambda rows, ids, length: rows)  # no sampling: the pass alone
-        self.target = FullLevel(model, self.runtime.caches, raw, refresh=True)
-        self.middle = RetrievalLevel(model, self.runtime.caches, raw, self.runtime.graphs)
-        self.text = TokenText(text, len(text) + room)
+        self.target = FullLevel(model, self.runtime.caches, "each pass")
+        self.middle = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
 
     def read(self) -> float:
         """Prefill all of the text but its last token, for real; returns seconds."""
@@ -46,7 +48,7 @@ class Subject:
             self.runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, and not what is timed
         started = time.perf_counter()
         with on(self.layout.device), attached(self.model), torch.no_grad():
-            self.runtime.prefill(self.text.ids[:-1], None)
+            self.runtime.prefill(self.text[:-1], None)
         synchronize(self.layout.device)
         return time.perf_counter() - started
 
@@ -69,25 +71,26 @@ class Subject:
         caches.end_fill(length)
         synchronize(self.layout.device)
 
-    def verify(self) -> float:
-        """One pass over the full cache with gamma guesses, none of which is kept; returns seconds."""
-        return self._score(self.target, self.settings.gamma)
+    def verify(self, queries: int = QUERIES) -> float:
+        """One pass of so many queries over the full cache, none of which is kept; returns seconds."""
+        seconds = self._timed(lambda nodes: self.target.score(nodes), queries)
+        self.target.commit([])
+        return seconds
 
-    def draft(self) -> float:
-        """One step of the retrieval level with gamma1 guesses, none of which is kept; returns seconds."""
-        return self._score(self.middle, self.settings.gamma1)
+    def draft(self, queries: int = QUERIES) -> float:
+        """One step of the retrieval level with so many queries, none of which is kept; returns seconds."""
+        seconds = self._timed(lambda nodes: self.middle.score(nodes, []), queries)
+        self.middle.keep([])
+        return seconds
 
-    def _score(self, level: FullLevel | RetrievalLevel, guesses: int) -> float:
-        self.text.append([(7 * i) % 1000 for i in range(guesses)])
+    def _timed(self, work: Callable[[list[Node]], object], queries: int) -> float:
+        nodes = chain([(7 * i) % 1000 for i in range(queries)])
         with on(self.layout.device), attached(self.model), torch.no_grad():
             synchronize(self.layout.device)
             started = time.perf_counter()
-            level.score(self.text, guesses)
+            work(nodes)
             synchronize(self.layout.device)
-            seconds = time.perf_counter() - started
-        self.text.truncate(len(self.text) - guesses)
-        level.keep(len(self.text) - 1)
-        return seconds
+            return time.perf_counter() - started
 
     @property
     def pass_bytes(self) -> int:

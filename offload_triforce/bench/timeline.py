@@ -19,13 +19,13 @@ TRACKS = {H2D: "tab:blue", COMPUTE: "tab:orange", LAYERS: "tab:gray", D2H: "tab:
 LABELS = {H2D: "copies to the device", COMPUTE: "attention over tiles", LAYERS: "layers", D2H: "copies to the host"}
 
 
-def trace_pass(subject: Subject) -> Trace:
-    """The time line of one pass; another one before it warms up."""
-    subject.verify()
+def trace_pass(subject: Subject, queries: int) -> Trace:
+    """The time line of one pass with so many queries; another one before it warms up."""
+    subject.verify(queries)
     trace = subject.device.trace = Trace()
     try:
         with _layer_spans(subject.model, subject.device):
-            subject.verify()
+            subject.verify(queries)
         trace.spans()  # settled while the device is there to ask
     finally:
         subject.device.trace = None

@@ -49,12 +49,12 @@ def test_filled_or_read_a_subject_is_ready_and_stays_as_it_is():
     for prepare in (Subject.read, Subject.fill):
         subject = Subject(model, Settings(tile=128), torch.arange(500))
         prepare(subject)
-        caches, length = subject.runtime.caches, len(subject.text)
+        caches = subject.runtime.caches
         held = caches.full.read(1).clone()
         for _ in range(3):
             subject.verify()
             subject.draft()
-        assert (caches.length, caches.pending, caches.drafted, len(subject.text)) == (499, 0, 0, length)
+        assert (caches.length, caches.full.pending, caches.retrieval.pending) == (499, 0, 0)
         assert torch.equal(caches.full.read(1), held)
         assert not held.isnan().any()
         subject.close()
@@ -105,7 +105,7 @@ def test_trace(tmp_path):
     assert result.exit_code == 0, result.output
     events = [event for event in json.loads(out.read_text())["traceEvents"] if event["ph"] == "X"]
     tracks = [event["tid"] for event in events]
-    tiles = 3 * 8
+    tiles = 3 * 7
     assert sorted(tracks.count(track) for track in set(tracks)) == [3, tiles, tiles]
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -113,7 +113,7 @@ def test_trace(tmp_path):
 def test_pictures_need_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     subject = pipeline.make_subject("tiny", 512, Settings(tile=128))
-    trace = trace_pass(subject)
+    trace = trace_pass(subject, 5)
     subject.close()
     with pytest.raises(pipeline.InputError, match="pictures need matplotlib"):
         draw(trace, tmp_path / "x.png", "x")

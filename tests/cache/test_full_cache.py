@@ -24,7 +24,7 @@ class FullRig(Rig):
         self.incoming, self.outgoing = self.device.incoming, self.device.outgoing
         self.keep_on_device, self.written = keep, 0
         stream = TileStream(TileStore(self.plan, text.dtype, self.device), self.device, text.dtype)
-        super().__init__(FullCache(stream, keep, self.block, text.dtype, CPU), text, limit=tile * tiles)
+        super().__init__(FullCache(stream, keep, self.block, self.block, text.dtype, CPU), text, limit=tile * tiles)
 
     def __enter__(self):
         return self

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
-from tests.cache.chunk_choice import assert_best_choice, assert_holds, gather, positions
+from tests.cache.chunk_choice import assert_best_choice, assert_holds, held_tokens
 from tests.cache.plain_text import CPU, RULE, SCALING, PlainText, assert_attends
 
 BLOCK = 4
@@ -25,7 +25,7 @@ class RetrievalRig:
     def __init__(self, shape, tile, layers=2):
         self.shape, self.tile, self.text = shape, tile, PlainText(layers)
         text = self.text
-        self.cache = RetrievalCache(*text.shape, text.dim, shape, BLOCK, text.dtype, CPU, context=CONTEXT)
+        self.cache = RetrievalCache(*text.shape, text.dim, shape, BLOCK, BLOCK, text.dtype, CPU, context=CONTEXT)
 
     def restart(self, tokens):
         """A prompt, whose last queries make the first choice. The context goes by in one piece."""
@@ -78,9 +78,9 @@ class RetrievalRig:
         """Guesses behind the text, attending to what is held; then taken back."""
         kv, queries = self.text.draw(tokens), self.text.queries(tokens)
         for layer in range(self.text.layers):
-            places = positions(self.cache, layer, len(self.text), self.refreshed)
-            seen = torch.cat([gather(self.text.kv[layer], places), kv[layer]], dim=2)
-            output = self.cache.attend(layer, queries[layer], *kv[layer], RULE)
+            held = held_tokens(self.cache, layer, self.text.kv[layer], len(self.text), self.refreshed)
+            seen = torch.cat([held, kv[layer]], dim=2)
+            output = self.cache.attend_draft(layer, queries[layer], *kv[layer], RULE)
             assert_attends(output, queries[layer], seen)
         self.cache.end_step(tokens)
         self.cache.rollback()
@@ -121,7 +121,7 @@ def test_a_budget_for_everything_attends_to_everything(rig, prompt, steps):
         rig.run([operation])
         kv, query, text = rig.text.draw(2), rig.text.queries(2), rig.text
         for layer in range(text.layers):
-            output = rig.cache.attend(layer, query[layer], *kv[layer], RULE)
+            output = rig.cache.attend_draft(layer, query[layer], *kv[layer], RULE)
             assert_attends(output, query[layer], torch.cat([text.kv[layer], kv[layer]], dim=2))
 
 

@@ -1,6 +1,6 @@
-"""The caches as the two target levels use them: draft, verify, choose anew on the way, commit, and again.
-
-The levels are the real ones; the model is replaced by random keys, values and queries for every layer.
+"""The caches as the two target levels use them: grow a tree, verify some of it, choose anew on the way, commit a path,
+keep what was guessed behind it, and again. The levels are the real ones; the model is replaced by random keys, values
+and queries for every layer, and every query's attention is worked out from plain lists.
 """
 
 from __future__ import annotations
@@ -22,39 +22,45 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.speculation import levels
-from offload_triforce.speculation.text import TokenText
-from tests.cache.chunk_choice import assert_best_choice, assert_holds, gather, positions
-from tests.cache.plain_text import CPU, SCALING, PlainText, assert_attends
+from offload_triforce.speculation.tree import Node, TokenTree, lineage, sight
+from tests.cache.chunk_choice import assert_best_choice, assert_holds, held_tokens
+from tests.cache.plain_text import CPU, SCALING, PlainText
 from tests.scheduler.devices import LateDevice
 
-GAMMA = 4
-BLOCK = GAMMA + 1
+GAMMA = 4  # longest accepted path
+BLOCK = 9  # most tokens in a pass
+ROOM = 24  # most tokens that the retrieval level holds
 LIMIT = 400
 
 
 class TargetRig:
     """All caches of a target beside a plain text that holds the target's own keys and values."""
 
-    def __init__(self, windows, shape, tile, device=LateDevice, ring=2, resident=0.0, limit=LIMIT):
-        self.windows, self.shape, self.limit = windows, shape, limit
+    def __init__(
+        self, windows, shape, tile, device=LateDevice, ring=2, resident=0.0, limit=LIMIT, seed=0, choosing="each pass"
+    ):
+        self.windows, self.shape, self.limit, self.choosing = windows, shape, limit, choosing
+        self.chance = random.Random(seed)
         text = self.kv_text = PlainText(layers=len(windows))
         where = (text.dtype, CPU)
         shapes = tuple(LayerShape(text.kv_heads, text.dim, window) for window in windows)
         layout = ModelLayout(shapes, *where, vocabulary=7, max_positions=None, longrope_switch=None)
-        heads = (text.kv_heads, text.dim)
+        heads, news = (text.kv_heads, text.dim), GAMMA + 1
         full = retrieval = window = None
         self.device = device()
         if layout.full:
             count = len(layout.full)
             plan = TilePlan(count, *heads, 4, tile, -(-limit // tile), ring=ring, resident=resident)
             stream = TileStream(TileStore(plan, text.dtype, self.device), self.device, text.dtype)
-            full = FullCache(stream, shape.recent + shape.chunk + BLOCK, BLOCK, *where)
-            retrieval = RetrievalCache(count, *heads, shape, BLOCK, *where, context=limit + 2 * BLOCK)
+            full = FullCache(stream, shape.tail_needed(news), BLOCK, news, *where)
+            retrieval = RetrievalCache(count, *heads, shape, news, ROOM, *where, context=limit + 2 * BLOCK)
         if layout.sliding:
-            window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where)
+            window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where, drafts=ROOM)
         self.caches = levels.TargetCaches(layout, full, retrieval, window)
-        self.target = levels.FullLevel(None, self.caches, mock.Mock(), refresh=True)
-        self.middle = levels.RetrievalLevel(None, self.caches, mock.Mock())
+        model = mock.Mock(device=CPU)
+        self.target = levels.FullLevel(model, self.caches, choosing)
+        self.middle = levels.RetrievalLevel(model, self.caches)
+        self.nested = self.moved = self.tokens = 0
         self.prompt(0)
 
     def close(self):
@@ -78,80 +84,145 @@ class TargetRig:
                         caches.retrieval, place, queries[layer], kv, near, tokens, near >= self.shape.sink
                     )
         caches.end_fill(tokens)
-        self.text = TokenText(torch.arange(tokens + 1), self.limit + 2 * BLOCK)
-        self.refreshed = tokens
+        self.tree, self.drafts, self.refreshed = TokenTree(Node(0, None)), {}, tokens
         self.check()
 
-    def draft(self, guesses, accepted):
-        """The retrieval level reads the unread end of the text and some guesses; the rest is taken back."""
-        guesses = min(guesses, GAMMA - self.caches.drafted - 1)
-        if guesses < 0:
+    def draft(self, most):
+        """The retrieval level reads the root, or some unread nodes behind those that it has read."""
+        held = self.tree.held
+        new = [self.tree.root] if not held else []
+        while held and len(new) < most and len(held) + len(new) < ROOM:
+            parent = self.chance.choice([node for node in (*held, *new) if node.depth < 2 * GAMMA] or [None])
+            if parent is None:
+                break
+            self.tokens += 1
+            new.append(self.tree.guess(parent, self.tokens, 0.5))
+        if not new:
             return
-        self.text.append([0] * guesses)
-        self.drafts = self.drafts if self.caches.drafted else self.kv_text.draw(0)
         with mock.patch.object(levels, "run", self.run_middle):
-            self.middle.score(self.text, guesses)
-        self.text.truncate(len(self.text) - guesses + min(accepted, guesses))
-        self.middle.keep(len(self.text))
-        self.drafts = self.drafts[:, :, :, : self.caches.drafted]
-        self.text.append([0])  # the token that the level adds itself
-        assert self.caches.drafted == len(self.text) - 1 - len(self.kv_text)
+            self.middle.score(new, held)
+        held += new
 
-    def run_middle(self, _model, tokens, position, view, keep):
+    def forget(self, most):
+        """The newest of what the retrieval level has read turn out to be no guesses."""
+        held = self.tree.held
+        gone = min(most, len(held) - 1)
+        if gone > 0:
+            dropped = set(held[-gone:])
+            del held[-gone:]
+            self.tree.guesses = [node for node in self.tree.guesses if node not in dropped]
+            self.middle.keep(range(len(held)))
+
+    def run_middle(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)
-        assert position == length + self.drafts.shape[3]
-        kv, queries = kv_text.draw(len(tokens)), kv_text.queries(len(tokens))
-        self.drafts = torch.cat([self.drafts, kv], dim=3)
+        nodes = self.middle._nodes
+        assert keep == len(nodes)
+        kv, queries = kv_text.draw(len(nodes)), kv_text.queries(len(nodes))
+        for number, node in enumerate(nodes):
+            self.drafts[node] = kv[:, :, :, number : number + 1]
+        before = length if not self.nested else length - len(self.target._nodes)  # the pass's own are not seen
         for layer, window in enumerate(self.windows):
-            held = kv_text.kv[layer]
-            if window is None:
-                place = caches.place[layer]
-                held = gather(held, positions(caches.retrieval, place, length, self.refreshed))
             output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
-            assert_attends(output, queries[layer], torch.cat([held, self.drafts[layer]], dim=2), window)
+            held = kv_text.kv[layer][:, :, :before]
+            if window is None and not self.nested:  # while a choice is being made, no list tells what is seen
+                held = held_tokens(caches.retrieval, caches.place[layer], held, length, self.refreshed)
+            elif window is None:
+                assert bool(output.isfinite().all())
+                continue
+            self.compare(output, queries[layer], held, layer, window, nodes, self.drafts, before, positions)
 
-    def verify(self, accepted):
-        """The target reads all that was drafted, keeps some of it, and adds a token."""
-        read = len(self.text) - len(self.kv_text)
-        if len(self.text) > self.limit:
+    def compare(self, output, queries, held, layer, window, nodes, known, length, positions):
+        """Each node sees what is held, its ancestors and itself, as far as the window reaches."""
+        for number, (node, position) in enumerate(zip(nodes, positions, strict=True)):
+            assert position == length + node.depth
+            line = list(lineage(node))[::-1]
+            if window is not None:
+                line = [other for other in line if node.depth - other.depth < window]
+                reach = max(0, position - window + 1)
+                seen = held[:, :, reach:]
+            else:
+                seen = held
+            seen = torch.cat([seen, *(known[other][layer] for other in line)], dim=2)
+            expected = attend_row(queries[:, number], seen)
+            torch.testing.assert_close(output[:, number].double(), expected, rtol=1e-5, atol=1e-5)
+
+    def verify(self, count, accepted, ahead):
+        """The target reads a part of the tree, follows a path in it, and adds a token; meanwhile the tree may grow."""
+        if len(self.kv_text) + 2 * BLOCK > self.limit:
             self.prompt(20)
             return
+        tree, nodes = self.tree, [self.tree.root]
+        for node in tree.guesses:
+            if len(nodes) < min(count, BLOCK) and node.parent in nodes and node.depth <= GAMMA and self.chance.random() < 0.8:
+                nodes.append(node)
+
+        def idle():
+            if ahead and not self.nested and self.tree.held:
+                self.nested = 1
+                self.draft(ahead)
+                self.nested = 0
+                self.moved += 1
+
         with mock.patch.object(levels, "run", self.run_target):
-            self.target.score(self.text, read - 1)
-        kept = 1 + min(accepted, read - 1)
-        self.text.truncate(len(self.kv_text) - read + kept)
-        self.target.keep(len(self.text))
-        self.middle.keep(len(self.text))
-        self.target.settle()
-        self.refreshed = len(self.kv_text) - read
-        self.kv_text.commit(kept)
-        self.text.append([0])
+            self.target.score(nodes, idle)
+        path = [tree.root]
+        while len(path) <= min(accepted, GAMMA):
+            inside = [node for node in path[-1].children if node in nodes]
+            if not inside:
+                break
+            path.append(self.chance.choice(inside))
+        kept = [nodes.index(node) for node in path]
+        self.move_on(path[-1])
+        self.target.commit(kept)
+        kv_text = self.kv_text
+        self.refreshed = len(kv_text) - len(nodes)
+        kv_text.kv = torch.cat(
+            [kv_text.kv[:, :, :, : self.refreshed], *(self.pending[node] for node in path)], dim=3
+        )
+        kv_text.pending = 0
         self.check()
 
-    def run_target(self, _model, tokens, position, view, keep):
+    def move_on(self, last):
+        """The token that the target adds was known, or is new."""
+        tree = self.tree
+        place = {node: number for number, node in enumerate(tree.held)}
+        if last.children and self.chance.random() < 0.7:
+            self.tree = tree.moved_to(self.chance.choice(last.children))
+        else:
+            self.tree = TokenTree(Node(0, None))
+        self.middle.keep([place[node] for node in self.tree.held])
+
+    def run_target(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)
-        assert position == length
-        kv, queries = kv_text.draw(len(tokens)), kv_text.queries(len(tokens))
+        nodes = self.target._nodes
+        kv, queries = kv_text.draw(len(nodes)), kv_text.queries(len(nodes))
+        self.pending = {node: kv[:, :, :, number : number + 1] for number, node in enumerate(nodes)}
         kv_text.append(kv)
         for layer, window in enumerate(self.windows):
             place, whole = caches.place[layer], kv_text.kv[layer]
             known = window is None and bool(caches.retrieval.chosen[place, 0, 0] >= 0)
             output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
-            assert_attends(output, queries[layer], whole, window)
-            if window is None:
-                tail = caches.full.tiled
-                assert_best_choice(caches.retrieval, place, queries[layer], whole, tail, length, known)
+            self.compare(output, queries[layer], whole[:, :, :length], layer, window, nodes, self.pending, length, positions)
+            if window is None and self.choosing == "each pass":
+                tail, seen = caches.full.tiled, torch.from_numpy(sight(nodes))
+                assert_best_choice(caches.retrieval, place, queries[layer], whole, tail, length, known, seen)
 
     def check(self):
         caches, kv_text, length = self.caches, self.kv_text, len(self.kv_text)
-        assert caches.length == length == len(self.text) - 1
-        assert caches.pending == caches.drafted == 0
+        assert caches.length == length
         for layer, window in enumerate(self.windows):
             place, whole = caches.place[layer], kv_text.kv[layer]
+            drafts = caches.retrieval if window is None else caches.window.drafts
+            assert drafts.pending == len(self.tree.held)
+            held = drafts.kv[place, :, :, drafts.committed : drafts.length]
+            for number, node in enumerate(self.tree.held):
+                assert torch.equal(held[:, :, number : number + 1], self.drafts[node][layer])
             if window is None:
+                assert caches.full.pending == 0
                 assert torch.equal(caches.full.read(place), whole)
                 assert_holds(caches.retrieval, place, whole, length, self.refreshed)
             else:
+                assert caches.window.pending == 0
                 held = caches.window.settled[place]
                 assert held.shape[2] >= min(length, window)
                 assert torch.equal(held, whole[:, :, length - held.shape[2] :])
@@ -161,13 +232,21 @@ class TargetRig:
             getattr(self, name)(*numbers)
 
 
+def attend_row(query, kv):
+    """One query [H, D] over all of ``kv`` [2, K, n, D], in float64: [H, D]."""
+    key, value = kv.double().repeat_interleave(len(query) // kv.shape[1], dim=1)
+    weights = torch.softmax((key @ query.double()[:, :, None])[..., 0] * SCALING, dim=-1)
+    return (weights[:, None] @ value)[:, 0]
+
+
 few = st.integers(0, GAMMA)
 rounds = st.lists(
     st.one_of(
-        st.tuples(st.just("draft"), few, few),
-        st.tuples(st.just("verify"), few),
-        st.tuples(st.just("draft"), few, few),
-        st.tuples(st.just("verify"), few),
+        st.tuples(st.just("draft"), st.integers(1, 5)),
+        st.tuples(st.just("verify"), st.integers(1, BLOCK), few, st.integers(0, 3)),
+        st.tuples(st.just("draft"), st.integers(1, 5)),
+        st.tuples(st.just("verify"), st.integers(1, BLOCK), few, st.integers(0, 3)),
+        st.tuples(st.just("forget"), st.integers(1, 4)),
         st.tuples(st.just("prompt"), st.integers(0, 150)),
     ),
     min_size=8,
@@ -185,32 +264,64 @@ def shapes(draw):
 LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [6, 17]}
 
 
+# The narrowest window is shorter than a tree is deep: there, not all guesses see all that they follow.
+LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [3, 17]}
+
+
 @pytest.mark.parametrize("windows", LAYERS.values(), ids=LAYERS)
-@given(shapes(), st.integers(2, 6), st.integers(1, 3), st.sampled_from([0.0, 0.4, 1.0]), rounds)
+@given(shapes(), st.integers(2, 6), st.integers(1, 3), st.sampled_from([0.0, 0.4, 1.0]), rounds, st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
-def test_levels_see_what_a_plain_list_says(windows, shape, chunks, ring, resident, rounds):
-    rig = TargetRig(windows, shape, tile=chunks * shape.chunk, ring=ring, resident=resident)
+def test_levels_see_what_a_plain_list_says(windows, shape, chunks, ring, resident, rounds, seed):
+    rig = TargetRig(windows, shape, tile=chunks * shape.chunk, ring=ring, resident=resident, seed=seed)
     rig.run(rounds)
 
 
-def test_thousands_of_steps():
+@pytest.mark.parametrize("choosing", ["each pass", "once"])
+def test_hundreds_of_passes(choosing):
     chance = random.Random(0)
     shape = RetrievalShape(72, 4, 4, 16)
-    rig = TargetRig([None, 24], shape, tile=128, device=EmulatedDevice, ring=2, resident=0.4, limit=4000)
-    rig.prompt(40)
-    for _ in range(1000):
-        for _ in range(chance.randint(0, 2)):
-            rig.draft(chance.randint(0, GAMMA), chance.randint(0, GAMMA))
-        rig.verify(chance.randint(0, GAMMA))
-    assert len(rig.text) > 1500
+    rig = TargetRig([None, 5], shape, tile=128, device=EmulatedDevice, resident=0.4, limit=2000, choosing=choosing)
+    rig.prompt(200)
+    for _ in range(300):
+        for _ in range(chance.randint(0, 3)):
+            rig.draft(chance.randint(1, 5))
+        rig.verify(chance.randint(1, BLOCK), chance.randint(0, GAMMA), chance.randint(0, 2))
+    assert len(rig.kv_text) > 500
     rig.close()
 
 
-def test_drafts_leave_no_trace():
-    """What the retrieval level writes is gone before the target reads: also in the window that both share."""
+def test_the_tree_grows_while_a_pass_is_under_way():
+    """Late copies have never arrived when they are looked for, so there is always time."""
     rig = TargetRig(LAYERS["mixed"], RetrievalShape(24, 4, 4, 8), tile=8)
-    rig.run([("prompt", 60), ("draft", 1, 1), ("draft", 1, 0), ("verify", 1), ("draft", 2, 2), ("verify", 0)])
-    assert len(rig.text) == 60 + 2 + 1 + 1
+    rig.run([("prompt", 90), ("draft", 1), ("draft", 3), ("verify", 4, 2, 2), ("verify", 4, 2, 2)])
+    assert rig.moved > 10
+
+
+def test_chosen_once_the_choice_is_kept():
+    """But for chunks that leave the recent window, which take the place of those wanted least."""
+    rig = TargetRig([None], RetrievalShape(24, 4, 4, 8), tile=8, choosing="once")
+    rig.prompt(150)
+    first = rig.caches.retrieval.chosen.clone()
+    scores = rig.caches.retrieval.scores.clone()
+    for _ in range(12):
+        rig.draft(1)
+        rig.draft(4)
+        rig.verify(BLOCK, GAMMA, 0)
+        chosen = rig.caches.retrieval.chosen
+        for head in range(chosen.shape[1]):
+            old = set(first[0, head].tolist()) & set(chosen[0, head].tolist())
+            new = set(chosen[0, head].tolist()) - old
+            assert new == set(range(shape_end(rig, 150), shape_end(rig, rig.refreshed))) - set(first[0, head].tolist())
+            gone = [scores[0, head, i] for i, c in enumerate(first[0, head].tolist()) if c not in old]
+            kept = [scores[0, head, i] for i, c in enumerate(first[0, head].tolist()) if c in old]
+            assert max(gone, default=-1e9) <= min(kept, default=1e9)
+        if len(rig.kv_text) > 158:
+            break
+    assert not torch.equal(first, rig.caches.retrieval.chosen)
+
+
+def shape_end(rig, length):
+    return rig.shape.pool(length).stop
 
 
 def test_choosing_costs_no_link_bytes():
@@ -221,7 +332,7 @@ def test_choosing_costs_no_link_bytes():
     full = rig.caches.full
     assert full.tiles == (100 - full.keep) // 8
     assert (to_host.moved, to_device.moved) == (2 * full.tiles * full.stream.plan.tile_bytes, 0)
-    rig.run([("draft", 2, 2)])
+    rig.run([("draft", 1), ("draft", 2)])
     assert to_device.moved == 0, "drafting does without the link"
-    rig.run([("verify", 2)])
+    rig.run([("verify", 3, 2, 2)])
     assert to_device.moved == 2 * full.tiles * full.stream.plan.tile_bytes

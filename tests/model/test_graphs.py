@@ -17,6 +17,7 @@ from tests.model.replay import replaying
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
 
 SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 64, "draft_cache": 64, "budget": 64, "gamma": 5, "gamma1": 3}
+SMALL |= {"adaptive": False, "ahead": False}  # by the clock, no two runs would make the same guesses
 SETTINGS = Settings(**SMALL)
 EAGER = Settings(**SMALL, graphs=False)
 PROMPT, NEW = prompt_ids(200), 120
@@ -67,12 +68,13 @@ def test_nothing_changes(family, draft, captures):
     assert result.token_ids == plain.token_ids == greedy(model, PROMPT, NEW)
     assert result.stats.draft == plain.stats.draft
     assert result.stats.retrieval == plain.stats.retrieval
-    assert shapes[0] <= {(n, n) for n in range(1, 7)}
+    assert shapes[0] <= {(n, n) for n in range(1, 12)}
+    assert max(tokens for tokens, _ in shapes[0]) > 4
     assert (1, 1) in shapes[1]
     assert max(tokens for tokens, _ in shapes[1]) <= 4
     replays = [sum(capture.replays) for capture in captures]
     assert replays[1] > 0.8 * result.stats.draft.proposed
-    assert replays[0] > result.stats.passes
+    assert replays[0] > 0.7 * result.stats.steps
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3"])
@@ -86,16 +88,16 @@ def compare_each_step(monkeypatch):
     """After each step by graph, take it again without, over what was held before: logits, keys and values."""
     step = StepGraphs.__call__
 
-    def compared(self, tokens, position, view, keep):
+    def compared(self, tokens, positions, view, keep, seen, depths):
         if (len(tokens), keep) not in self.graphs:
-            return step(self, tokens, position, view, keep)
+            return step(self, tokens, positions, view, keep, seen, depths)
         buffers = self._make_view(len(tokens)).buffers
         before = [buffer.kv.clone() for buffer in buffers]
-        logits = step(self, tokens, position, view, keep).clone()
+        logits = step(self, tokens, positions, view, keep, seen, depths).clone()
         after = [buffer.kv.clone() for buffer in buffers]
         for buffer, kv in zip(buffers, before, strict=True):
             buffer.kv.copy_(kv)
-        torch.testing.assert_close(logits, run(self.model, tokens, position, view, keep), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, run(self.model, tokens, positions, view, keep), atol=1e-4, rtol=1e-4)
         for buffer, kv in zip(buffers, after, strict=True):
             torch.testing.assert_close(buffer.kv, kv, atol=1e-5, rtol=1e-5)
         return logits
@@ -107,18 +109,19 @@ def baked(monkeypatch, what):
     """Mistakes that a capture forgives: numbers of the host that belong to one step."""
     load = graphs.StepGraph.load
 
-    def stuck(self, tokens, position):
-        load(self, tokens, position)
+    def stuck(self, inputs):
+        load(self, inputs)
         if not hasattr(self, "first"):
             self.first = self._inputs.clone()
-        parts = dict(zip(("ids", "position", "held"), self._inputs.split(self._sizes), strict=True))
-        first = dict(zip(("ids", "position", "held"), self.first.split(self._sizes), strict=True))
+        names = ("ids", "positions", "depths", "held", "mask")
+        parts = dict(zip(names, self._inputs.split(self._sizes), strict=True))
+        first = dict(zip(names, self.first.split(self._sizes), strict=True))
         parts[what].copy_(first[what])
 
     monkeypatch.setattr(graphs.StepGraph, "load", stuck)
 
 
-@pytest.mark.parametrize("what", ["ids", "position", "held"])
+@pytest.mark.parametrize("what", ["ids", "positions", "held", "mask"])
 def test_a_number_of_the_host_would_be_noticed(what, captures, monkeypatch):
     """Else the tests above would say nothing."""
     monkeypatch.setattr(graphs, "alike", lambda *_: True)
@@ -128,7 +131,7 @@ def test_a_number_of_the_host_would_be_noticed(what, captures, monkeypatch):
         answer(engine)
 
 
-@pytest.mark.parametrize("what", ["ids", "position", "held"])
+@pytest.mark.parametrize("what", ["ids", "positions", "held"])
 def test_a_wrong_graph_is_given_up_at_its_first_replay(what, captures, monkeypatch):
     baked(monkeypatch, what)
     model = tiny_model("gemma3", seed=1)
@@ -137,7 +140,7 @@ def test_a_wrong_graph_is_given_up_at_its_first_replay(what, captures, monkeypat
             result = answer(engine, new=60)
         assert not graphs_of(engine)[0].graphs
     assert result.token_ids == greedy(model, PROMPT, 60)
-    assert [len(capture.replays) for capture in captures] == [1]
+    assert [sum(capture.replays) for capture in captures] == [1]
 
 
 def test_texts_after_one_another_share_the_graphs(captures):

@@ -7,6 +7,7 @@ import copy
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from tests.model.replay import ReplayCapture, replaying
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 64, "draft_cache": 64, "budget": 64, "gamma": 5, "gamma1": 3}
+SMALL |= {"adaptive": False, "ahead": False}
 PROMPT = prompt_ids(200)
 
 
@@ -52,9 +54,11 @@ class Toy:
 
     @torch.no_grad()
     def step(self, tokens, keep=1):
+        ids, positions = range(3, 3 + tokens), range(self.cache.length, self.cache.length + tokens)
+        depths = range(self.cache.pending, self.cache.pending + tokens)
         with attached(self.model):
-            logits = self.steps(list(range(3, 3 + tokens)), self.cache.length, self, keep).clone()
-            expected = run(self.model, list(range(3, 3 + tokens)), self.cache.length, self, keep)
+            logits = self.steps(ids, positions, self, keep, np.tri(tokens, dtype=bool), depths).clone()
+            expected = run(self.model, ids, positions, self, keep)
         self.cache.end_step(tokens)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         return logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from offload_triforce.speculation.sampling import RandomChoices, Sampler, residual, verify
+from offload_triforce.speculation.sampling import RandomChoices, Sampler, accept_one, residual, without
 
 
 def rows(data, count, vocabulary):
@@ -28,64 +27,73 @@ def rows(data, count, vocabulary):
     return drawn.reshape(count, vocabulary) / drawn.sum(-1, keepdim=True)
 
 
+def draws(q, count, choices):
+    """Tokens drawn one after the other without replacement: fewer if there are no more."""
+    taken = []
+    while len(taken) < count and bool(q.sum() > 0):
+        taken.append(choices.draw(q))
+        q = without(q, taken[-1])
+    return taken
+
+
 @settings(deadline=None)
 @given(st.data(), st.integers(2, 5))
-def test_one_guess_emits_p(data, vocabulary):
+def test_one_candidate_emits_p(data, vocabulary):
     """Summed by hand: q(x) min(1, p/q) + P(rejection) * residual, which is min(p, q) + max(p - q, 0) = p."""
-    p, q = rows(data, 2, vocabulary), rows(data, 1, vocabulary)
+    (p,), (q,) = rows(data, 1, vocabulary), rows(data, 1, vocabulary)
     emitted = torch.zeros(vocabulary).double()
     for guess in range(vocabulary):
-        if q[0, guess] == 0:
-            continue
-        for odds, (accepted, token) in outcomes([guess], q, p):
-            emitted[guess if accepted else token] += q[0, guess] * odds
-    assert torch.allclose(emitted, p[0], atol=1e-12)
+        if q[guess] > 0:
+            for token, odds in outcomes([guess], q, p).items():
+                emitted[token] += q[guess] * odds
+    assert torch.allclose(emitted, p, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.data(), st.integers(2, 3), st.integers(0, 3))
-def test_several_guesses_emit_p(data, vocabulary, guesses):
-    """The joint distribution of what comes out: p where it was judged, nothing said about later tokens."""
-    p, q = rows(data, guesses + 1, vocabulary), rows(data, guesses, vocabulary)
-
-    def program(choices):
-        drawn = [choices.draw(row) for row in q]
-        accepted, token = verify(drawn, q, p, choices)
-        return (*drawn[:accepted], token)
-
-    # These rows do not depend on the tokens: continuing each text with p gives independent tokens.
-    total = np.zeros((vocabulary,) * (guesses + 1))
-    for out, probability in distribution_of(program).items():
-        rest = np.array(probability)
-        for row in p[len(out) :].numpy():
-            rest = np.multiply.outer(rest, row)
-        total[out] += rest
-    expected = np.array(1.0)
-    for row in p.numpy():
-        expected = np.multiply.outer(expected, row)
-    np.testing.assert_allclose(total, expected, atol=1e-12)
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.integers(2, 4), st.integers(0, 4))
+def test_several_candidates_emit_p(data, vocabulary, count):
+    """Drawn without replacement, some of the judge's tokens among them or none."""
+    (p,), (q,) = rows(data, 1, vocabulary), rows(data, 1, vocabulary)
+    total = distribution_of(lambda choices: accept_one(p, q, draws(q, count, choices), choices))
+    emitted = torch.tensor([total.get(token, 0.0) for token in range(vocabulary)], dtype=torch.float64)
+    assert torch.allclose(emitted, p, atol=1e-12)
 
 
-def outcomes(guesses, q, p):
-    """Every (probability, result) of ``verify``."""
-    return [(odds, out) for out, odds in distribution_of(lambda chance: verify(guesses, q, p, chance)).items()]
+def outcomes(tokens, q, p):
+    """Probability of each token that ``accept_one`` may give."""
+    return distribution_of(lambda choices: accept_one(p, q, tokens, choices))
 
 
-def test_without_guesses_the_token_is_ps():
-    p = torch.tensor([[0.25, 0.75]])
-    assert outcomes([], torch.empty(0), p) == [(0.25, (0, 0)), (0.75, (0, 1))]
+def test_without_candidates_the_token_is_ps():
+    p = torch.tensor([0.25, 0.75])
+    assert outcomes([], p, p) == {0: 0.25, 1: 0.75}
 
 
-def test_odds_are_per_guess():
-    """The second guess is judged by the second rows, and what follows all guesses comes from the last."""
-    p = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
-    q = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    assert {result: odds for odds, result in outcomes([0, 0], q, p)} == {(2, 0): 0.25, (1, 1): 0.75}
+def test_more_candidates_are_accepted_more_often():
+    p, q = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.6, 0.3, 0.1]).double()
+
+    def accepted(count):
+        def program(choices):
+            tokens = draws(q, count, choices)
+            return accept_one(p, q, tokens, choices) in tokens
+
+        return distribution_of(program)[True]
+
+    assert accepted(1) == pytest.approx(float(torch.minimum(p, q).sum()))
+    assert accepted(1) < accepted(2) < accepted(3)
+    assert accepted(3) == pytest.approx(1.0)
 
 
-def test_an_impossible_guess_is_never_accepted():
-    p, q = torch.tensor([[0.0, 1.0]] * 2), torch.tensor([[1.0, 0.0]])
-    assert outcomes([0], q, p) == [(1.0, (0, 1))]
+def test_an_impossible_candidate_is_never_accepted():
+    p, q = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    assert outcomes([0], q, p) == {1: 1.0}
+
+
+def test_without_by_hand():
+    q = torch.tensor([0.5, 0.25, 0.25])
+    assert without(q, 0).tolist() == [0.0, 0.5, 0.5]
+    assert q.tolist() == [0.5, 0.25, 0.25]
+    assert without(torch.tensor([0.0, 1.0]), 1).tolist() == [0.0, 0.0]
 
 
 def test_residual_by_hand():
@@ -178,68 +186,63 @@ def prefix():
     return torch.tensor([1, 2, 3, 1, 2, 4, 1, 5, 2, 3])
 
 
-@pytest.mark.parametrize("do_sample", [True, False])
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_rows_are_transformers_own(name, do_sample, logits, prefix):
-    """Each row with its own prefix, as if it were generated alone."""
+def prefixes_of(prefix, count):
+    """The last ``count`` beginnings of a text, the whole one included."""
+    return [lambda n=n: prefix[: len(prefix) - count + 1 + n] for n in range(count)]
+
+
+def scores_of(name, logits, prefix, vocabulary=VOCABULARY):
     processors = LogitsProcessorList(PROCESSORS[name])
-    first = len(prefix) - len(logits) + 1
-    got = Sampler(processors, do_sample, VOCABULARY).distributions(logits, prefix, first)
-    for i, row in enumerate(logits):
-        scores = processors(prefix[None, : first + i], row[None].clone())[0]
-        best = torch.nn.functional.one_hot(scores.argmax(), VOCABULARY).float()
-        expected = torch.softmax(scores, -1) if do_sample else best
-        assert torch.equal(got[i], expected) if not do_sample else torch.allclose(got[i], expected, atol=1e-7)
+    return Sampler(processors, True, vocabulary).scores(logits, prefixes_of(prefix, len(logits)))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_rows_are_transformers_own(name, logits, prefix):
+    """Each row with its own prefix, as if it were generated alone."""
+    got = scores_of(name, logits, prefix)
+    for row, ids, scores in zip(logits, prefixes_of(prefix, len(logits)), got, strict=True):
+        expected = LogitsProcessorList(PROCESSORS[name])(ids()[None], row[None].clone())[0]
+        assert torch.equal(scores, expected)
 
 
 @pytest.mark.parametrize("name", ["repetition penalty", "no_repeat_ngram"])
 def test_the_prefix_matters(name, logits, prefix):
     """Guards the test above: with the first row's prefix for all, other distributions would come out."""
-    processors = LogitsProcessorList(PROCESSORS[name])
-    first = len(prefix) - len(logits) + 1
-    sampler = Sampler(processors, True, VOCABULARY)
-    shared = torch.cat([sampler.distributions(row[None], prefix, first) for row in logits])
-    assert not torch.allclose(sampler.distributions(logits, prefix, first), shared, atol=1e-3)
+    shared = torch.cat([scores_of(name, row[None], prefix[: len(prefix) - len(logits) + 1]) for row in logits])
+    assert not torch.allclose(scores_of(name, logits, prefix), shared, atol=1e-3)
 
 
-def test_tokens_after_the_last_row_are_not_seen(logits, prefix):
-    """The text may be longer than what is asked about."""
-    sampler = Sampler(LogitsProcessorList(PROCESSORS["repetition penalty"]), True, VOCABULARY)
-    longer = torch.cat([prefix, torch.tensor([9, 10, 11])])
-    first = len(prefix) - len(logits) + 1
-    assert torch.equal(sampler.distributions(logits, longer, first), sampler.distributions(logits, prefix, first))
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_prefixes_are_made_only_where_they_are_looked_at(name, logits):
+    """Making them costs time, and bringing them to the device does."""
+    made = []
+    prefixes = [lambda: made.append(1) or torch.tensor([1, 2])] * len(logits)
+    Sampler(LogitsProcessorList(PROCESSORS[name]), True, VOCABULARY).scores(logits, prefixes)
+    assert bool(made) == (name in ("repetition penalty", "no_repeat_ngram"))
 
 
 def test_the_logits_stay_as_they_are(logits, prefix):
     """Processors may write into their scores; a level's logits are not theirs to change."""
     before = logits.clone()
     for name in PROCESSORS:
-        Sampler(LogitsProcessorList(PROCESSORS[name]), True, VOCABULARY).distributions(logits, prefix, 6)
+        scores_of(name, logits, prefix)
     assert torch.equal(logits, before)
 
 
 def test_half_precision_logits_become_float32(logits, prefix):
-    sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.6)]), True, VOCABULARY)
-    got = sampler.distributions(logits.bfloat16(), prefix, 6)
+    got = scores_of("temperature", logits.bfloat16(), prefix)
     assert got.dtype == torch.float32
-    assert torch.allclose(got, torch.softmax(logits.bfloat16().float() / 0.6, -1), atol=1e-6)
+    assert torch.equal(got, logits.bfloat16().float() / 0.6)
 
 
 @pytest.mark.parametrize("width", [VOCABULARY - 2, VOCABULARY + 3])
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_logits_of_another_width(width, do_sample, prefix):
+def test_logits_of_another_width(width, prefix):
     """A draft with fewer padding tokens never guesses the missing ones; one with more never guesses those."""
     logits = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
     logits[:, VOCABULARY:] = 50.0
-    got = Sampler(LogitsProcessorList([TopKLogitsWarper(4)]), do_sample, VOCABULARY).distributions(logits, prefix, 9)
+    got = scores_of("top_k", logits, prefix).softmax(-1)
     assert got.shape == (2, VOCABULARY)
     assert bool((got[:, width:] == 0).all())
     assert torch.allclose(got.sum(-1), torch.ones(2))
     known = min(width, VOCABULARY)
     assert torch.equal(got.argmax(-1), logits[:, :known].argmax(-1))
-
-
-def test_greedy_takes_the_first_of_equals(prefix):
-    """As transformers' argmax does."""
-    got = Sampler(LogitsProcessorList(), False, 4).distributions(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), prefix, 10)
-    assert got.tolist() == [[0.0, 1.0, 0.0, 0.0]]

@@ -56,10 +56,10 @@ def check_draft(layout: ModelLayout, target: ModelLayout, settings: Settings) ->
     Raises:
         InputError: why it does not.
     """
-    least = 2 * (settings.draft_sink + settings.gamma + 2)
+    least = 2 * (settings.draft_sink + settings.gamma1 + 2)
     if settings.draft_cache < least:
         raise InputError(
-            f"draft_cache {settings.draft_cache} is too small for gamma {settings.gamma}; use at least {least}"
+            f"draft_cache {settings.draft_cache} is too small for gamma1 {settings.gamma1}; use at least {least}"
         )
     if layout.device != target.device:
         raise InputError(f"the draft is on {layout.device} and the target on {target.device}; put both on one device")

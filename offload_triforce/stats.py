@@ -53,7 +53,7 @@ class DecodeStats:
     nodes: int = 0
     interrupted: bool = False
 
-    def add_step(self, tokens: int, seconds: float, hidden: bool) -> None:
+    def add_step(self, seconds: float, hidden: bool) -> None:
         """A step of the retrieval level was made; ``hidden``: during a pass."""
         self.steps += 1
         self.draft_s += seconds

@@ -15,6 +15,7 @@ from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
 
 SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}
+SMALL |= {"adaptive": False, "ahead": False, "tree": 8, "branches": 2, "width": 2}  # the same guesses in each run
 PROMPT, NEW = prompt_ids(150), 60
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
@@ -61,7 +62,7 @@ def engine(model):
         ({"tile": 30}, "tile must be a multiple of the chunk of 4, not 30"),
         ({"sink": 32}, r"tile (16) must not be smaller than sink (32)"),
         ({"context": 40}, "budget 48 is larger than the context of 40 tokens by 8; a quarter"),
-        ({"draft_cache": 10}, "draft_cache 10 is too small for gamma 4; use at least 20"),
+        ({"draft_cache": 10}, "draft_cache 10 is too small for gamma1 3; use at least 18"),
         ({"draft_cache": 4096}, "draft_cache 4096 exceeds the draft model's 2048 positions; set it to 2048 or less"),
         ({"context": 3000}, "context 3,000 exceeds the model's 2,048 positions by 952; set it to 2,048 or less"),
     ],
@@ -326,7 +327,7 @@ def test_stats_are_consistent(model, draft):
     for level in (stats.draft, stats.retrieval):
         assert level.accepted <= level.judged <= level.proposed
         assert level.rate == (level.accepted / level.judged if level.judged else None)
-    assert stats.passes < stats.retrieval.proposed <= 4 * stats.passes
+    assert stats.passes < stats.retrieval.proposed <= 8 * stats.passes
     assert (stats.draft.proposed == 0) == (draft == "none")
     report = stats.as_dict()
     assert json.loads(json.dumps(report)) == report

@@ -90,14 +90,18 @@ class ModelDraft:
         """The view that the model attends over."""
         return self.cache.attend(layer, query, key, value, rule)
 
+    def _room(self, text: TokenText) -> int:
+        """Guesses that the cache can hold beside those that are in the text already."""
+        return self.cache.capacity // 2 - self.cache.sink - 1 - (len(text) - text.decided)
+
     def offer(self, text: TokenText) -> str | None:
-        """See ``Draft``: a model can always guess."""
-        return "model"
+        """See ``Draft``: a model can always guess, as long as there is room."""
+        return "model" if self._room(text) > 0 else None
 
     def guess(self, text: TokenText, count: int) -> list[Guess]:
         """See ``Draft``: drawn one by one."""
         start, guesses = len(text), []
-        for _ in range(count):
+        for _ in range(min(count, self._room(text))):
             guess = self.rule.draft(self._logits(text), Place(lambda: text.ids, len(text)))
             guesses.append(guess)
             text.append([guess.token])
@@ -109,8 +113,9 @@ class ModelDraft:
         cache = self.cache
         if cache.length:
             self._forget_but(text)
+        if cache.length and len(text) - cache.text <= cache.capacity // 2:
             parts = [range(cache.text, len(text))]
-        else:
+        else:  # at the beginning, or when nobody has asked for so long that little of what is held would stay
             parts = cache.begin(len(text))
             self._first = len(text) - 1
         tokens = [token for part in parts for token in text[part.start : part.stop]]

@@ -89,10 +89,13 @@ class Pace:
         self._spent = self._hidden = 0.0
         self._spare = 0.0 if draft_cost is None else 1.0
 
-    def step(self, tokens: int, seconds: float, hidden: bool) -> None:
-        """A step of the retrieval level was made. ``hidden``: while something else was waited for."""
+    def step(self, tokens: int, seconds: float, drafting: float, hidden: bool) -> None:
+        """A step of the retrieval level was made, after a draft had taken its time.
+
+        ``hidden``: while something else was waited for.
+        """
         self.steps.add(tokens, seconds)
-        cost = seconds if self.draft_cost is None else self.draft_cost
+        cost = seconds + drafting if self.draft_cost is None else self.draft_cost
         if hidden:
             self._hidden += cost
         else:

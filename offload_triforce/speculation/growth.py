@@ -150,6 +150,7 @@ class Middle:
         started = time.perf_counter()
         tree, text = self._tree, self._text
         guesses = self._ask_draft(leaves)
+        drafted = time.perf_counter()
         line = [leaves[0]]
         for guess in guesses:
             line.append(line[-1].follower(guess.token))
@@ -166,9 +167,9 @@ class Middle:
             self._guess_after(leaf)
         if guesses:
             self._judge_draft(line, len(guesses))
-        seconds = time.perf_counter() - started
-        self.pace.step(len(nodes), seconds, hidden)
-        self.stats.add_step(len(nodes), seconds, hidden)
+        ended = time.perf_counter()
+        self.pace.step(len(nodes), ended - drafted, drafted - started, hidden)
+        self.stats.add_step(ended - started, hidden)
         return True
 
     def _ask_draft(self, leaves: list[Node]) -> list[Guess]:

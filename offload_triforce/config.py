@@ -9,7 +9,7 @@ from typing import Any
 
 from offload_triforce.errors import InputError
 
-DEFAULT_BUDGET = 4096
+DEFAULT_BUDGET = 8192
 RULES = ("coupled", "resampled")
 BITS = (4, 8, 16)
 
@@ -20,7 +20,7 @@ class Settings:
 
     Attributes:
         context: most tokens of prompt and answer together; None takes what each request needs.
-        budget: tokens in the retrieval cache, per KV head and layer; None is 4096, or a quarter of a short context.
+        budget: tokens in the retrieval cache, per KV head and layer; None is 8192, or a quarter of a short context.
         gamma: longest path of guesses per pass over the full cache (gamma2 in the paper); 0 decodes plainly.
         gamma1: most guesses of the draft per step of the retrieval level.
         tree: most guesses per pass, over all paths; None is four times gamma, or gamma without branches.
@@ -87,7 +87,9 @@ class Settings:
         if self.draft_cost is not None and not self.draft_cost > 0:
             raise InputError(f"draft_cost must be greater than 0, not {self.draft_cost}")
         if self.tree is not None and self.tree < self.gamma:
-            raise InputError(f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it")
+            raise InputError(
+                f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it"
+            )
         if not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
         if self.link_gbps is not None and not self.link_gbps > 0:

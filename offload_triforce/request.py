@@ -208,7 +208,7 @@ def _refuse(
     for name in _CACHES:
         past = model_kwargs.get(name)
         if past is not None and past.get_seq_length() > 0:
-            raise InputError(f"{name} that hold tokens are not supported; pass the whole text as token ids")
+            raise InputError("a cache that holds tokens is not supported; pass the whole text as token ids")
     for name, value in model_kwargs.items():
         empty = value is None or (isinstance(value, dict) and not value)  # of images that are not there
         if not empty and name not in _KNOWN_INPUTS:

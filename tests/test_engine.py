@@ -87,10 +87,10 @@ def test_settings_from_mapping():
 
 
 @pytest.mark.parametrize(
-    ("context", "budget"), [(100, 80), (2000, 500), (16384, 4096), (131072, 4096)], ids=lambda n: str(n)
+    ("context", "budget"), [(100, 80), (2000, 500), (32768, 8192), (131072, 8192)], ids=lambda n: str(n)
 )
 def test_default_budget(context, budget):
-    """A quarter of a short context, 4096 of a long one, and never less than sink, recent window and a chunk."""
+    """A quarter of a short context, 8192 of a long one, and never less than sink, recent window and a chunk."""
     assert Settings().budget_for(context) == budget
 
 

@@ -209,7 +209,7 @@ def test_filled_cache_is_refused(model):
     assert read(model, past_key_values=past).max_new_tokens == DEFAULT_NEW_TOKENS
     with torch.no_grad():
         model(PROMPT[:, :4], past_key_values=past, use_cache=True)
-    with pytest.raises(InputError, match="past_key_values that hold tokens are not supported"):
+    with pytest.raises(InputError, match="a cache that holds tokens is not supported"):
         read(model, past_key_values=past)
 
 

@@ -17,8 +17,7 @@ from offload_triforce.planner.machine import Machine, this_machine
 from offload_triforce.planner.predict import DRAFT_ACCEPTANCE, Assumed, assumed_acceptance, predict_target, round_time
 
 LEAST_BUDGET = 1024
-# Longer chains have not been measured, and guesses are less independent than the model of them says.
-GAMMAS = (6, 8, 12, 16, 24, 32)
+GAMMAS = (6, 8, 12, 16, 24, 32, 48)
 GAMMA1S = (2, 4, 6)
 # Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
 RESERVE = 0.02
@@ -102,16 +101,19 @@ def _gammas(
     rates: Assumed,
 ) -> Settings:
     """The settings with those guesses per pass and per step that take the least time per token."""
-    gammas = (settings.gamma,) if "gamma" in fixed else GAMMAS
+    gammas = (
+        (settings.gamma,) if "gamma" in fixed else [g for g in GAMMAS if g <= (settings.tree or g)] or [settings.tree]
+    )
     gamma1s = (settings.gamma1,) if "gamma1" in fixed else GAMMA1S if draft_kind != "none" else (0,)
     if draft is not None:  # see check_draft
-        gammas = [g for g in gammas if settings.draft_cache >= 2 * (settings.draft_sink + g + 2)] or gammas[:1]
+        gamma1s = [g for g in gamma1s if settings.draft_cache >= 2 * (settings.draft_sink + g + 2)] or gamma1s[:1]
     best, least = replace_settings(settings, {"gamma": gammas[0], "gamma1": gamma1s[0]}), math.inf
     if len(gammas) * len(gamma1s) == 1:
         return best
     for gamma in gammas:
         # How much is resident hardly moves the best gammas, so they are sought before.
-        passing = predict_target(model, replace_settings(settings, {"gamma": gamma}), context, machine, gamma + 1, True)
+        tried = replace_settings(settings, {"gamma": gamma})
+        passing = predict_target(model, tried, context, machine, tried.block, settings.refresh)
         for gamma1 in gamma1s:
             tried = replace_settings(settings, {"gamma": gamma, "gamma1": gamma1})
             took = round_time(model, tried, context, machine.speeds, rates, draft, passing).ms_per_token

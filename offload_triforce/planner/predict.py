@@ -102,7 +102,7 @@ def predict_target(
     plan = make_plan(model.layout, settings, context)
     if plan is None:  # nothing is streamed
         return PassTime(_resident_step(model, settings, context, machine.speeds, tokens, LAUNCH), 0.0, 0.0)
-    tail = make_shape(settings, context).tail_needed(settings.gamma + 1)
+    tail = make_shape(settings, context).tail_needed(settings.news)
     tiles = max(0, context - tail) // plan.tile_tokens
     work = pass_work(model, plan, machine.speeds, tokens, refresh)
     # Bandwidths are those of copies of a tile's size, so what a copy costs beside its bytes is in them already.
@@ -113,11 +113,14 @@ def _resident_step(
     model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int, launch: float
 ) -> float:
     """A step over caches that lie on the device: windows, and the retrieval cache."""
-    held = settings.budget_for(context)
+    held = make_shape(settings, context)
     layout, seconds = model.layout, 0.0
     for index, shape in enumerate(layout.layers):
-        reach = held if shape.window is None else min(shape.window, context)
-        seconds += layer_seconds(model, speeds, tokens) + speeds.seconds(reach * layout.token_bytes(index))
+        reach = held.near(0, 0) if shape.window is None else min(shape.window, context)
+        size = reach * layout.token_bytes(index)
+        if shape.window is None:
+            size += shape.kv_heads * held.chosen_bytes(shape.head_dim, layout.dtype.itemsize)
+        seconds += layer_seconds(model, speeds, tokens) + speeds.seconds(size)
     seconds += speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens)
     return max(seconds, len(layout.layers) * PER_LAYER * launch)
 
@@ -125,14 +128,14 @@ def _resident_step(
 def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Speeds) -> float:
     """A step of the retrieval level: the weights and the retrieval cache are read once."""
     launch = REPLAY if settings.graphs else LAUNCH
-    return _resident_step(model, settings, context, speeds, settings.gamma1 + 1, launch)
+    return _resident_step(model, settings, context, speeds, settings.width + settings.gamma1, launch)
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
     """All guesses of a draft model for one step of the retrieval level; look-up in the text costs nothing here."""
     if draft is None:
         return 0.0
-    reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1)
+    reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1, bits=16)
     launch = REPLAY if settings.graphs else LAUNCH
     return settings.gamma1 * _resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
 
@@ -183,6 +186,6 @@ def predict(
 ) -> Prediction:
     """Prefill, plain decoding and decoding through the hierarchy at a text of ``context`` tokens."""
     plain = predict_target(model, settings, context, machine, 1, refresh=False)
-    passing = predict_target(model, settings, context, machine, settings.gamma + 1, refresh=settings.gamma > 0)
+    passing = predict_target(model, settings, context, machine, settings.block, settings.refresh and settings.gamma > 0)
     timing = round_time(model, settings, context, machine.speeds, assumed, draft, passing)
     return Prediction(timing, passing, plain, prefill_seconds(model, settings, context, machine), assumed)

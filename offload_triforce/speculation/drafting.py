@@ -67,9 +67,7 @@ class Drafting:
         self._accepted[self._kind] += accepted
         self._judged[self._kind] += min(proposed, accepted + 1)
 
-    def _count(
-        self, kind: str, limit: int, step_cost: Callable[[int], float], costs: Costs
-    ) -> tuple[float, int]:
+    def _count(self, kind: str, limit: int, step_cost: Callable[[int], float], costs: Costs) -> tuple[float, int]:
         """How fast the retrieval level gets ahead with the best number of guesses, and that number."""
         rate = self._accepted[kind] / self._judged[kind]
         alone, ahead, reached = 1 / max(step_cost(0), 1e-9), 1.0, 1.0

@@ -138,7 +138,10 @@ class Middle:
         unread = (
             node
             for node in tree.guesses
-            if node.candidates is None and node.depth < self._deepest and node.reach > least and not self.ended(node.token)
+            if node.candidates is None
+            and node.depth < self._deepest
+            and node.reach > least
+            and not self.ended(node.token)
         )
         return heapq.nlargest(width, unread, key=lambda node: node.reach)
 

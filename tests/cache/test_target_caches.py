@@ -153,7 +153,12 @@ class TargetRig:
             return
         tree, nodes = self.tree, [self.tree.root]
         for node in tree.guesses:
-            if len(nodes) < min(count, BLOCK) and node.parent in nodes and node.depth <= GAMMA and self.chance.random() < 0.8:
+            if (
+                len(nodes) < min(count, BLOCK)
+                and node.parent in nodes
+                and node.depth <= GAMMA
+                and self.chance.random() < 0.8
+            ):
                 nodes.append(node)
 
         def idle():
@@ -176,9 +181,7 @@ class TargetRig:
         self.target.commit(kept)
         kv_text = self.kv_text
         self.refreshed = len(kv_text) - len(nodes)
-        kv_text.kv = torch.cat(
-            [kv_text.kv[:, :, :, : self.refreshed], *(self.pending[node] for node in path)], dim=3
-        )
+        kv_text.kv = torch.cat([kv_text.kv[:, :, :, : self.refreshed], *(self.pending[node] for node in path)], dim=3)
         kv_text.pending = 0
         self.check()
 
@@ -202,7 +205,9 @@ class TargetRig:
             place, whole = caches.place[layer], kv_text.kv[layer]
             known = window is None and bool(caches.retrieval.chosen[place, 0, 0] >= 0)
             output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
-            self.compare(output, queries[layer], whole[:, :, :length], layer, window, nodes, self.pending, length, positions)
+            self.compare(
+                output, queries[layer], whole[:, :, :length], layer, window, nodes, self.pending, length, positions
+            )
             if window is None and self.choosing == "each pass":
                 tail, seen = caches.full.tiled, torch.from_numpy(sight(nodes))
                 assert_best_choice(caches.retrieval, place, queries[layer], whole, tail, length, known, seen)

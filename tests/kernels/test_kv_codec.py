@@ -182,7 +182,9 @@ def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows
     for count, length in ((slots, None), (max(1, slots - 1), None), (None, tokens)):
 
         def eager(state, count=count, length=length):
-            key, value = (x.to(dtype) for x in (decode_keys(coded, count or slots), decode_values(coded, count or slots)))
+            key, value = (
+                x.to(dtype) for x in (decode_keys(coded, count or slots), decode_values(coded, count or slots))
+            )
             newest = None
             if length is not None:
                 newest = Newest(torch.ones(1, 1, dtype=torch.bool, device=device), length=length)
@@ -237,7 +239,9 @@ def test_offsets_past_two_to_the_31(kv_codec, device, arena):
         state = kv_codec.attention_update(state, packed, coded, Rule(0.2), slots)
         outputs.append(verify_attention.attention_finish(state, heads, torch.float32))
     assert torch.equal(*outputs)
-    assert torch.equal(kv_codec.decode_keys(far, slots, torch.float32), kv_codec.decode_keys(near, slots, torch.float32))
+    assert torch.equal(
+        kv_codec.decode_keys(far, slots, torch.float32), kv_codec.decode_keys(near, slots, torch.float32)
+    )
 
 
 @given(

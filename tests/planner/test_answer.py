@@ -63,7 +63,7 @@ def test_the_papers_single_4090(llama):
         vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12
     )
     draft = shape_of(small, torch.float16)
-    settings = Settings(budget=8192, gamma=12, gamma1=2, resident=0.0)
+    settings = Settings.triforce(budget=8192, resident=0.0)
     card = of_card(find_card("RTX 4090"))
     told = predict(llama, settings, 130048, card, Assumed(0.925, 0.6), draft)
     assert told.round.ms_per_token == pytest.approx(312, rel=0.2)
@@ -156,7 +156,7 @@ def test_a_shorter_context_is_suggested_to_the_last_1024(llama):
 
 def test_a_budget_or_share_that_is_too_large_gets_a_smaller_one(llama):
     rows = suggest(ask(llama, budget=65536, ram=None))
-    assert [row["option"] for row in rows if row["option"].startswith("--budget")] == ["--budget 8192"]
+    assert [row["option"] for row in rows if row["option"].startswith("--budget")] == ["--budget 32768"]
     rows = suggest(ask(llama, resident=0.9, ram=None))
     (row,) = [row for row in rows if row["option"].startswith("--resident")]
     assert 0 < float(row["option"].split()[1]) < 0.9

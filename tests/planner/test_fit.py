@@ -44,7 +44,7 @@ def shape(name):
 
 
 def by_hand(name, budget):
-    """Bytes on the card, nothing resident, 12 guesses: a few products that anybody can redo with a pencil."""
+    """Bytes on the card, nothing resident, 192 guesses, 4 bits: a few products that anybody can redo with a pencil."""
     millions, token, full, sliding = EXPECTED[name]
     hidden, inner, kv, window = WIDTHS[name]
     layer_token = 4 * kv
@@ -54,9 +54,12 @@ def by_hand(name, budget):
     total += 1024 * 2 * (3 * inner + 8 * hidden)
     if full:
         tile = 1 << int(min(16 * 2**20 / layer_token, CONTEXT / 4)).bit_length() - 1
-        total += (budget + tile + 64 + 80) * token + 2**27  # retrieval cache, tail, ring
+        chosen = 0.32 * (budget - 72)  # 4 of 16 bits, and what scales them
+        near = 72 + 8 + 49 + 2 * 192 + 13  # sink, recent window and a chunk; a pass' tokens; guesses, also those ahead
+        tail = tile + 72 + 49 + 49 + 193
+        total += (chosen + near + tail) * token + 2**27  # and the ring
     if sliding:
-        total += 1.25 * window * layer_token * sliding
+        total += (1.25 * window + 193 + 2 * 192 + 13) * layer_token * sliding
     return total
 
 
@@ -94,12 +97,14 @@ def test_planned_bytes_are_those_that_a_runtime_allocates(family, context):
     try:
         caches, device, host = runtime.caches, 0, 0
         if caches.window is not None:
-            device += caches.window.kv.nbytes
+            device += caches.window.kv.nbytes + caches.window.drafts.kv.nbytes
         if caches.full is not None:
             stream = caches.full.stream
             host = sum(tile.nbytes for tile in stream.store._places.values()) - stream.store._resident.nbytes
             parts = (stream.store._resident, stream._ring, caches.full.tail.kv)
-            parts += (caches.retrieval.kv, caches.retrieval.chosen, caches.retrieval.held)
+            retrieval = caches.retrieval
+            parts += (retrieval.kv, retrieval.chosen, retrieval.scores, retrieval.held)
+            parts += tuple(retrieval.store.coded)
             device += sum(part.nbytes for part in parts)
     finally:
         runtime.close()

@@ -66,7 +66,9 @@ def ngram(ids, count, shortest=2, longest=32, vocabulary=100):
 @pytest.mark.parametrize(
     ("ids", "shortest", "longest", "count", "expected"),
     [
-        pytest.param([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2, 32, 4, ("ngram 4", [9, 2, 3, 8]), id="longest wins over newest"),
+        pytest.param(
+            [1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2, 32, 4, ("ngram 4", [9, 2, 3, 8]), id="longest wins over newest"
+        ),
         pytest.param([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2, 2, 1, ("ngram 2", [8]), id="newest, of those that count"),
         pytest.param([1, 2, 3, 4, 5, 3], 2, 32, 4, (None, []), id="too short an ending"),
         pytest.param([1, 2, 3, 4, 5, 3], 1, 32, 2, ("ngram 2", [4, 5]), id="one token is enough if one says so"),

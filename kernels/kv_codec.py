@@ -1,7 +1,7 @@
 """Packed chunks in Triton: the twins of ``reference_codec``, and attention straight from the codes.
 
-A step of the retrieval level reads the codes once and unpacks them in registers, so that three times the tokens take the
-time of one. Both halves of the head dimension are worked on side by side, as the codes of a byte belong to one each.
+A step of the retrieval level reads the codes once and unpacks them in registers, so that three times the tokens take
+the time of one. Both halves of the head dimension are worked on side by side: a byte has a code of each.
 """
 
 # ruff: noqa: ANN001, ANN202 (the parameters of kernels are typed by Triton, at launch)
@@ -118,7 +118,7 @@ def _codes(base, token, dims, there, HALF: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _affine(codes, low, step, slot, dims, there, floor, unit, HALF: tl.constexpr, LEVELS: tl.constexpr):
-    """Keys from their codes: ``floor`` and ``unit`` (spread / 255) are those of one half, ``low`` and ``step`` begin there."""
+    """Keys from their codes: ``floor`` and ``unit`` (spread / 255) are of one half; ``low``, ``step`` begin there."""
     at = slot * 2 * HALF + dims
     least = floor + unit * tl.load(low + at, mask=there, other=0).to(tl.float32)
     return least + unit / LEVELS * tl.load(step + at, mask=there, other=0).to(tl.float32) * codes

@@ -31,8 +31,9 @@ class Settings:
         rule: "coupled" or "resampled", see ``speculation.rules``.
         refresh: choose anew for the retrieval cache in each pass; else once, after the prefill.
         ahead: go on guessing while a pass is under way.
-        chunk: tokens per retrieval chunk. bits: of each number in the retrieval cache's chosen chunks: 4, 8, or 16 for the
-            model's own dtype. Few bits make room for more tokens; what comes out is the same.
+        chunk: tokens per retrieval chunk.
+        bits: of each number in the retrieval cache's chosen chunks: 4, 8, or 16 for the model's own dtype. Few make
+            room for more tokens; what comes out is the same.
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
@@ -116,7 +117,7 @@ class Settings:
 
     @classmethod
     def triforce(cls, **changes: Any) -> Settings:
-        """The paper's own way, as the yardstick: chains of 12 guesses with 2 of the draft at a time, chunks chosen once.
+        """The paper's own way, as the yardstick: chains of 12 guesses, 2 of the draft at a time, chunks chosen once.
 
         ``changes``: other settings, such as the budget.
         """

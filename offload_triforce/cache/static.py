@@ -11,7 +11,6 @@ from torch import Tensor
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.kernels import ops
 
-
 # Takes what a step only reads into an attention, given the depths of its tokens and the counters.
 Read = Callable[[ops.RunningAttention, Tensor, Sequence[Tensor]], None]
 

@@ -6,7 +6,6 @@ import itertools
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 

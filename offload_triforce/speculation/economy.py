@@ -69,7 +69,7 @@ class Costs:
         return self.at(2) - self.at(1)
 
     def _fit(self) -> tuple[float, float]:
-        """Theil and Sen's estimator: the median of all slopes. One slow outlier, such as the first of its kind, is none."""
+        """Theil and Sen's estimator: the median of all slopes. A few slow outliers do not move it."""
         x, y = np.array(self._seen).T
         i, j = np.triu_indices(len(x), 1)
         apart = x[i] != x[j]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -74,7 +75,7 @@ class Middle:
         self._deepest = self._most = 0  # how far guesses may go for now, and how many there may be
 
     def propose(self, text: TokenText, limit: int) -> list[Node]:
-        """Grow the tree at the end of ``text`` and pick what the target is to judge, parents first: the root and guesses.
+        """Grow the tree at the end of ``text`` and pick what the target is to judge, parents first.
 
         ``limit``: tokens that may follow.
         """
@@ -205,7 +206,7 @@ class Middle:
     def _judge_draft(self, line: list[Node], proposed: int) -> None:
         """Count which of the draft's guesses came first, and forget those at the end that nobody wants."""
         accepted = 0
-        for parent, node in zip(line, line[1:], strict=False):
+        for parent, node in itertools.pairwise(line):
             if not parent.children or parent.children[0] is not node:
                 break
             accepted += 1

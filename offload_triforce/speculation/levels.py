@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,6 @@ from offload_triforce.model.adapter import run, to_device
 from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.pipeline import Leaving
-from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node, sight, tokens_of
 
 # When chunks are chosen for the retrieval cache: anew in each pass, once after the prefill, or not in passes at all.

@@ -1,8 +1,8 @@
 """How guesses are made and judged, so that what comes out has the judge's own distribution. Two rules, both exact.
 
 ``Coupling``: every place of the text has its own noise, and every level takes the token with the largest score plus
-noise there: an exact draw from its distribution (the Gumbel-max trick). Levels that nearly agree then nearly always take
-the same token, and which candidates a tree offers has no bearing on what comes out: the answer is the one that
+noise there: an exact draw from its distribution (the Gumbel-max trick). Levels that nearly agree then nearly always
+take the same token, and which candidates a tree offers has no bearing on what comes out: the answer is the one that
 plain decoding gives with the same seed, token for token. Greedy decoding is the case without noise.
 
 ``Resampling``: candidates are drawn without replacement, and accepted or resampled one after the other, the rule of

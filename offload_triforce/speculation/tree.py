@@ -121,7 +121,7 @@ def prefix_of(text: TokenText, node: Node) -> Tensor:
 
 
 def sight(nodes: Sequence[Node], before: Sequence[Node] = ()) -> np.ndarray:
-    """Who sees whom: bool [T, M + T], whether each of the T ``nodes`` sees the M nodes ``before``, and the T themselves.
+    """Who sees whom: bool [T, M + T], whether each of the T ``nodes`` sees the M ``before``, and the T themselves.
 
     A node sees itself and what it follows.
     """

@@ -58,7 +58,7 @@ def filled(device, heads, slots, chunk, dim, bits, dtype=torch.float32):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("chunk", "dim"), [(8, 64), (4, 128), (7, 80), (1, 16)])
 def test_error_is_half_a_step(bits, chunk, dim):
-    """Of the range of the chunk's channel (keys; a little more for the range's own rounding), or of the token (values)."""
+    """Of the range of the chunk's channel (keys; a little more for the range's own rounding), or of the token."""
     coded, (key, value) = filled("cpu", 2, 5, chunk, dim, bits)
     levels = 2**bits - 1
     ranges = key.unflatten(1, (5, chunk)).amax(2, keepdim=True) - key.unflatten(1, (5, chunk)).amin(2, keepdim=True)

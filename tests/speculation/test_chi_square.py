@@ -117,7 +117,7 @@ SETUPS = {
 }
 
 
-# The normal run has one of each draft and of each way, and of each kind of warping, penalty and end; others take minutes.
+# One of each draft and of each way, and of each kind of warping, penalty and end; the others take minutes.
 USUAL = ("self, penalty", "self, two layers", "ngram", "ngram, texts that end", "none, ahead")
 
 

@@ -219,7 +219,7 @@ class Pair:
         self.text.append([self.chance.randrange(VOCABULARY)])
 
     def one_pass(self, gamma, gamma1):
-        """Steps of level 1 until it has ``gamma`` guesses, now and then on another branch; then the target's verdict."""
+        """Steps of level 1 until it has ``gamma`` guesses, now and then on another branch; then a verdict."""
         start = len(self.text)
         while len(self.text) < start + gamma:
             before = len(self.text)

@@ -1,15 +1,15 @@
 """Exactness by enumeration: the real hierarchy, run once for every outcome of every accept and every draw.
 
-The levels are toys with fixed random distributions; what grows trees, judges, accepts, resamples, counts and cuts is the
-code under test. No sampling error: the output distribution is summed up exactly and compared to the target's.
+The levels are toys with fixed random distributions; what grows trees, judges, accepts, resamples, counts and cuts is
+the code under test. No sampling error: the output distribution is summed up exactly and compared to the target's.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import toys
 import torch
+import toys
 from speculation_toys import distribution_of, walks
 from toys import Case, Scores
 

@@ -2,7 +2,8 @@
 
 Keys of neighbouring tokens differ little in each channel, less than channels differ among each other or than one
 token's channels do: so each chunk has a range per channel. Values have a range per token. Both are affine: low +
-step * code. The keys' ranges are themselves held in 8 bits, as shares of a fixed range per channel (``floor``, ``spread``).
+step * code. The keys' ranges are themselves held in 8 bits, as shares of a fixed range per channel (``floor``,
+``spread``).
 With chunks of 8 tokens and D = 128, 4 bits take 5.1 bits per number in all, and 8 bits 9.1.
 
 Shapes as in ``reference``; k is slots. A byte of 4-bit codes holds channel d in its low half and d + D/2 in its high.

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from offload_triforce.cli_common import build_settings, guarded, notes
+from offload_triforce.cli_common import build_settings, check_folders, guarded, notes
 from offload_triforce.errors import InputError
 
 bench = typer.Typer(help="Measure, and say on what.", no_args_is_help=True)
@@ -64,6 +64,56 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*cells, f"{row['pass_s']:.3f}", f"{row['pass_over_link']:.3f}", f"{row['bytes_over_needed']:.3f}"]
 
 
+@bench.command()
+@guarded
+def speculation(
+    model: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; smollm2 (6K) and qwen-coder (24K, slow).")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="May be repeated: explain, continue, edit, question, chat; all by default.")
+    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="May be repeated; 0, 0.6 and 1 by default.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Length of an answer.")] = 96,
+    runs: Annotated[int, typer.Option(min=1, help="Answers per task at temperatures above 0.")] = 2,
+    tokens: Annotated[
+        int | None, typer.Option(min=512, help="Length of the texts; each model's own by default.")
+    ] = None,
+    draft_cost: Annotated[
+        float, typer.Option(help="What a step of the retrieval level costs, in passes: how far to guess follows.")
+    ] = 0.01,
+    levers: Annotated[bool, typer.Option(help="Also each lever alone, and all but that.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Keep the JSON here, as far as it is, text by text.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw it (needs matplotlib).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Tokens per pass on real tasks, against TriForce's own setting with the same memory, in the same run."""
+    settings = build_settings(None, draft_cost=draft_cost)
+    if temperature and min(temperature) < 0:
+        raise InputError(f"--temperature must not be negative, not {min(temperature):g}")
+    check_folders(out, png)
+    from offload_triforce.bench.speculation import MODELS, TEMPERATURES, Plan, bench_speculation
+    from offload_triforce.bench.speculation_report import draw, table
+    from offload_triforce.bench.tasks import TASKS, find_task
+
+    tasks = [find_task(name) for name in dict.fromkeys(task)] if task else TASKS
+    plan = Plan(tasks, temperature or TEMPERATURES, new_tokens, runs, tokens, levers)
+
+    def keep(report: dict[str, Any]) -> None:
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1))
+
+    report = bench_speculation(
+        model or list(MODELS)[:1], plan, settings, lambda line: notes.print(line, style="dim"), keep
+    )
+    if png is not None:
+        draw(report, png)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        Console().print(table(report))
+
+
 @guarded
 def trace(
     out: Annotated[Path, typer.Option(help="Where the trace goes; open it in ui.perfetto.dev.")] = Path("trace.json"),
@@ -80,9 +130,7 @@ def trace(
     settings = build_settings(None, tile=tile, ring=ring, resident=resident)
     if link_gbps <= 0:
         raise InputError(f"--link-gbps must be greater than 0, not {link_gbps:g}")
-    for path in (out, png):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"the folder of {path} does not exist; create it first")
+    check_folders(out, png)
     from offload_triforce.bench.pipeline import make_subject
     from offload_triforce.bench.timeline import draw, trace_pass, utilisation
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -41,6 +42,13 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse files that could not be written, before the work starts."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"the folder of {path} does not exist; create it first")
 
 
 def build_settings(config: str | None, **options: Any) -> Any:

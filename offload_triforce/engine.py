@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +12,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from offload_triforce.answer import Generation, TextStream
-from offload_triforce.cache.streaming import StreamingCache
-from offload_triforce.checks import check_context, check_draft, check_length, check_same_tokens
+from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
+from offload_triforce.drafts import BOTH, DraftChoice, Drafts
 from offload_triforce.errors import InputError
 from offload_triforce.model.adapter import attached
-from offload_triforce.model.graphs import StepGraphs, make_graphs
-from offload_triforce.model.layout import ModelLayout, probe
+from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.prefill import Progress
-from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime, on
-from offload_triforce.speculation.draft import Draft, ModelDraft, NgramDraft, static_view
 from offload_triforce.speculation.rules import Coupling, Noise, Resampling, Rule
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
@@ -46,7 +42,7 @@ class TriForce:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        draft: PreTrainedModel | str | None = "ngram",
+        draft: DraftChoice = "ngram",
         draft_tokenizer: PreTrainedTokenizerBase | None = None,
         settings: Settings | None = None,
         **changes: Any,
@@ -56,7 +52,8 @@ class TriForce:
         Args:
             model: a transformers decoder, on one device. tokenizer: of both models.
             draft: a small model with the same vocabulary, "ngram" (look-up in the text), "self" (the target's
-                own weights over a streaming cache) or "none".
+                own weights over a streaming cache) or "none"; "ngram+self" or ("ngram", small model) takes whichever
+                serves better from guess to guess.
             draft_tokenizer: checked against ``tokenizer``.
             settings: how to run; single ones may be given by name, as ``budget=2048``.
 
@@ -67,19 +64,10 @@ class TriForce:
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
         self.layout = probe(model)
-        if draft is not None and draft not in ("ngram", "self", "none") and not isinstance(draft, PreTrainedModel):
-            raise InputError(f"unknown draft {draft!r}; use a loaded model, 'ngram', 'self' or 'none'")
-        self._draft = model if draft == "self" else draft
-        self._draft_layout: ModelLayout | None = None
-        if isinstance(self._draft, PreTrainedModel):
-            self._draft_layout = self.layout if draft == "self" else probe(self._draft)
-            check_same_tokens(model, tokenizer, self._draft, draft_tokenizer)
-            check_draft(self._draft_layout, self.layout, self.settings)
-            self._turner = KeyTurner(self._draft)
+        self._drafts = Drafts(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
-        self._small: tuple[StreamingCache, StepGraphs | None] | None = None  # what the draft model works with
         self._ticket: object = None  # of the answer that the caches belong to
 
     @classmethod
@@ -96,7 +84,7 @@ class TriForce:
         """Load by name: hub id, folder, or GGUF file.
 
         Args:
-            model: the target. draft: likewise, or "ngram", "self", "none".
+            model: the target. draft: likewise, or "ngram", "self", "none"; "ngram+" before a model takes both.
             dtype: "auto", "float32", "bfloat16" or "float16"; of the weights and of the KV cache.
             device: "auto", "cuda", "cuda:N" or "cpu".
             quantize: "nf4" or "int8" weights (bitsandbytes); the KV cache keeps ``dtype``.
@@ -111,10 +99,10 @@ class TriForce:
         if settings.context is not None:
             check_context(settings.context, max_positions(model))
         target, tokenizer = load_model(model, kind, where, quantize)
-        if draft in ("ngram", "self", "none"):
+        if draft in ("ngram", "self", "none", f"{BOTH}self"):
             return cls(target, tokenizer, draft, settings=settings)
-        small, draft_tokenizer = load_model(draft, kind, where)
-        return cls(target, tokenizer, small, draft_tokenizer, settings)
+        small, draft_tokenizer = load_model(draft.removeprefix(BOTH), kind, where)
+        return cls(target, tokenizer, ("ngram", small) if draft.startswith(BOTH) else small, draft_tokenizer, settings)
 
     def generate(
         self,
@@ -198,7 +186,7 @@ class TriForce:
 
     def close(self) -> None:
         """Give the caches back."""
-        self._small = None
+        self._drafts.close()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = self._ticket = None
@@ -245,34 +233,6 @@ class TriForce:
             return Resampling(sampler, RandomChoices(seed, device))
         return Coupling(sampler, Noise(seed, len(request.prompt), sampler.vocabulary, device))
 
-    def _make_drafts(self, rule: Rule) -> list[Draft]:
-        if self._draft == "ngram":
-            return [NgramDraft(self.layout.vocabulary)]
-        if not isinstance(self._draft, PreTrainedModel):
-            return []
-        if self._small is None:
-            with torch.inference_mode(False):
-                self._small = self._make_small(self._draft, self._draft_layout)
-        cache, graphs = self._small
-        cache.reset()
-        return [ModelDraft(self._draft, cache, rule, graphs)]
-
-    def _make_small(self, model: PreTrainedModel, layout: ModelLayout) -> tuple[StreamingCache, StepGraphs | None]:
-        settings, shape = self.settings, layout.layers[0]
-        cache = StreamingCache(
-            len(layout.layers),
-            shape.kv_heads,
-            shape.head_dim,
-            settings.draft_cache,
-            settings.draft_sink,
-            self._turner.turn,
-            layout.dtype,
-            layout.device,
-        )
-        if not settings.graphs:
-            return cache, None
-        return cache, make_graphs(model, layout, partial(static_view, cache), settings.gamma1 + 1)
-
     def _check_ticket(self, ticket: object) -> None:
         if self._ticket is not ticket:
             raise InputError("this answer was given up: its engine has been closed or asked for another since")
@@ -290,11 +250,10 @@ class TriForce:
     ) -> Iterator[list[int]]:
         self._check_ticket(ticket)  # before the draft's cache is touched
         rule = self._make_rule(request, seed)
-        draft = self._draft if isinstance(self._draft, PreTrainedModel) else None
         steps = runtime.decode(
             text,
             request.max_new_tokens,
-            self._make_drafts(rule),
+            self._drafts.make(rule),
             rule,
             stats,
             stop=lambda text, start: request.cut(text.ids, start),
@@ -305,7 +264,12 @@ class TriForce:
         with contextlib.closing(steps):
             while True:
                 self._check_ticket(ticket)
-                with on(self.layout.device), attached(self.model, draft), torch.inference_mode(False), torch.no_grad():
+                with (
+                    on(self.layout.device),
+                    attached(self.model, self._drafts.model),
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                ):
                     tokens = next(steps, None)
                 if tokens is None:
                     return

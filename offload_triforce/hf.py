@@ -10,6 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from offload_triforce.config import Settings
+from offload_triforce.drafts import DraftChoice
 from offload_triforce.engine import TriForce
 from offload_triforce.request import capture
 
@@ -21,7 +22,7 @@ def triforce_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     triforce_settings: Settings | None = None,
-    triforce_draft: PreTrainedModel | str = "ngram",
+    triforce_draft: DraftChoice = "ngram",
     triforce_streamer: BaseStreamer | None = None,
     triforce_seed: int | None = None,
     **model_kwargs: Any,
@@ -31,7 +32,7 @@ def triforce_generate(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from ``generate``.
         triforce_settings: how to run.
-        triforce_draft: a small model, "ngram", "self" or "none".
+        triforce_draft: a small model, "ngram", "self" or "none", or two together as in ``TriForce``.
         triforce_streamer: a streamer (``generate`` does not hand its own ``streamer=`` on to callables).
         triforce_seed: of the draws; None takes one from torch's global generator.
 

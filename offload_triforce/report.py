@@ -37,7 +37,8 @@ def summary(stats: DecodeStats) -> list[str]:
         f"{stats.tokens_per_pass:.2f} tokens per pass",
         f"first token after {stats.ttft_s:.1f} s (prefill {stats.prefill_s:.1f} s), then "
         f"{stats.ms_per_token:.0f} ms/token",
-        f"accepted guesses: {accepted}",
+        f"accepted guesses: {accepted}; guessing took {stats.draft_s:.1f} s, of which passes hid "
+        f"{percent(stats.hidden_share)}",
         f"link: {stats.link_bytes_per_token / 1e6:.1f} MB/token; the full KV cache has "
         f"{stats.full_kv_bytes / 1e6:.1f} MB" + (f", {saved:.1f}x as much" if saved else ""),
     ]
@@ -60,6 +61,8 @@ def comparison(runs: dict[str, DecodeStats]) -> Table:
         "passes over the full cache": lambda s: f"{s.passes}",
         "tokens per pass": lambda s: f"{s.tokens_per_pass:.2f}",
         "accepted from draft / retrieval": lambda s: f"{percent(s.draft.rate)} / {percent(s.retrieval.rate)}",
+        "guesses per pass": lambda s: f"{s.nodes / s.passes:.1f}" if s.passes else "-",
+        "guessing, s (hidden by passes)": lambda s: f"{s.draft_s:.1f} ({percent(s.hidden_share)})",
         "link MB per token": lambda s: f"{s.link_bytes_per_token / 1e6:.1f}",
         "full KV cache, MB": lambda s: f"{s.full_kv_bytes / 1e6:.1f}",
         "time to first token, s": lambda s: f"{s.ttft_s:.1f}",

@@ -85,6 +85,11 @@ class DecodeStats:
         """Decoding time (prefill apart) per new token."""
         return 1e3 * self.decode_s / self.new_tokens if self.new_tokens else 0.0
 
+    @property
+    def hidden_share(self) -> float | None:
+        """Share of the guessing time during which a pass was under way; None if there was no guessing."""
+        return self.ahead_s / self.draft_s if self.draft_s else None
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, under the names of the JSON report."""
         return {
@@ -103,6 +108,8 @@ class DecodeStats:
             "decode_s": self.decode_s,
             "draft_s": self.draft_s,
             "ahead_s": self.ahead_s,
+            "hidden_share": self.hidden_share,
+            "guesses": self.nodes,
             "steps": self.steps,
             "steps_ahead": self.steps_ahead,
             "ms_per_token": self.ms_per_token,

@@ -14,7 +14,7 @@ RANKS = [
     {"cache"},
     {"model"},
     {"speculation"},
-    {"detokenize", "memory", "request", "runtime", "checks", "answer", "fetch"},
+    {"detokenize", "memory", "request", "runtime", "checks", "drafts", "answer", "fetch"},
     {"planner"},
     {"engine"},
     {"hf", "prompt"},

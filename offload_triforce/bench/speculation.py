@@ -21,11 +21,24 @@ from offload_triforce.stats import DecodeStats
 TEMPERATURES = (0.0, 0.6, 1.0)
 # The paper's 4096 tokens of 128K.
 SHARE = 32
+# Shorter texts leave the yardstick no chunks to choose.
+LEAST = 4096
 # What a step of level 1 costs, in passes. About that of Llama-2-7B in 16 bits at 128K on an RTX 4090: its weights and
 # the retrieval cache take 16 ms at 1 TB/s, its KV cache 2.7 s at 25 GB/s.
 DRAFT_COST = 0.01
 
+# What distinguishes ours from the yardstick, by the settings that do it.
+LEVERS = {
+    "long chains": ("gamma", "gamma1", "adaptive"),
+    "trees": ("branches", "width", "tree"),
+    "coupling": ("rule",),
+    "refresh": ("refresh",),
+    "packed chunks": ("bits",),
+    "guessing ahead": ("ahead",),
+}
+
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,17 @@ MODELS = {"smollm2": BenchModel("smollm2", 6000), "qwen-coder": BenchModel("qwen
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: tasks and temperatures, ``runs`` answers of ``new_tokens`` each (one where nothing is drawn)."""
+    """What is run: tasks and temperatures, ``runs`` answers of ``new_tokens`` each (one where nothing is drawn).
+
+    ``tokens``: length of the texts; None takes each model's own. ``levers``: see ``make_ways``.
+    """
 
     tasks: Sequence[Task]
     temperatures: Sequence[float]
     new_tokens: int
     runs: int
+    tokens: int | None = None
+    levers: bool = False
 
 
 def yardstick(tokens: int, **changes: Any) -> Settings:
@@ -55,81 +73,109 @@ def yardstick(tokens: int, **changes: Any) -> Settings:
 
 
 def equal_memory(settings: Settings, reference: Settings, head_dim: int) -> Settings:
-    """``settings`` with a budget that takes no more memory than that of ``reference``, both with a model in 16 bits."""
+    """``settings`` with a budget that takes no more memory than that of ``reference``, both with a model in 16 bits.
 
-    def chosen(s: Settings, budget: int) -> int:
-        return (budget - s.sink - s.recent) // s.chunk
-
-    slots = chosen(reference, reference.budget)
+    What guesses take while they are judged is not counted: it does not grow with the text. See ``memory``.
+    """
+    slots = _slots(reference)
     room = slots * slot_bytes(reference.chunk, head_dim, reference.bits, 2)
     slots = room // slot_bytes(settings.chunk, head_dim, settings.bits, 2)
     return replace_settings(settings, {"budget": settings.sink + settings.recent + slots * settings.chunk})
+
+
+def _slots(settings: Settings) -> int:
+    return (settings.budget - settings.sink - settings.recent) // settings.chunk
+
+
+def memory(settings: Settings, head_dim: int) -> dict[str, int]:
+    """Bytes of the retrieval cache per layer and KV head, with a model in 16 bits: what it holds, room for guesses."""
+    token = 2 * head_dim * 2
+    held = _slots(settings) * slot_bytes(settings.chunk, head_dim, settings.bits, 2)
+    held += (settings.sink + settings.recent) * token
+    return {"budget": settings.budget, "held_bytes": held, "guess_bytes": settings.drafts * token}
+
+
+def make_ways(settings: Settings, reference: Settings, head_dim: int, levers: bool) -> dict[str, Settings]:
+    """Settings by name: "triforce" and "ours"; with ``levers``, each lever alone ("only ...") and left out ("no ...").
+
+    All get the memory of ``reference``.
+    """
+    ways = {"triforce": reference, "ours": settings}
+    for lever, names in LEVERS.items() if levers else ():
+        for name, base, other in ((f"only {lever}", reference, settings), (f"no {lever}", settings, reference)):
+            ways[name] = replace_settings(base, {setting: getattr(other, setting) for setting in names})
+    return {name: equal_memory(way, reference, head_dim) for name, way in ways.items()}
 
 
 def bench_speculation(
     models: Sequence[str],
     plan: Plan,
     settings: Settings,
-    tokens: int | None = None,
     say: Say = lambda line: None,
-    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    keep: Keep = lambda report: None,
 ) -> dict[str, Any]:
     """Run the matrix.
 
     Args:
         models: of MODELS. plan: what is run. settings: our way; its budget is set to equal memory.
-        tokens: length of the texts; None takes each model's own.
-        say: told what is going on. keep: given the report so far after each cell.
+        say: told what is going on. keep: given the report so far after each text.
 
     Returns:
-        For JSON: ``machine``, ``cells`` and ``mean_ratio`` over those that did not fall into loops.
+        For JSON: ``machine``, ``cells``, and the means over those that did not fall into loops, such as ``mean_ratio``.
+
+    Raises:
+        InputError: before anything is read.
     """
-    report: dict[str, Any] = {"machine": describe_machine(), "draft_cost": settings.draft_cost, "cells": []}
     for name in models:
         if name not in MODELS:
             raise InputError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
-        _run_model(MODELS[name], plan, settings, tokens, say, keep, report)
+        tokens = plan.tokens or MODELS[name].tokens
+        if yardstick(tokens).budget < 2 * settings.recent:
+            raise InputError(f"texts of {tokens:,} tokens are too short to compare on; take at least {LEAST:,}")
+    report: dict[str, Any] = {"machine": describe_machine(), "draft_cost": settings.draft_cost, "cells": []}
+    for name in models:
+        _run_model(MODELS[name], plan, settings, say, lambda: keep(report), report)
     return report
 
 
 def _run_model(
-    model: BenchModel,
-    plan: Plan,
-    settings: Settings,
-    tokens: int | None,
-    say: Say,
-    keep: Callable[[dict[str, Any]], None],
-    report: dict[str, Any],
+    model: BenchModel, plan: Plan, settings: Settings, say: Say, keep: Callable[[], None], report: dict[str, Any]
 ) -> None:
     say(f"{model.name}: loading")
-    engine = TriForce.load(fetch_model(model.name), dtype="float32")
-    asked = prompts(engine.tokenizer, plan.tasks, tokens or model.tokens)
-    reference = yardstick(tokens or model.tokens, draft_cost=settings.draft_cost)
-    ours = equal_memory(settings, reference, engine.layout.layers[0].head_dim)
-    ways = {"triforce": reference, "ours": ours}
-    report.setdefault("settings", {})[model.name] = {way: vars(chosen) for way, chosen in ways.items()}
+    engine, tokens = TriForce.load(fetch_model(model.name), dtype="float32"), plan.tokens or model.tokens
+    asked = prompts(engine.tokenizer, plan.tasks, tokens)
+    head_dim = engine.layout.layers[0].head_dim
+    ways = make_ways(settings, yardstick(tokens, draft_cost=settings.draft_cost), head_dim, plan.levers)
+    report.setdefault("settings", {})[model.name] = {name: vars(way) for name, way in ways.items()}
+    report.setdefault("memory", {})[model.name] = {name: memory(way, head_dim) for name, way in ways.items()}
     for kind in dict.fromkeys(task.text for task in plan.tasks):
         group = {task: ids for task, ids in asked.items() if task.text == kind}
         start = min(common_start(list(group.values())), min(map(len, group.values())) - 1)
         say(f"{model.name}: reading {start:,} tokens of Python's {kind}")
         reading = Reading.of(engine.model, engine.layout, next(iter(group.values()))[:start])
-        context = max(map(len, group.values())) + plan.new_tokens + 1
         runs = {}
-        for way, chosen in ways.items():
-            runtime = Runtime(engine.model, engine.layout, chosen, context)
-            try:
-                for task, ids in group.items():
-                    for temperature in plan.temperatures:
-                        say(f"{model.name}: {task.name} at {temperature:g}, {way}")
-                        runs[way, task, temperature] = _answers(engine, runtime, reading, ids, temperature, plan)
-            finally:
-                runtime.close()
-        for task in group:
-            for temperature in plan.temperatures:
-                both = {way: runs[way, task, temperature] for way in ways}
-                report["cells"].append(_cell(model.name, task, temperature, both))
+        for name, way in ways.items():
+            for (task, temperature), answers in _run_way(engine, way, reading, group, plan, say, name).items():
+                runs.setdefault((task, temperature), {})[name] = answers
+        report["cells"] += [_cell(model.name, *which, answers, settings.draft_cost) for which, answers in runs.items()]
         _summarise(report)
-        keep(report)
+        keep()
+
+
+def _run_way(
+    engine: TriForce, way: Settings, reading: Reading, asked: dict[Task, list[int]], plan: Plan, say: Say, name: str
+) -> dict[tuple[Task, float], list[Answer]]:
+    """All answers about one text with one kind of settings."""
+    runtime = Runtime(engine.model, engine.layout, way, max(map(len, asked.values())) + plan.new_tokens + 1)
+    runs = {}
+    try:
+        for task, ids in asked.items():
+            for temperature in plan.temperatures:
+                say(f"{task.name} at {temperature:g}, {name}")
+                runs[task, temperature] = _answers(engine, runtime, reading, ids, temperature, plan)
+    finally:
+        runtime.close()
+    return runs
 
 
 @dataclass(frozen=True)
@@ -154,19 +200,30 @@ def _answers(
     return answers
 
 
-def _cell(model: str, task: Task, temperature: float, both: dict[str, list[Answer]]) -> dict[str, Any]:
-    """One cell of the matrix: both ways' figures, and their ratio."""
-    cell: dict[str, Any] = {"task": task.name, "model": model, "temperature": temperature}
-    looped = {way: sum(loops(answer.tokens) for answer in answers) for way, answers in both.items()}
-    rates = {way: _figures(answers) for way, answers in both.items()}
-    cell["tokens_per_pass"] = rates["ours"]["tokens_per_pass"]
-    cell["tokens_per_pass_triforce"] = rates["triforce"]["tokens_per_pass"]
-    cell["ratio"] = cell["tokens_per_pass"] / cell["tokens_per_pass_triforce"]
-    cell["looped"] = any(2 * looped[way] >= len(answers) for way, answers in both.items())
-    return cell | {"answers_in_loops": looped, **rates, "sample": both["ours"][0].text[:400]}
+def _cell(
+    model: str, task: Task, temperature: float, answers: dict[str, list[Answer]], draft_cost: float
+) -> dict[str, Any]:
+    """One cell of the matrix: the figures of all ways, and the ratio of ours to TriForce's.
+
+    ``same_tokens`` must be true at temperature 0; at others the two rules draw differently from one distribution.
+    """
+    ways = {name: _figures(given, draft_cost) for name, given in answers.items()}
+    ours, reference = (ways[name]["tokens_per_pass"] for name in ("ours", "triforce"))
+    return {
+        "task": task.name,
+        "model": model,
+        "temperature": temperature,
+        "tokens_per_pass": ours,
+        "tokens_per_pass_triforce": reference,
+        "ratio": ours / reference,
+        "same_tokens": len({tuple(given[0].tokens) for given in answers.values()}) == 1,
+        "looped": any(2 * way["in_loops"] >= way["answers"] for way in ways.values()),
+        "ways": ways,
+        "sample": answers["ours"][0].text[:400],
+    }
 
 
-def _figures(answers: list[Answer]) -> dict[str, Any]:
+def _figures(answers: list[Answer], draft_cost: float) -> dict[str, Any]:
     """All answers of a cell together: those that looped are left out where others did not."""
     kept = [answer for answer in answers if not loops(answer.tokens)] or answers
     stats = [answer.stats for answer in kept]
@@ -175,6 +232,8 @@ def _figures(answers: list[Answer]) -> dict[str, Any]:
     judged = {name: sum(a.judged for a in counts) for name, counts in levels.items()}
     spread = [s.tokens_per_pass for s in stats]
     return {
+        "answers": len(answers),
+        "in_loops": sum(loops(answer.tokens) for answer in answers),
         "tokens_per_pass": new / passes,
         "spread": [min(spread), max(spread)],
         "stdev": statistics.stdev(spread) if len(spread) > 1 else None,
@@ -185,17 +244,24 @@ def _figures(answers: list[Answer]) -> dict[str, Any]:
         "steps_per_pass": sum(s.steps for s in stats) / passes,
         "steps_ahead_per_pass": sum(s.steps_ahead for s in stats) / passes,
         "guesses_per_pass": sum(s.nodes for s in stats) / passes,
-        "draft_share": sum(s.draft_s - s.ahead_s for s in stats) / sum(s.decode_s for s in stats),
+        # Of the time that decoding takes, by the cost of a step that was reckoned with.
+        "draft_share": 1 - passes / (passes + draft_cost * sum(s.steps - s.steps_ahead for s in stats)),
     }
 
 
 def _summarise(report: dict[str, Any]) -> None:
-    """The means over the cells that say something."""
+    """The means over the cells that say something, and over all."""
     kept = [cell for cell in report["cells"] if not cell["looped"]]
-    if kept:
-        report["mean_ratio"] = statistics.mean(cell["ratio"] for cell in kept)
-        report["least_ratio"] = min(cell["ratio"] for cell in kept)
-        names = dict.fromkeys(cell["task"] for cell in kept)
-        report["ratio_by_task"] = {
-            name: statistics.mean(cell["ratio"] for cell in kept if cell["task"] == name) for name in names
-        }
+    report["mean_ratio_with_loops"] = statistics.mean(cell["ratio"] for cell in report["cells"])
+    if not kept:
+        return
+    report["mean_ratio"] = statistics.mean(cell["ratio"] for cell in kept)
+    report["least_ratio"] = min(cell["ratio"] for cell in kept)
+    tasks = dict.fromkeys(cell["task"] for cell in kept)
+    report["mean_ratio_by_task"] = {
+        task: statistics.mean(cell["ratio"] for cell in kept if cell["task"] == task) for task in tasks
+    }
+    report["mean_ratio_by_way"] = {
+        way: statistics.mean(c["ways"][way]["tokens_per_pass"] / c["tokens_per_pass_triforce"] for c in kept)
+        for way in dict.fromkeys(way for cell in kept for way in cell["ways"])
+    }

@@ -61,7 +61,7 @@ TASKS = (
 )
 
 
-def task(name: str) -> Task:
+def find_task(name: str) -> Task:
     """The task of that name.
 
     Raises:

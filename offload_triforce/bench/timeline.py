@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from offload_triforce.bench.figures import new_figure
 from offload_triforce.bench.subject import Subject
-from offload_triforce.errors import InputError
 from offload_triforce.scheduler.device import COMPUTE, D2H, H2D, Device
 from offload_triforce.scheduler.trace import Span, Trace, busy
 
@@ -65,14 +65,10 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     Raises:
         InputError: matplotlib is not there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("pictures need matplotlib: pip install 'offload-triforce[plot]'") from error
     spans = trace.spans()
     origin = min(span.start for span in spans)
     tracks = [track for track in TRACKS if any(span.track == track for span in spans)]
-    figure = Figure(figsize=(10, 0.8 + 0.7 * len(tracks)), layout="constrained")
+    figure = new_figure(10, 0.8 + 0.7 * len(tracks))
     axes = figure.subplots()
     for row, track in enumerate(reversed(tracks)):
         bars = [((s.start - origin) * 1e3, (s.end - s.start) * 1e3) for s in spans if s.track == track]

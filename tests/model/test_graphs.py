@@ -30,7 +30,8 @@ def model_of(family):
 
 def graphs_of(engine):
     """Those of both levels."""
-    return [engine._runtime.graphs, engine._small[1]] if engine._small else [engine._runtime.graphs]
+    small = engine._drafts._small
+    return [engine._runtime.graphs, small[1]] if small else [engine._runtime.graphs]
 
 
 def answer(engine, prompt=PROMPT, new=NEW):
@@ -187,7 +188,7 @@ def test_closing_gives_the_memory_back(captures):
     with TriForce(model_of("llama"), draft="self", settings=SETTINGS) as engine:
         answer(engine, new=60)
         alive = [weakref.ref(graph._inputs) for level in graphs_of(engine) for graph in level.graphs.values()]
-        alive.append(weakref.ref(engine._small[0].kv))
+        alive.append(weakref.ref(engine._drafts._small[0].kv))
         captures.clear()
         gc.disable()
         try:

@@ -45,7 +45,7 @@ class Toy:
     def __init__(self, capture=None, **limits):
         self.model = model_of("llama")
         engine = TriForce(self.model, draft="self", graphs=False, **SMALL)
-        self.cache, _ = engine._make_small(self.model, engine.layout)
+        self.cache, _ = engine._drafts.small()
         make_view = partial(static_view, self.cache)
         self.steps = StepGraphs(self.model, make_view, capture or ReplayCapture(), **{"most_tokens": 4, **limits})
 

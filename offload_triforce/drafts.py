@@ -1,0 +1,111 @@
+"""Who guesses first: from what the user names to drafts that are ready to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload_triforce.cache.streaming import StreamingCache
+from offload_triforce.checks import check_draft, check_same_tokens
+from offload_triforce.config import Settings
+from offload_triforce.errors import InputError
+from offload_triforce.model.graphs import StepGraphs, make_graphs
+from offload_triforce.model.layout import ModelLayout, probe
+from offload_triforce.model.rotary import KeyTurner
+from offload_triforce.speculation.draft import Draft, ModelDraft, NgramDraft, static_view
+from offload_triforce.speculation.rules import Rule
+
+# "ngram", "self", "none", a loaded model, or look-up and a model together: "ngram+self", ("ngram", model).
+DraftChoice = PreTrainedModel | str | Sequence[PreTrainedModel | str] | None
+BOTH = "ngram+"
+
+
+class Drafts:
+    """The drafts of one target. What a draft model works with is made when it is first needed."""
+
+    def __init__(
+        self,
+        chosen: DraftChoice,
+        target: PreTrainedModel,
+        layout: ModelLayout,
+        tokenizer: PreTrainedTokenizerBase | None,
+        draft_tokenizer: PreTrainedTokenizerBase | None,
+        settings: Settings,
+    ) -> None:
+        """See ``TriForce``.
+
+        Raises:
+            InputError: not a draft, or one that does not fit the target.
+        """
+        self.settings, self._target, self._vocabulary = settings, target, layout.vocabulary
+        parts = _parts(chosen)
+        models = [target if part == "self" else part for part in parts if part != "ngram"]
+        if len(models) > 1 or len(parts) - len(models) > 1:
+            raise InputError("of drafts, look-up and one model can work together, not more")
+        self.lookup = "ngram" in [part for part in parts if isinstance(part, str)]
+        self.model = models[0] if models else None
+        self._small: tuple[StreamingCache, StepGraphs | None] | None = None
+        if self.model is not None:
+            self._layout = layout if self.model is target else probe(self.model)
+            check_same_tokens(target, tokenizer, self.model, draft_tokenizer)
+            check_draft(self._layout, layout, settings)
+            self._turner = KeyTurner(self.model)
+
+    @property
+    def kind(self) -> str:
+        """For the planner: ngram, none, self or model."""
+        if self.model is None:
+            return "ngram" if self.lookup else "none"
+        return "self" if self.model is self._target else "model"
+
+    def make(self, rule: Rule) -> list[Draft]:
+        """Drafts for a new text, those to be asked first first."""
+        drafts: list[Draft] = [NgramDraft(self._vocabulary)] if self.lookup else []
+        if self.model is not None:
+            cache, graphs = self.small()
+            cache.reset()
+            drafts.append(ModelDraft(self.model, cache, rule, graphs))
+        return drafts
+
+    def small(self) -> tuple[StreamingCache, StepGraphs | None]:
+        """What the draft model works with."""
+        if self._small is None:
+            with torch.inference_mode(False):
+                self._small = self._make_small()
+        return self._small
+
+    def _make_small(self) -> tuple[StreamingCache, StepGraphs | None]:
+        settings, layout, shape = self.settings, self._layout, self._layout.layers[0]
+        cache = StreamingCache(
+            len(layout.layers),
+            shape.kv_heads,
+            shape.head_dim,
+            settings.draft_cache,
+            settings.draft_sink,
+            self._turner.turn,
+            layout.dtype,
+            layout.device,
+        )
+        if not settings.graphs:
+            return cache, None
+        return cache, make_graphs(self.model, layout, partial(static_view, cache), settings.gamma1 + 1)
+
+    def close(self) -> None:
+        """Give the cache back."""
+        self._small = None
+
+
+def _parts(chosen: DraftChoice) -> list[PreTrainedModel | str]:
+    if chosen is None or (isinstance(chosen, str) and chosen == "none"):
+        return []
+    if isinstance(chosen, str):
+        parts: list[PreTrainedModel | str] = list(chosen.split("+"))
+    else:
+        parts = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+    for part in parts:
+        if not isinstance(part, PreTrainedModel) and part not in ("ngram", "self"):
+            raise InputError(f"unknown draft {chosen!r}; use a loaded model, 'ngram', 'self', 'ngram+self' or 'none'")
+    return parts

@@ -44,10 +44,30 @@ def _root(
     """Nothing but options that belong to no command."""
 
 
-Draft = Annotated[str, typer.Option(help="Hub id, folder or GGUF file of a small model; or ngram, self, none.")]
+SPECULATION = {"rich_help_panel": "Speculation (the defaults find out what pays)"}
+Draft = Annotated[
+    str,
+    typer.Option(
+        help="Hub id, folder or GGUF file of a small model; or ngram, self, none. ngram+ before a model: both."
+    ),
+]
 Budget = Annotated[int | None, typer.Option(help="Tokens in the retrieval cache, per KV head and layer.")]
-Gamma = Annotated[int | None, typer.Option(help="Guesses per pass over the full cache; 0 decodes plainly.")]
-Gamma1 = Annotated[int | None, typer.Option(help="Guesses of the draft per step of the retrieval level.")]
+Gamma = Annotated[int | None, typer.Option(help="Longest path of guesses per pass; 0 decodes plainly.", **SPECULATION)]
+Tree = Annotated[int | None, typer.Option(help="Most guesses per pass, over all paths.", **SPECULATION)]
+Branches = Annotated[int | None, typer.Option(help="Most guesses for one place; 1 makes chains.", **SPECULATION)]
+Width = Annotated[int | None, typer.Option(help="Guesses that a step of level 1 reads at once.", **SPECULATION)]
+Bits = Annotated[int | None, typer.Option(help="4, 8 or 16 per number of the retrieval cache.", **SPECULATION)]
+Adaptive = Annotated[
+    bool | None, typer.Option("--adaptive/--no-adaptive", help="Guess only as far as it pays.", **SPECULATION)
+]
+Ahead = Annotated[bool | None, typer.Option("--ahead/--no-ahead", help="Guess on while a pass runs.", **SPECULATION)]
+Refresh = Annotated[
+    bool | None, typer.Option("--refresh/--no-refresh", help="Choose chunks anew in each pass.", **SPECULATION)
+]
+SamplingRule = Annotated[
+    str | None, typer.Option(help="coupled (as plain decoding with this seed) or resampled.", **SPECULATION)
+]
+Gamma1 = Annotated[int | None, typer.Option(help="Guesses of the draft per step of level 1.", **SPECULATION)]
 DraftCache = Annotated[int | None, typer.Option(help="Tokens in the draft model's streaming cache.")]
 Tile = Annotated[int | None, typer.Option(help="Tokens per transfer.")]
 Resident = Annotated[float | None, typer.Option(help="Share of the KV cache that stays on the device, 0 to 1.")]
@@ -79,6 +99,14 @@ def generate(
     budget: Budget = None,
     gamma: Gamma = None,
     gamma1: Gamma1 = None,
+    tree: Tree = None,
+    branches: Branches = None,
+    width: Width = None,
+    bits: Bits = None,
+    adaptive: Adaptive = None,
+    ahead: Ahead = None,
+    refresh: Refresh = None,
+    rule: SamplingRule = None,
     draft_cache: DraftCache = None,
     tile: Tile = None,
     ring: Annotated[int | None, typer.Option(help="Tiles in flight: staging buffers on the device.")] = None,
@@ -100,6 +128,14 @@ def generate(
         budget=budget,
         gamma=gamma,
         gamma1=gamma1,
+        tree=tree,
+        branches=branches,
+        width=width,
+        bits=bits,
+        adaptive=adaptive,
+        ahead=ahead,
+        refresh=refresh,
+        rule=rule,
         draft_cache=draft_cache,
         tile=tile,
         ring=ring,
@@ -162,7 +198,7 @@ def _report(result: Any, as_json: bool) -> None:
 @app.command()
 @guarded
 def demo(
-    draft: Annotated[str, typer.Option(help="ngram, self or none.")] = "ngram",
+    draft: Annotated[str, typer.Option(help="ngram, self, ngram+self or none.")] = "ngram",
     prompt_tokens: Annotated[int, typer.Option(min=512, max=8000, help="Length of the text.")] = 6000,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of each answer.")] = 64,
     temperature: Temperature = 0.0,
@@ -170,13 +206,14 @@ def demo(
     budget: Budget = 1024,
     gamma: Gamma = None,
     gamma1: Gamma1 = None,
+    ahead: Ahead = None,
     draft_cache: DraftCache = None,
     device: Device = "auto",
     link_gbps: Annotated[float, typer.Option(help="Speed of the emulated link in GB/s; CPU only.")] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Watch it work: SmolLM2 reads 6,000 tokens and answers, plainly and through the hierarchy."""
-    settings = build_settings(None, budget=budget, gamma=gamma, gamma1=gamma1, draft_cache=draft_cache)
+    settings = build_settings(None, budget=budget, gamma=gamma, gamma1=gamma1, ahead=ahead, draft_cache=draft_cache)
     from offload_triforce import report
     from offload_triforce.config import replace_settings
     from offload_triforce.demo import run_demo

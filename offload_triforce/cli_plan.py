@@ -84,7 +84,7 @@ def _question(
     name, config = find_config(model)
     target = shape_of(config, kind, quantize, name)
     variants = () if quantize else tuple(shape_of(config, kind, other, name) for other in QUANTIZATIONS)
-    small = None
+    small, draft = None, draft.removeprefix("ngram+")
     if draft == "self":
         small = target
     elif draft not in ("ngram", "none"):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from offload_triforce import cli_bench, cli_plan
+from offload_triforce import cli_bench, cli_plan, cli_retrieval, cli_throughput  # noqa: F401
 from offload_triforce._version import __version__
 from offload_triforce.cli_common import build_settings, guarded, notes
 from offload_triforce.errors import InputError

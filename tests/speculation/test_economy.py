@@ -1,0 +1,99 @@
+"""What is found out on the way: odds of candidates, costs, and what follows from them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload_triforce.speculation.economy import PRIOR_WEIGHT, Costs, History, Pace
+from offload_triforce.speculation.rules import Ranking
+
+SURE = Ranking([9.0, 1.0], [7, 8])  # candidates 7 and 8
+PRIOR = ((0.5,) * 16, (0.2,) * 16)
+
+
+def test_history_begins_with_the_prior_and_ends_with_what_was_seen():
+    history = History(PRIOR)
+    assert history.ranks == 2
+    assert history.chance(SURE, 0) == 0.5
+    history.learn(SURE, 7)
+    assert history.chance(SURE, 0) == pytest.approx((0.5 * PRIOR_WEIGHT + 1) / (PRIOR_WEIGHT + 1))
+    assert history.chance(SURE, 1) == pytest.approx(0.2 * PRIOR_WEIGHT / (PRIOR_WEIGHT + 1))
+    for _ in range(4000):
+        history.learn(SURE, 8)
+    assert history.chance(SURE, 0) == pytest.approx(0, abs=0.01)
+    assert history.chance(SURE, 1) == pytest.approx(1, abs=0.01)
+
+
+def test_kinds_are_told_apart():
+    history = History(PRIOR)
+    unsure = Ranking([1.0, 0.99], [7, 8])
+    for _ in range(50):
+        history.learn(unsure, 3)
+    assert history.chance(unsure, 0) < 0.2
+    assert history.chance(SURE, 0) == 0.5
+
+
+@given(st.floats(0.001, 1), st.floats(0.0001, 0.1), st.lists(st.integers(1, 200), min_size=8, max_size=40, unique=True))
+def test_costs_find_a_line_in_spite_of_outliers(base, slope, sizes):
+    costs = Costs()
+    assert not costs
+    for number, size in enumerate(sizes):
+        costs.add(size, base + slope * size + (20.0 if number == 3 else 0.0))  # one was a hundred times slower
+    assert costs
+    if len(sizes) >= 20:
+        assert costs.at(50) == pytest.approx(base + slope * 50, rel=0.05)
+        assert costs.per_token == pytest.approx(slope, rel=0.05)
+    assert costs.at(0) >= 0
+
+
+def test_costs_of_one_size_are_its_median():
+    costs = Costs()
+    for seconds in (9.0, 1.0, 2.0):
+        costs.add(4, seconds)
+    assert (costs.at(4), costs.per_token) == (2.0, 0.0)
+
+
+def test_measured_pace():
+    """Two rounds: 3 s of guessing and a pass of 7 s for 5 tokens, then 2 s and 8 s for 15."""
+    pace = Pace()
+    assert not pace.known
+    pace.step(4, 2.5, 0.5, hidden=False)
+    pace.round(9, 7.0, 5, waited=0.0)
+    pace.step(4, 2.0, 0.0, hidden=False)
+    pace.step(4, 2.0, 0.0, hidden=True)  # costs nothing
+    pace.round(9, 8.0, 15, waited=6.0)
+    assert pace.known
+    assert pace.value == pytest.approx(20 / 20)
+    assert pace.step_cost(4) == 2.0, "the draft's own time is not the step's"
+
+
+def test_what_is_hidden_has_to_have_time():
+    """The last pass waited for 6 s beside 2 s of hidden steps: so there is time for four of 2 s."""
+    pace = Pace()
+    assert not pace.has_time(4), "nothing is known yet"
+    pace.step(4, 2.0, 0.0, hidden=True)
+    pace.round(9, 8.0, 15, waited=6.0)
+    steps = 0
+    while pace.has_time(4):
+        pace.step(4, 2.0, 0.0, hidden=True)
+        steps += 1
+    assert steps == 4
+    pace.round(9, 8.0, 15, waited=0.0)
+    assert pace.has_time(4), "what was hidden before can be hidden again"
+
+
+def test_given_pace_needs_no_clock():
+    """A step costs a tenth of a pass, whatever it took."""
+    pace = Pace(0.1)
+    for _ in range(5):
+        pace.step(3, 99.0, 99.0, hidden=False)
+    pace.round(9, 1e-3, 6, waited=123.0)
+    assert pace.value == pytest.approx(1.5 / 6)
+    assert (pace.step_cost(3), pace.step_cost(99), pace.node_cost) == (0.1, 0.1, 0.0)
+    steps = 0
+    while pace.has_time(3):
+        pace.step(3, 99.0, 99.0, hidden=True)
+        steps += 1
+    assert steps in (9, 10), "a pass hides what adds up to a pass"

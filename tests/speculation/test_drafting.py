@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offload_triforce.speculation import drafting as module
 from offload_triforce.speculation.drafting import RETRY, Drafting
 from offload_triforce.speculation.rules import Guess
 from offload_triforce.speculation.text import TokenText
@@ -102,3 +103,15 @@ def test_what_is_learnt_belongs_to_the_kind():
     assert len(drafting.guess(TEXT, 4, step)) == 4
     lookup.kind = "ngram 4"
     assert len(drafting.guess(TEXT, 4, step)) < 4
+
+
+def test_the_drafts_own_time_counts(monkeypatch):
+    """A guess that is right takes ten times as long as the step that it saves."""
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    draft = Fixed("model")
+    drafting = Drafting([draft], 1, adaptive=True)
+    for _ in range(5):
+        drafting.guess(TEXT, 1, even)
+        drafting.learn(1, 1)
+    assert draft.asked == [1], "once, to find out"

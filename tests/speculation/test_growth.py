@@ -109,7 +109,7 @@ def test_a_dear_step_is_not_made():
 
 def test_nothing_follows_an_end():
     best = {}
-    middle, level = grower(adaptive=False, branches=1, width=1)
+    middle, _ = grower(adaptive=False, branches=1, width=1)
     for node in middle.propose(text(), 6):
         best[node.depth] = node.token
     end = best[2]

@@ -18,6 +18,8 @@ BITS = (4, 8, 16)
 class Settings:
     """How a model is run. None of it changes the distribution of what comes out, only how fast it comes.
 
+    What is None is chosen for the machine and the length of the text, see ``planner.choose``.
+
     Attributes:
         context: most tokens of prompt and answer together; None takes what each request needs.
         budget: tokens in the retrieval cache, per KV head and layer; None is 8192, or a quarter of a short context.
@@ -39,7 +41,8 @@ class Settings:
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
         tile: tokens per transfer, a multiple of the chunk; None is about 16 MB.
         ring: tiles in flight: staging buffers on the device; None is about 128 MB.
-        resident: share of the full cache's tiles that stays on the device, 0 to 1.
+        resident: share of the full cache's tiles that stays on the device, 0 to 1; None is what a GPU has room for, and
+            none of them on a CPU.
         link_gbps: emulate a link of this speed (GB/s); CPU only.
         prefill_chunk: tokens per prefill step through one layer.
         graphs: replay levels 0 and 1 as CUDA graphs, where the device and the model allow it.
@@ -65,7 +68,7 @@ class Settings:
     draft_sink: int = 4
     tile: int | None = None
     ring: int | None = None
-    resident: float = 0.0
+    resident: float | None = None
     link_gbps: float | None = None
     prefill_chunk: int = 1024
     graphs: bool = True
@@ -91,7 +94,7 @@ class Settings:
             raise InputError(
                 f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it"
             )
-        if not 0 <= self.resident <= 1:
+        if self.resident is not None and not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
         if self.link_gbps is not None and not self.link_gbps > 0:
             raise InputError(f"link_gbps must be greater than 0, not {self.link_gbps}")

@@ -40,7 +40,7 @@ class Drafts:
         Raises:
             InputError: not a draft, or one that does not fit the target.
         """
-        self.settings, self._target, self._vocabulary = settings, target, layout.vocabulary
+        self.settings, self._vocabulary = settings, layout.vocabulary
         parts = _parts(chosen)
         models = [target if part == "self" else part for part in parts if part != "ngram"]
         if len(models) > 1 or len(parts) - len(models) > 1:
@@ -55,11 +55,12 @@ class Drafts:
             self._turner = KeyTurner(self.model)
 
     @property
-    def kind(self) -> str:
-        """For the planner: ngram, none, self or model."""
-        if self.model is None:
-            return "ngram" if self.lookup else "none"
-        return "self" if self.model is self._target else "model"
+    def bytes_to_come(self) -> int:
+        """Bytes on the device that a draft model's cache is yet to take."""
+        if self.model is None or self._small is not None:
+            return 0
+        layout = self._layout
+        return self.settings.draft_cache * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
 
     def make(self, rule: Rule) -> list[Draft]:
         """Drafts for a new text, those to be asked first first."""

@@ -20,6 +20,7 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.prefill import Progress
+from offload_triforce.planner.choose import choose_for_loaded
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime, on
 from offload_triforce.speculation.rules import Coupling, Noise, Resampling, Rule
@@ -220,8 +221,9 @@ class TriForce:
             self.close()
         if self._runtime is None:
             context = self.settings.context or needed
+            settings = choose_for_loaded(self.model, self.layout, self.settings, context, self._drafts.bytes_to_come)
             with torch.inference_mode(False):  # the lanes' threads could not write to tensors made in that mode
-                self._runtime = Runtime(self.model, self.layout, self.settings, context, pinning)
+                self._runtime = Runtime(self.model, self.layout, settings, context, pinning)
         return self._runtime
 
     def _make_rule(self, request: Request, seed: int) -> Rule:

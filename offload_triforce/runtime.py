@@ -64,7 +64,7 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
         tile_tokens=tile,
         tiles=-(-context // tile),
         ring=ring,
-        resident=settings.resident,
+        resident=settings.resident or 0.0,
     )
 
 

@@ -64,11 +64,14 @@ def choose_settings(
 
 
 def choose_for_loaded(
-    model: PreTrainedModel, layout: ModelLayout, settings: Settings, context: int, fixed: Collection[str], kind: str
+    model: PreTrainedModel, layout: ModelLayout, settings: Settings, context: int, draft_bytes: int = 0
 ) -> Settings:
-    """The same for a model whose weights are on the card already (its draft's too). On a CPU nothing is changed.
+    """What is None in ``settings``, for a model whose weights are on the card already. On a CPU nothing is changed.
 
-    ``kind``: of the draft: ngram, none, self or model.
+    How far to guess is found out while decoding (see ``Settings.adaptive``), so the gammas stay as they are.
+
+    Args:
+        context: tokens of prompt and answer. draft_bytes: what a draft model is yet to take.
     """
     if layout.device.type != "cuda":
         return settings
@@ -76,8 +79,9 @@ def choose_for_loaded(
     shape = ModelShape("", model.config, layout, heads, weights)
     taken = weights.total + DEVICE_OVERHEAD  # what is free is free of these
     machine = this_machine()
-    machine = replace(machine, memory=free_on(layout.device) + taken)
-    return choose_settings(shape, settings, context, machine, fixed, draft_kind=kind)
+    machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
+    given = [name for name in ("budget", "resident") if getattr(settings, name) is not None]
+    return choose_settings(shape, settings, context, machine, (*given, "gamma", "gamma1"))
 
 
 def resident_share(

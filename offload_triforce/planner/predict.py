@@ -151,7 +151,7 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     for index, shape in enumerate(layout.layers):
         reach = context / 2 if shape.window is None else min(shape.window, context / 2)
         computing.append(products + speeds.seconds(0, 4 * model.heads * shape.head_dim * context * reach))
-        leaves = context * layout.token_bytes(index) * (1 - settings.resident) if shape.window is None else 0
+        leaves = context * layout.token_bytes(index) * (1 - (settings.resident or 0.0)) if shape.window is None else 0
         copying.append(leaves / (machine.link_gbps * 1e9))
     return predict_prefill(computing, copying, chunks)
 

@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
+from offload_triforce.memory import work_out
+from offload_triforce.model.layout import probe
 from offload_triforce.model.shape import shape_of
 from offload_triforce.planner import choose, machine
 from offload_triforce.planner.answer import answer
@@ -20,6 +22,7 @@ from offload_triforce.planner.models import find_config
 from offload_triforce.planner.predict import Assumed, assumed_acceptance, predict
 from offload_triforce.planner.question import Question
 from offload_triforce.planner.suggest import suggest
+from offload_triforce.runtime import make_plan, make_shape
 from tests.tiny import tiny_model
 
 CONTEXT = 131072
@@ -210,8 +213,34 @@ def test_a_measured_card_is_taken_as_measured(tmp_path, monkeypatch):
 
 
 def test_on_a_cpu_a_loaded_models_settings_stay():
-    from offload_triforce.model.layout import probe
-
     target = tiny_model()
     settings = Settings(budget=64)
-    assert choose.choose_for_loaded(target, probe(target), settings, 500, (), "ngram") is settings
+    assert choose.choose_for_loaded(target, probe(target), settings, 500) is settings
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 2.0])
+def test_a_loaded_models_settings_fill_what_is_free(monkeypatch, share):
+    """The runtime's own count of what it will take stays below what is free, and not far below; what is set stays."""
+    target, context = tiny_model(), 1800
+    layout = replace(probe(target), device=torch.device("cuda"))
+    given = Settings(tile=64, ring=2, prefill_chunk=64)
+
+    def needs(settings):
+        plan = make_plan(layout, settings, context)
+        return work_out(target, layout, settings, make_shape(settings, context), plan, context)
+
+    bare = needs(replace(given, resident=0.0, budget=given.budget_for(context))).device
+    everything = make_plan(layout, replace(given, resident=1.0), context).resident_bytes
+    free = int((bare + share * everything) / (1 - choose.RESERVE))
+    # The reserve is a share of the card, which is nearly all CUDA's own here.
+    monkeypatch.setattr(choose, "RESERVE", 0.0)
+    monkeypatch.setattr(choose, "free_on", lambda device: free)
+    monkeypatch.setattr(choose, "this_machine", lambda: of_card(find_card("RTX 4090")))
+    chosen = choose.choose_for_loaded(target, layout, given, context)
+    assert chosen.resident == pytest.approx(min(1.0, share), abs=0.06)
+    assert needs(chosen).device <= free
+    assert (chosen.gamma, chosen.gamma1, chosen.tile, chosen.ring) == (given.gamma, given.gamma1, 64, 2)
+    kept = choose.choose_for_loaded(target, layout, replace(given, resident=0.1, budget=200), context)
+    assert (kept.resident, kept.budget) == (0.1, 200)
+    with_draft = choose.choose_for_loaded(target, layout, given, context, draft_bytes=everything // 5)
+    assert with_draft.resident <= chosen.resident

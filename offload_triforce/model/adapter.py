@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import Rule
@@ -57,9 +57,15 @@ def _attention(
         if others.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {feature}, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = Rule(scale, sliding_window, softcap)
+    rule = Rule(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap)
     output = triforce.attend(module.layer_idx, query[0], key[0], value[0], rule)
     return output.transpose(0, 1)[None].contiguous(), None
+
+
+def limiting_window(window: int | None, config: PretrainedConfig | None) -> int | None:
+    """A sliding window, if some text that the model can read is longer; else None: the layer sees everything."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if window is not None and positions is not None and window >= positions else window
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

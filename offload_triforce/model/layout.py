@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import Rule
-from offload_triforce.model.adapter import attached, run
+from offload_triforce.model.adapter import attached, limiting_window, run
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerSh
     for layer, kind in enumerate(types):
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(f"{name} has layers of type {kind!r}; only full and sliding ones are known")
-        expected = config.sliding_window if kind == "sliding_attention" else None
+        expected = limiting_window(config.sliding_window, config) if kind == "sliding_attention" else None
         if seen[layer][0].window != expected:
             raise UnsupportedModelError(
                 f"{name} does not tell its attention function about the sliding window of layer {layer}; such models "

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from offload_triforce.errors import InputError, UnsupportedModelError
+from offload_triforce.model.adapter import limiting_window
 from offload_triforce.model.layout import LayerShape, ModelLayout
 from offload_triforce.model.loader import QUANTIZATIONS
 
@@ -114,7 +115,8 @@ def layer_windows(name: str, text: PretrainedConfig) -> list[int | None]:
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(f"{name} has layers of type {kind!r}; only full and sliding ones are known")
-    return [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+    window = limiting_window(getattr(text, "sliding_window", None), text)
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def weigh(model: PreTrainedModel, quantize: str | None) -> Weights:

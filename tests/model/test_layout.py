@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 from offload_triforce import TriForce, UnsupportedModelError
 from offload_triforce.model.adapter import ATTENTION_NAME, attached
 from offload_triforce.model.layout import LayerShape, probe
+from offload_triforce.model.shape import shape_of
 from tests.tiny import FAMILIES, VOCABULARY, build, greedy, prompt_ids, tiny_model
 
 # Family -> (KV heads, head dimension, window of each layer); others have 2 heads of 8 without a window.
@@ -200,3 +201,16 @@ def test_attached_gives_each_its_own_back():
     with attached(first, second, first, None):
         assert first.config._attn_implementation == second.config._attn_implementation == ATTENTION_NAME
     assert (first.config._attn_implementation, second.config._attn_implementation) == ("sdpa", "eager")
+
+
+@pytest.mark.parametrize(("window", "found"), [(2048, None), (5000, None), (2047, 2047)])
+def test_a_window_that_no_text_outgrows_is_none(window, found):
+    """Phi-3-mini-128K has one of 262,144 tokens: its layers see everything, so they are streamed like others."""
+    model = tiny_model("mistral-sliding", seed=1, calm=True, sliding_window=window)
+    layout = probe(model)
+    assert [layer.window for layer in layout.layers] == [found] * 2
+    assert shape_of(model.config, torch.float32).layout.layers == layout.layers
+    with TriForce(model, draft="ngram", budget=64, tile=16, recent=16) as engine:
+        result = engine.generate(prompt_ids(120), max_new_tokens=40, do_sample=False)
+    assert result.token_ids == greedy(model, prompt_ids(120), 40)
+    assert (result.stats.link_bytes > 0) == (found is None)

@@ -28,7 +28,7 @@ WIDTHS = {
     "Qwen3-32B": (5120, 25600, 8 * 128, None),
     "Qwen3-30B-A3B": (2048, 6144, 4 * 128, None),
     "Mistral-Nemo": (5120, 14336, 8 * 128, None),
-    "Phi-3-mini-128K": (3072, 8192, 32 * 96, 131072),  # its window is larger than its context
+    "Phi-3-mini-128K": (3072, 8192, 32 * 96, None),  # its window is larger than its context
     "Gemma-3-4B": (2560, 10240, 4 * 256, 1024),
     "Gemma-3-12B": (3840, 15360, 8 * 256, 1024),
     "Gemma-3-27B": (5376, 21504, 16 * 128, 1024),

@@ -89,6 +89,7 @@ def answer(question: Question) -> Answer:
                 else ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
             ),
             f"the retrieval level accepts {rates.draft:.0%} of the draft's guesses ({asked.draft_kind})",
+            "one path of guesses at a time: branches, and guessing that passes hide, are left out; both help",
             "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out",
         ]
     return Answer(question, settings, used, gaps, suggest(asked) if gaps else [], told, said, _notes(asked))

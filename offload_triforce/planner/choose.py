@@ -17,7 +17,7 @@ from offload_triforce.planner.machine import Machine, this_machine
 from offload_triforce.planner.predict import DRAFT_ACCEPTANCE, Assumed, assumed_acceptance, predict_target, round_time
 
 LEAST_BUDGET = 1024
-GAMMAS = (6, 8, 12, 16, 24, 32, 48)
+GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 GAMMA1S = (2, 4, 6)
 # Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
 RESERVE = 0.02

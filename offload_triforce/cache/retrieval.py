@@ -150,6 +150,11 @@ class RetrievalCache(GrowingBuffer):
         self.pool, self.filled = range(0), 0
 
 
+# Score of a chunk that has left the recent window, where the choice stays: above all that were chosen, and higher the
+# newer it is, so that of many the newest stay. float32 tells this many of them apart.
+ALWAYS, MOST_CHUNKS = 1e30, 2**20
+
+
 class Refresh:
     """A new choice in the making, for one layer: sees the context go by once and keeps the best chunks."""
 
@@ -196,5 +201,6 @@ class Refresh:
         if self.anew:
             offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
         else:
-            offered = self.baseline.new_full(held.shape, torch.finfo(torch.float32).max)
+            newer = torch.arange(first, last, device=held.device) / MOST_CHUNKS
+            offered = (ALWAYS * (1 + newer)).float().expand(held.shape).contiguous()
         self.store.put(self.layer, ops.select_chunks(self.choice, offered, first), part)

@@ -266,9 +266,6 @@ def shapes(draw):
     return RetrievalShape(sink + recent + chunk * draw(st.integers(1, 8)), chunk, sink, recent)
 
 
-LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [6, 17]}
-
-
 # The narrowest window is shorter than a tree is deep: there, not all guesses see all that they follow.
 LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [3, 17]}
 
@@ -323,6 +320,19 @@ def test_chosen_once_the_choice_is_kept():
         if len(rig.kv_text) > 158:
             break
     assert not torch.equal(first, rig.caches.retrieval.chosen)
+
+
+def test_chosen_once_the_newest_stay_when_all_slots_have_been_taken():
+    """A long answer fills the slots with itself: what has just left the recent window must never be what is missing."""
+    rig = TargetRig([None], RetrievalShape(24, 4, 4, 8), tile=8, choosing="once")
+    rig.prompt(50)
+    while len(rig.kv_text) < 120:
+        rig.draft(1)
+        rig.draft(4)
+        rig.verify(BLOCK, GAMMA, 0)
+        end = shape_end(rig, rig.refreshed)
+        for head in rig.caches.retrieval.chosen[0].tolist():
+            assert set(range(max(shape_end(rig, 50), end - 3), end)) <= set(head)
 
 
 def shape_end(rig, length):

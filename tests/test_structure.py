@@ -21,7 +21,7 @@ RANKS = [
     {"report", "demo"},
     {"bench"},
     {"doctor"},
-    {"cli_common", "cli_bench", "cli_plan", "cli_throughput"},
+    {"cli_common", "cli_bench", "cli_plan", "cli_retrieval", "cli_throughput"},
     {"cli"},
 ]
 

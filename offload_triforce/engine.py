@@ -226,12 +226,12 @@ class TriForce:
                 self._runtime = Runtime(self.model, self.layout, settings, context, pinning)
         return self._runtime
 
-    def _make_rule(self, request: Request, seed: int) -> Rule:
+    def _make_rule(self, kind: str, request: Request, seed: int) -> Rule:
         sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
         device = self.layout.device
         if not request.do_sample:
             return Coupling(sampler, None)
-        if self.settings.rule == "resampled":
+        if kind == "resampled":
             return Resampling(sampler, RandomChoices(seed, device))
         return Coupling(sampler, Noise(seed, len(request.prompt), sampler.vocabulary, device))
 
@@ -251,7 +251,7 @@ class TriForce:
         filled: bool = False,
     ) -> Iterator[list[int]]:
         self._check_ticket(ticket)  # before the draft's cache is touched
-        rule = self._make_rule(request, seed)
+        rule = self._make_rule(runtime.settings.rule, request, seed)
         steps = runtime.decode(
             text,
             request.max_new_tokens,

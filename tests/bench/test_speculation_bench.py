@@ -263,3 +263,22 @@ def test_mistakes_get_one_sentence(arguments, words):
     result = call(*arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
+
+
+def test_a_runtimes_own_rule_counts():
+    """The yardstick resamples, whatever the engine that it is run by does: at a temperature the texts differ."""
+    model, prompt = tiny_model(seed=1, calm=True), prompt_ids(300)[0].tolist()
+    said = []
+    with TriForce(model, draft="none") as engine:
+        reading = Reading.of(model, engine.layout, prompt[:-1])
+        for rule in ("coupled", "resampled"):
+            runtime = Runtime(model, engine.layout, Settings(budget=96, tile=32, rule=rule, draft_cost=0.05), 350)
+            reading.fill(runtime)
+            stream = engine.resume(runtime, prompt, 3, max_new_tokens=40, temperature=1.0)
+            assert list(stream) == []
+            said.append(stream.token_ids)
+            runtime.close()
+        plain = Settings(budget=96, tile=32, rule="resampled", draft_cost=0.05)
+        with TriForce(model, draft="none", settings=plain) as other:
+            assert other.generate(prompt, max_new_tokens=40, temperature=1.0, seed=3).token_ids == said[1]
+    assert said[0] != said[1]

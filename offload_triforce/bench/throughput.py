@@ -1,0 +1,217 @@
+"""How fast it is: ways to decode the same from the same prompt, at several contexts, against the limit of the link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from packaging.version import Version
+
+from offload_triforce.bench.contenders import (
+    OURS,
+    WAYS,
+    Case,
+    Outcome,
+    Read,
+    answer_ours,
+    answer_theirs,
+    streamed_bytes,
+)
+from offload_triforce.bench.gpu import free_memory
+from offload_triforce.bench.machine import describe_machine
+from offload_triforce.bench.slow_motion import calibrate
+from offload_triforce.bench.stage import Question, Say, Stage, card_machine, check, set_up
+from offload_triforce.bench.tasks import find_task, long_text
+from offload_triforce.checks import check_length
+from offload_triforce.errors import MemoryLimitError, TriForceError
+from offload_triforce.prompt import build_prompt
+
+SOUND = Version("5.23")  # of transformers: from here on its offloaded cache waits for its copies
+
+Keep = Callable[[dict[str, Any]], None]
+
+
+def bench_throughput(asked: Question, say: Say = lambda line: None, keep: Keep = lambda report: None) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        asked: what. say: told what is going on. keep: given the report so far after each answer.
+
+    Returns:
+        For JSON: ``machine``, ``emulated`` (None, or the card and the factor), ``link``, ``rows`` (one per way and
+        context; figures are absent where ``skipped`` gives a reason) and ``limits`` (one per context).
+
+    Raises:
+        InputError: before anything is read. TriForceError: our ways differ in fp32, which must not happen.
+    """
+    check(asked)
+    stage = set_up(asked, say)
+    engine = stage.engine
+    cases = {}
+    for context in asked.lengths:
+        text = long_text("code", engine.tokenizer, context)
+        prompt = build_prompt(engine.tokenizer, text, find_task("explain").ask, chat=True)
+        check_length(engine.layout, engine.settings, len(prompt), asked.new_tokens)
+        cases[context] = Case(prompt, asked.new_tokens)
+    if asked.card is not None:
+        longest = max(cases)
+        say(f"timing steps and passes without a link, {longest:,} tokens of text")
+        machine = card_machine(asked)
+        stage.slow = calibrate(engine.model, engine.layout, machine, longest)
+        stage.gbps = stage.slow.gbps
+        say(f"everything is {stage.slow.factor:,.1f} times slower than on a {machine.name}: link {stage.gbps:.3g} GB/s")
+    report = {
+        "machine": describe_machine(),
+        "model": asked.model,
+        "dtype": str(engine.layout.dtype).removeprefix("torch."),
+        "device": engine.layout.device.type,
+        "emulated": stage.slow.as_dict() if stage.slow else None,
+        "link": {"gbps": stage.gbps, "what": stage.link},
+        "vram_cap_bytes": asked.vram,
+        "new_tokens": asked.new_tokens,
+        "notes": _notes(stage),
+        "rows": [],
+        "limits": [],
+    }
+    for context, case in cases.items():
+        report["limits"].append(_limit(stage, context, case))
+        run_context(stage, context, case, asked.ways, report, say, keep)
+    return report
+
+
+def run_context(
+    stage: Stage, context: int, case: Case, ways: Sequence[str], report: dict[str, Any], say: Say, keep: Keep
+) -> None:
+    """Let every way answer one prompt; adds to the report's rows.
+
+    Raises:
+        TriForceError: two of our ways differ in fp32.
+    """
+    answers: dict[str, list[int]] = {}
+    read = None
+    ours = [way for way in OURS if way in ways]
+    if ours and stage.engine.layout.device.type == "cpu":
+        say(f"{context:,} tokens: reading")
+        read = Read.of(stage.engine, case.prompt)
+    for way in [*ours, *(way for way in ways if way not in OURS)]:
+        say(f"{context:,} tokens: {way}")
+        if way not in OURS:
+            read = None  # gives its memory back
+        row = {"way": way, "title": WAYS[way], "context": context, "prompt_tokens": len(case.prompt), "skipped": None}
+        found = _answer(stage, way, case, read)
+        if isinstance(found, str):
+            row["skipped"] = found
+        else:
+            answers[way] = found.tokens
+            row |= found.figures | _compared(stage, found, next(iter(answers.values())))
+        report["rows"].append(row)
+        keep(report)
+        free_memory()
+    _judge(stage, {way: tokens for way, tokens in answers.items() if way in OURS})
+
+
+def _answer(stage: Stage, way: str, case: Case, read: Read | None) -> Outcome | str:
+    """What a way says, or why it cannot."""
+    if reason := _unavailable(stage, way, case):
+        return reason
+    try:
+        if way in OURS:
+            return answer_ours(stage.engine, way, case, read, stage.make_device)
+        if way == "transformers-offloaded":
+            return answer_theirs(stage.engine.model, case, offloaded=True)
+        return answer_theirs(stage.model_on_cpu, case, offloaded=False)
+    except MemoryLimitError as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        return "does not fit into the device's memory"
+
+
+def _unavailable(stage: Stage, way: str, case: Case) -> str | None:
+    """Why a way of transformers' cannot be run here, if so."""
+    layout = stage.engine.layout
+    cuda = layout.device.type == "cuda"
+    if way == "transformers-offloaded":
+        if not cuda:
+            return "transformers offloads its cache from CUDA devices only, and there is none here"
+        if Version(transformers.__version__) < SOUND:
+            return f"its copies lack a wait before {SOUND}, and tokens may be wrong; this is {transformers.__version__}"
+        if stage.h2d:
+            return "its copies cannot be slowed: leave --link out to compare with it"
+    if way == "transformers-cpu":
+        tokens, config = case.capacity, stage.engine.model.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        needed = tokens * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
+        needed += (
+            tokens * (3 * inner + 8 * config.hidden_size) * layout.dtype.itemsize
+        )  # the prompt is read in one piece
+        if cuda:
+            needed += sum(weight.nbytes for weight in stage.engine.model.parameters())
+        free = psutil.virtual_memory().available
+        if needed > free:
+            return f"needs about {needed / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _compared(stage: Stage, found: Outcome, first: list[int]) -> dict[str, Any]:
+    """What follows from a way's figures: its own limit, the card's time, and whether it says what the first one did."""
+    figures = found.figures
+    crossed, ms = figures.get("link_bytes_per_token"), figures["ms_per_token"]
+    slowed = stage.slow is not None and crossed is not None
+    return {
+        "limit_ms_per_token": None if crossed is None or stage.gbps is None else crossed / stage.gbps / 1e6,
+        "card_ms_per_token": ms / stage.slow.factor if slowed else None,
+        "differs_at": _difference(found.tokens, first),
+    }
+
+
+def _difference(tokens: list[int], others: list[int]) -> int | None:
+    """The first new token that differs; None if all are equal."""
+    if tokens == others:
+        return None
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(others)))
+
+
+def _judge(stage: Stage, answers: dict[str, list[int]]) -> None:
+    """Our ways must agree. In 16 bits, sums in another order may turn a near tie; that is reported, no more."""
+    for way, tokens in answers.items():
+        first, reference = next(iter(answers.items()))
+        at = _difference(tokens, reference)
+        if at is not None and stage.engine.layout.dtype == torch.float32:
+            raise TriForceError(
+                f"{way} and {first} differ from new token {at} on, which must not happen: please report it"
+            )
+
+
+def _limit(stage: Stage, context: int, case: Case) -> dict[str, Any]:
+    """What no plain pass can beat: the bytes that it has to fetch, at the speed of the link."""
+    size = streamed_bytes(stage.engine.layout, case.capacity, len(case.prompt) - 1)
+    limit = {"context": context, "bytes": size, "ms_per_token": size / stage.gbps / 1e6 if stage.gbps else None}
+    return limit | {"card_ms_per_token": size / stage.slow.card_gbps / 1e6 if stage.slow else None}
+
+
+def _notes(stage: Stage) -> list[str]:
+    """What a reader has to know about the figures."""
+    notes = [
+        "greedy; ms per token is decoding alone; the draft of triforce and best is look-up in the text",
+        "limit: bytes of the KV cache that a plain pass fetches, over the link's bandwidth",
+        "TTFT: with all caches allocated and pinned; transformers reads the prompt in one piece",
+    ]
+    if stage.engine.layout.device.type == "cpu":
+        notes.append(
+            "TTFT of our ways: the prompt was read once for all of them, with copies beside it reckoned at the link's "
+            "speed, and then each one's own first pass"
+        )
+        notes.append("transformers-cpu knows no link: it is what a device that holds the whole cache would do")
+    if stage.slow is not None:
+        slow = stage.slow
+        notes.append(
+            f"emulated, not measured on a {slow.card}: link and computation are both {slow.factor:,.1f} times slower "
+            f"(link {slow.gbps:.3g} for {slow.card_gbps:g} GB/s); TTFT is in no proportion to the card's"
+        )
+        missed = ", ".join(f"{what} {times:.1f}x" for what, times in slow.misses.items())
+        notes.append(f"the factor fits a step of one token; too slow for it, and so for the card, are: {missed}")
+    return notes

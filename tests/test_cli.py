@@ -180,8 +180,10 @@ def test_too_little_host_memory_is_refused_with_numbers(tmp_path):
     assert "would fit" in result.stderr
 
 
-# The command, saying when the prefill begins.
+# The command, saying when the prefill begins. A shell makes what it runs in the background deaf to Ctrl-C.
 READING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from offload_triforce import cli, runtime
 prefill = runtime.prefill
 runtime.prefill = lambda *args: (print("reading", flush=True), prefill(*args))

@@ -80,7 +80,7 @@ class SlowMotion:
             "measured_ms": 1e3 * self.measured_s,
             "card_ms": 1e3 * self.card_s,
             "misses": self.misses,
-            "note": f"emulated: not measured on a {self.card}",
+            "note": f"emulated: not measured on the {self.card}",
         }
 
 

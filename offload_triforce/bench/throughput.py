@@ -209,9 +209,11 @@ def _notes(stage: Stage) -> list[str]:
     if stage.slow is not None:
         slow = stage.slow
         notes.append(
-            f"emulated, not measured on a {slow.card}: link and computation are both {slow.factor:,.1f} times slower "
+            f"emulated, not measured on the {slow.card}: link and computation are both {slow.factor:,.1f} times slower "
             f"(link {slow.gbps:.3g} for {slow.card_gbps:g} GB/s); TTFT is in no proportion to the card's"
         )
         missed = ", ".join(f"{what} {times:.1f}x" for what, times in slow.misses.items())
-        notes.append(f"the factor fits a step of one token; too slow for it, and so for the card, are: {missed}")
+        notes.append(
+            f"the factor fits a step of one token; beyond it, other work is too slow here (below 1: too fast): {missed}"
+        )
     return notes

@@ -49,8 +49,10 @@ class Limits(NamedTuple):
 
 # A guess that is less likely than this to be reached is not made, beside the best one of a place.
 LEAST_REACH = 1 / 512
-# Steps before anything is known of what a pass costs.
+# Steps before anything is known of what a pass brings; and of what one costs, where that is measured: it may be less than
+# these steps, and somebody waits for the first token.
 FIRST_STEPS = 12
+FIRST_MEASURED = 4
 
 
 class Middle:
@@ -121,7 +123,7 @@ class Middle:
         if not limits.adaptive:
             return len(tree.guesses) < limits.nodes
         if not self.pace.known:
-            return steps < FIRST_STEPS
+            return steps < (FIRST_MEASURED if self.pace.draft_cost is None else FIRST_STEPS)
         leaves = self._leaves()
         gain = sum(leaf.reach for leaf in leaves)
         return bool(leaves) and gain > self.pace.step_cost(len(leaves)) / self.pace.value

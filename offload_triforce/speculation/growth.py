@@ -49,8 +49,8 @@ class Limits(NamedTuple):
 
 # A guess that is less likely than this to be reached is not made, beside the best one of a place.
 LEAST_REACH = 1 / 512
-# Steps before anything is known of what a pass brings; and of what one costs, where that is measured: it may be less than
-# these steps, and somebody waits for the first token.
+# Steps before it is known what a pass brings; and what one costs, where that is measured: it may be less than these
+# steps, and somebody waits for the first token.
 FIRST_STEPS = 12
 FIRST_MEASURED = 4
 

@@ -14,20 +14,19 @@ COLOURS = {"triforce": "tab:gray", "ours": "tab:blue"}
 
 def table(report: dict[str, Any]) -> Table:
     """One row per cell; cells whose answers fell into loops are marked, and left out of the means."""
-    mean = report.get("mean_ratio")
-    title = "every answer fell into a loop" if mean is None else f"{mean:.2f}x TriForce's tokens per pass on average"
-    found = Table(title=title, title_justify="left")
-    for name in ("model", "task", "T", "tokens/pass", "TriForce's", "ratio", "accepted", "MB/token", "drafting"):
-        found.add_column(name, justify="left" if name in ("model", "task") else "right")
+    mean, models = report.get("mean_ratio"), {cell["model"] for cell in report["cells"]}
+    title = "every answer fell into a loop" if mean is None else f"{mean:.2f}x TriForce's on average"
+    found = Table(title=f"{', '.join(sorted(models))}, tokens per pass: {title}", title_justify="left")
+    for name in ("task", "T", "ours", "theirs", "ratio", "accepted", "MB/token", "drafting"):
+        found.add_column(name, justify="left" if name == "task" else "right")
     for cell in report["cells"]:
         ours = cell["ways"]["ours"]
         low, high = ours["spread"]
         accepted = " / ".join("-" if rate is None else f"{rate:.0%}" for rate in ours["acceptance"].values())
         found.add_row(
-            cell["model"],
-            cell["task"] + (" (loops)" if cell["looped"] else ""),
+            (cell["task"] if len(models) == 1 else f"{cell['model']}, {cell['task']}") + "*" * cell["looped"],
             f"{cell['temperature']:g}",
-            f"{cell['tokens_per_pass']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high > low else ""),
+            f"{cell['tokens_per_pass']:.1f}" + (f" ({low:.0f}-{high:.0f})" if high > low else ""),
             f"{cell['tokens_per_pass_triforce']:.1f}",
             f"{cell['ratio']:.2f}",
             accepted,
@@ -37,7 +36,9 @@ def table(report: dict[str, Any]) -> Table:
         )
     for name, ratio in report.get("mean_ratio_by_way", {}).items():
         if name not in COLOURS:
-            found.add_row("", name, "", "", "", f"{ratio:.2f}", "", "", "")
+            found.add_row(name, "", "", "", f"{ratio:.2f}", "", "", "")
+    if any(cell["looped"] for cell in report["cells"]):
+        found.caption = "* fell into loops, which flatter everybody: not counted"
     return found
 
 
@@ -66,7 +67,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens per pass over the full cache")
     mean = report.get("mean_ratio")
     axes.set_title("same memory, same texts" + (f": {mean:.2f}x on average" if mean else ""), fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -64,6 +64,11 @@ class Costs:
         return max(0.0, self._line[0] + self._line[1] * tokens)
 
     @property
+    def tells_sizes_apart(self) -> bool:
+        """Whether more than one number of tokens has been seen."""
+        return len({tokens for tokens, _ in self._seen}) > 1
+
+    @property
     def per_token(self) -> float:
         """Seconds that one more token takes."""
         return self.at(2) - self.at(1)
@@ -132,6 +137,18 @@ class Pace:
         return self.draft_cost if self.draft_cost is not None else self.steps.at(tokens)
 
     @property
-    def node_cost(self) -> float:
-        """What one more node in a pass costs."""
-        return 0.0 if self.draft_cost is not None else self.passes.per_token
+    def least_in_step(self) -> float:
+        """How likely a guess has to be reached, for reading it in a step that is made anyway to pay."""
+        return self._least(self.steps)
+
+    @property
+    def least_in_pass(self) -> float:
+        """The same for reading it in a pass."""
+        return self._least(self.passes if self.passes.tells_sizes_apart else self.steps)
+
+    def _least(self, costs: Costs) -> float:
+        if self.draft_cost is not None or not self.steps:
+            return 0.0
+        # Before the first pass, nobody knows what a token is worth: not less than the step that guesses it.
+        value = self.value if self.known else self.steps.at(1)
+        return costs.per_token / value if value > 0 else 0.0

@@ -136,8 +136,9 @@ class Middle:
         tree, width = self._tree, min(self.limits.width, self.limits.room - len(self._tree.held))
         if tree.root.candidates is None:
             return [tree.root][: min(width, self._deepest)]
-        enough = len(tree.guesses) >= self._most
-        least = heapq.nlargest(self._most, (node.reach for node in tree.guesses))[-1] if enough else 0.0
+        least = self.pace.least_in_step if self.limits.adaptive else 0.0
+        if len(tree.guesses) >= self._most:
+            least = max(least, heapq.nlargest(self._most, (node.reach for node in tree.guesses))[-1])
         unread = (
             node
             for node in tree.guesses
@@ -226,7 +227,7 @@ class Middle:
     def _pick(self) -> list[Node]:
         """The root, and the likeliest guesses in the order in which they were made: what the target reads."""
         limits, guesses = self.limits, self._tree.guesses
-        floor = self.pace.node_cost / self.pace.value if limits.adaptive and self.pace.known else 0.0
+        floor = self.pace.least_in_pass if limits.adaptive else 0.0
         order = {node: number for number, node in enumerate(guesses) if node.depth <= self._deepest}
         best = heapq.nlargest(limits.nodes, order, key=lambda node: (node.reach, -order[node]))
         return [self._tree.root, *sorted((node for node in best if node.reach >= floor), key=order.__getitem__)]

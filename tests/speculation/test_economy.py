@@ -91,9 +91,26 @@ def test_given_pace_needs_no_clock():
         pace.step(3, 99.0, 99.0, hidden=False)
     pace.round(9, 1e-3, 6, waited=123.0)
     assert pace.value == pytest.approx(1.5 / 6)
-    assert (pace.step_cost(3), pace.step_cost(99), pace.node_cost) == (0.1, 0.1, 0.0)
+    assert (pace.step_cost(3), pace.step_cost(99)) == (0.1, 0.1)
+    assert (pace.least_in_step, pace.least_in_pass) == (0.0, 0.0), "one more token costs nothing"
     steps = 0
     while pace.has_time(3):
         pace.step(3, 99.0, 99.0, hidden=True)
         steps += 1
     assert steps in (9, 10), "a pass hides what adds up to a pass"
+
+
+def test_what_one_more_token_has_to_be_worth():
+    """A step takes 1 s and 0.1 s per token; a pass 5 s, and 0.2 s per node as soon as that can be told."""
+    pace = Pace()
+    assert (pace.least_in_step, pace.least_in_pass) == (0.0, 0.0)
+    pace.step(2, 1.2, 0.0, hidden=False)
+    pace.step(5, 1.5, 0.0, hidden=False)
+    assert pace.least_in_step == pace.least_in_pass == pytest.approx(0.1 / 1.1), "a token is worth a step, no less"
+    pace.round(10, 7.0, 4, waited=0.0)
+    value = (2.7 + 7) / 4
+    assert pace.least_in_step == pace.least_in_pass == pytest.approx(0.1 / value)
+    pace.round(20, 9.0, 4, waited=0.0)
+    value = (2.7 + 7 + 9) / 8
+    assert pace.least_in_step == pytest.approx(0.1 / value)
+    assert pace.least_in_pass == pytest.approx(0.2 / value)

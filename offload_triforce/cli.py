@@ -209,7 +209,7 @@ def demo(
     ahead: Ahead = None,
     draft_cache: DraftCache = None,
     device: Device = "auto",
-    link_gbps: Annotated[float, typer.Option(help="Speed of the emulated link in GB/s; CPU only.")] = 0.5,
+    link_gbps: Annotated[float, typer.Option(help="Speed of the emulated link in GB/s; CPU only.")] = 0.2,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Watch it work: SmolLM2 reads 6,000 tokens and answers, plainly and through the hierarchy."""

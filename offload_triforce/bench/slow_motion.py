@@ -33,8 +33,7 @@ from offload_triforce.config import Settings
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.shape import ModelShape, weigh
 from offload_triforce.planner.machine import Machine
-from offload_triforce.planner.predict import layer_seconds
-from offload_triforce.runtime import make_shape
+from offload_triforce.planner.predict import layer_seconds, resident_step
 from offload_triforce.scheduler.cost import Speeds
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
@@ -106,7 +105,7 @@ def compare(
 ) -> SlowMotion:
     """The factor, from seconds that pieces of work took here: ("step" or "pass", tokens that it reads)."""
     card = {
-        (kind, n): (card_step if kind == "step" else card_pass)(model, settings, context, machine.speeds, n)
+        (kind, n): (resident_step if kind == "step" else card_pass)(model, settings, context, machine.speeds, n)
         for kind, n in took
     }
     base = ("step", 1)
@@ -124,37 +123,20 @@ def model_shape(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:
     return ModelShape("", model.config, layout, model.config.get_text_config().num_attention_heads, weigh(model, None))
 
 
-def card_step(model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int) -> float:
-    """Seconds of a step of the retrieval level on a card: weights and retrieval cache are read once."""
-    held, layout = make_shape(settings, context), model.layout
-    seconds = _weights(model, speeds, tokens)
-    for index, shape in enumerate(layout.layers):
-        near = (settings.sink + settings.recent) if shape.window is None else min(shape.window, context)
-        size = near * layout.token_bytes(index)
-        if shape.window is None:
-            size += shape.kv_heads * held.chosen_bytes(shape.head_dim, layout.dtype.itemsize)
-        seconds += speeds.seconds(size)
-    return seconds
-
-
 def card_pass(model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int) -> float:
     """Seconds that a pass computes on a card, its tiles being there: weights and KV cache are read once.
 
     Keys are read again to be scored.
     """
-    layout, seconds = model.layout, _weights(model, speeds, tokens)
+    layout, weights = model.layout, model.weights
+    seconds = speeds.seconds(weights.head, 2 * weights.head_parameters * tokens)
+    seconds += len(layout.layers) * layer_seconds(model, speeds, tokens)
     for index, shape in enumerate(layout.layers):
         reach = context if shape.window is None else min(shape.window, context)
         again = 1.5 if shape.window is None else 1.0
         flops = 4 * again * model.heads * shape.head_dim * reach * tokens
         seconds += speeds.seconds(again * reach * layout.token_bytes(index), flops)
     return seconds
-
-
-def _weights(model: ModelShape, speeds: Speeds, tokens: int) -> float:
-    weights = model.weights
-    head = speeds.seconds(weights.head, 2 * weights.head_parameters * tokens)
-    return head + len(model.layout.layers) * layer_seconds(model, speeds, tokens)
 
 
 def _median(work: Callable[[int], float], tokens: int, times: int) -> float:

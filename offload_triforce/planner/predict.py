@@ -101,7 +101,7 @@ def predict_target(
     """One pass over ``context`` tokens."""
     plan = make_plan(model.layout, settings, context)
     if plan is None:  # nothing is streamed
-        return PassTime(_resident_step(model, settings, context, machine.speeds, tokens, LAUNCH), 0.0, 0.0)
+        return PassTime(resident_step(model, settings, context, machine.speeds, tokens, LAUNCH), 0.0, 0.0)
     tail = make_shape(settings, context).tail_needed(settings.news)
     tiles = max(0, context - tail) // plan.tile_tokens
     work = pass_work(model, plan, machine.speeds, tokens, refresh)
@@ -109,10 +109,13 @@ def predict_target(
     return predict_pass(plan, tiles, LinkSpeed(machine.link_gbps), work)
 
 
-def _resident_step(
-    model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int, launch: float
+def resident_step(
+    model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int, launch: float = 0.0
 ) -> float:
-    """A step over caches that lie on the device: windows, and the retrieval cache."""
+    """Seconds of a step over caches that lie on the device: windows, and the retrieval cache. All is read once.
+
+    ``launch``: the host's time for an operation; a step takes no less than that of all of them.
+    """
     held = make_shape(settings, context)
     layout, seconds = model.layout, 0.0
     for index, shape in enumerate(layout.layers):
@@ -128,7 +131,7 @@ def _resident_step(
 def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Speeds) -> float:
     """A step of the retrieval level: the weights and the retrieval cache are read once."""
     launch = REPLAY if settings.graphs else LAUNCH
-    return _resident_step(model, settings, context, speeds, settings.width + settings.gamma1, launch)
+    return resident_step(model, settings, context, speeds, settings.width + settings.gamma1, launch)
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
@@ -137,7 +140,7 @@ def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) 
         return 0.0
     reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1, bits=16)
     launch = REPLAY if settings.graphs else LAUNCH
-    return settings.gamma1 * _resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
+    return settings.gamma1 * resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
 
 
 def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:

@@ -14,12 +14,13 @@ from offload_triforce.bench import stage, throughput
 from offload_triforce.bench.ballast import BallastDevice, drag
 from offload_triforce.bench.contenders import OURS, WAYS, Case, Outcome, Read, _beside_link, answer_ours, settings_for
 from offload_triforce.bench.peak import PeakMemory
-from offload_triforce.bench.slow_motion import card_pass, card_step, compare, model_shape
+from offload_triforce.bench.slow_motion import card_pass, compare, model_shape
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.model.layout import probe
 from offload_triforce.planner.machine import Machine
+from offload_triforce.planner.predict import resident_step
 from offload_triforce.scheduler.cost import Speeds
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from tests.byte_tokenizer import save_tiny_llama
@@ -162,9 +163,9 @@ def shape(tmp_path_factory):
 
 
 def test_factor_by_hand(shape):
-    """A card of 100 GB/s behind 10 GB/s. A step reads the head and, twice, weights, 72 tokens and 4 chunks of 8."""
+    """A card of 100 GB/s behind 10 GB/s. A step reads the head and, twice, weights, 80 tokens and 4 chunks of 8."""
     machine, settings = Machine("made up", 0, 10.0, Speeds(100, 1e9, 1.0, 1.0)), Settings(budget=104, bits=16)
-    step = (2 * (4 * LAYER + 72 * 256 + 2 * 4 * 2 * 8 * 16 * 4) + 4 * HEAD) / 100e9
+    step = (2 * (4 * LAYER + 80 * 256 + 2 * 4 * 2 * 8 * 16 * 4) + 4 * HEAD) / 100e9
     passing = (2 * (4 * LAYER + 1.5 * 1000 * 256) + 4 * HEAD) / 100e9
     took = {("step", 1): 500 * step, ("step", 12): 1000 * step, ("pass", 1): 250 * passing}
     slow = compare(took, shape, machine, settings, 1000)
@@ -179,7 +180,7 @@ def test_a_card_bound_by_its_flops(shape):
     products = 2 * (2 * LAYER + HEAD) * 7 / 1e12
     attention = 2 * 1.5 * 4 * 4 * 16 * 1000 * 7 / 1e12
     assert card_pass(shape, settings, 1000, speeds, 7) == pytest.approx(products + attention)
-    assert card_step(shape, settings, 1000, speeds, 7) == pytest.approx(products, rel=1e-3)
+    assert resident_step(shape, settings, 1000, speeds, 7) == pytest.approx(products, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])

@@ -92,10 +92,12 @@ def speculation(
     if temperature and min(temperature) < 0:
         raise InputError(f"--temperature must not be negative, not {min(temperature):g}")
     check_folders(out, png)
+    from offload_triforce.bench.figures import check_pictures
     from offload_triforce.bench.speculation import MODELS, TEMPERATURES, Plan, bench_speculation
     from offload_triforce.bench.speculation_report import draw, table
     from offload_triforce.bench.tasks import TASKS, find_task
 
+    check_pictures(png)
     tasks = [find_task(name) for name in dict.fromkeys(task)] if task else TASKS
     plan = Plan(tasks, temperature or TEMPERATURES, new_tokens, runs, tokens, levers)
 
@@ -131,9 +133,11 @@ def trace(
     if link_gbps <= 0:
         raise InputError(f"--link-gbps must be greater than 0, not {link_gbps:g}")
     check_folders(out, png)
+    from offload_triforce.bench.figures import check_pictures
     from offload_triforce.bench.pipeline import make_subject
     from offload_triforce.bench.timeline import draw, trace_pass, utilisation
 
+    check_pictures(png)
     notes.print(f"{model}: filling {tokens:,} tokens of KV cache", style="dim")
     subject = make_subject(model, tokens, settings)
     try:

@@ -69,6 +69,7 @@ def _question(
     model: str, draft: str, dtype: str, quantize: str | None, context: str, machine: Any, given: dict, *rates: Any
 ) -> Question:
     from offload_triforce.config import Settings, replace_settings
+    from offload_triforce.drafts import BOTH
     from offload_triforce.model.loader import DTYPES, QUANTIZATIONS
     from offload_triforce.model.shape import shape_of
     from offload_triforce.planner.models import find_config
@@ -84,7 +85,7 @@ def _question(
     name, config = find_config(model)
     target = shape_of(config, kind, quantize, name)
     variants = () if quantize else tuple(shape_of(config, kind, other, name) for other in QUANTIZATIONS)
-    small, draft = None, draft.removeprefix("ngram+")
+    small, draft = None, draft.removeprefix(BOTH)
     if draft == "self":
         small = target
     elif draft not in ("ngram", "none"):

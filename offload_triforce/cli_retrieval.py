@@ -32,11 +32,10 @@ def retrieval(
 ) -> None:
     """Compare ways to choose what lies in the retrieval cache: attention held, guesses accepted."""
     check_folders(png)
-    from offload_triforce.bench.figures import new_figure
+    from offload_triforce.bench.figures import check_pictures
     from offload_triforce.bench.retrieval import bench_retrieval, draw
 
-    if png is not None:
-        new_figure(1, 1)  # refused before the work starts
+    check_pictures(png)
     report = bench_retrieval(model, tokens, measure, budget, task, say=_say)
     if png is not None:
         draw(report, png)

@@ -39,14 +39,13 @@ def throughput(
     """Milliseconds per token of several ways to decode the same, against the limit that the link sets."""
     check_folders(out, png)
     from offload_triforce.bench.contenders import WAYS
-    from offload_triforce.bench.figures import new_figure
+    from offload_triforce.bench.figures import check_pictures
     from offload_triforce.bench.stage import Question
     from offload_triforce.bench.throughput import bench_throughput
     from offload_triforce.bench.throughput_report import draw, lines, tables
     from offload_triforce.planner.units import parse_bytes, parse_speed
 
-    if png is not None:
-        new_figure(1, 1)  # refused now rather than after the work
+    check_pictures(png)
     asked = Question(
         model,
         list(dict.fromkeys(context or ())),

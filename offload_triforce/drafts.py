@@ -45,7 +45,7 @@ class Drafts:
         models = [target if part == "self" else part for part in parts if part != "ngram"]
         if len(models) > 1 or len(parts) - len(models) > 1:
             raise InputError("of drafts, look-up and one model can work together, not more")
-        self.lookup = "ngram" in [part for part in parts if isinstance(part, str)]
+        self.lookup = len(parts) > len(models)
         self.model = models[0] if models else None
         self._small: tuple[StreamingCache, StepGraphs | None] | None = None
         if self.model is not None:

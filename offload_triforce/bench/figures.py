@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_triforce.errors import InputError
@@ -21,3 +22,20 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise InputError("pictures need matplotlib: pip install 'offload-triforce[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, all of them in one style."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def check_pictures(path: Path | None) -> None:
+    """Where a picture is wanted, refuse before the work starts what would be refused after it.
+
+    Raises:
+        InputError: matplotlib is not there.
+    """
+    if path is not None:
+        new_figure(1, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offload_triforce.bench.figures import new_figure
+from offload_triforce.bench.figures import new_figure, save
 from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.retrieval_figures import Tally, Target, make_row
@@ -175,6 +175,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("acceptance at temperature 0.6")
     axes.set_title(f"{report['model']}, {report['measured']} tokens after {report['tokens']:,}", fontsize=10)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from offload_triforce.bench.subject import QUERIES, Subject
 from offload_triforce.config import Settings
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.shape import ModelShape, weigh
+from offload_triforce.model.shape import ModelShape, shape_of_loaded
 from offload_triforce.planner.machine import Machine
 from offload_triforce.planner.predict import layer_seconds, resident_step
 from offload_triforce.scheduler.cost import Speeds
@@ -97,7 +97,7 @@ def calibrate(model: PreTrainedModel, layout: ModelLayout, machine: Machine, con
         took |= {("pass", n): _median(subject.verify, n, PASSES) for n in (1, QUERIES, settings.block)}
     finally:
         subject.close()
-    return compare(took, model_shape(model, layout), machine, settings, context)
+    return compare(took, shape_of_loaded(model, layout), machine, settings, context)
 
 
 def compare(
@@ -116,11 +116,6 @@ def compare(
         if (kind, n) != base
     }
     return SlowMotion(machine.name, machine.link_gbps, took[base], card[base], context, misses)
-
-
-def model_shape(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:
-    """A loaded model as the planner sees it."""
-    return ModelShape("", model.config, layout, model.config.get_text_config().num_attention_heads, weigh(model, None))
 
 
 def card_pass(model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from offload_triforce.bench.figures import new_figure
+from offload_triforce.bench.figures import new_figure, save
 
 COLOURS = {"triforce": "tab:gray", "ours": "tab:blue"}
 
@@ -68,6 +68,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
     mean = report.get("mean_ratio")
     axes.set_title("same memory, same texts" + (f": {mean:.2f}x on average" if mean else ""), fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from offload_triforce.bench.contenders import WAYS
-from offload_triforce.bench.figures import new_figure
+from offload_triforce.bench.figures import new_figure, save
 
 COLOURS = {
     "plain": "tab:orange",
@@ -102,6 +102,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="context, tokens", ylabel=f"ms per token{emulated}", xlim=(0, None), ylim=(0, None))
     axes.set_title(title(report), fontsize=9, wrap=True)
     axes.legend(frameon=False, fontsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from offload_triforce.bench.figures import new_figure
+from offload_triforce.bench.figures import new_figure, save
 from offload_triforce.bench.subject import Subject
 from offload_triforce.scheduler.device import COMPUTE, D2H, H2D, Device
 from offload_triforce.scheduler.trace import Span, Trace, busy
@@ -78,6 +78,4 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     axes.set_xlabel("ms since the pass began")
     axes.set_xlim(left=0)
     axes.set_title(f"{title}; link busy {utilisation(spans):.1%} of the time", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

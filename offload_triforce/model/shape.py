@@ -81,6 +81,11 @@ def shape_of(
     return ModelShape(name, config, layout, config.get_text_config().num_attention_heads, weights, quantize)
 
 
+def shape_of_loaded(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:
+    """The same of a model that is there, with its layout."""
+    return ModelShape("", model.config, layout, model.config.get_text_config().num_attention_heads, weigh(model, None))
+
+
 def layout_of(config: PretrainedConfig, dtype: torch.dtype, name: str = "") -> ModelLayout:
     """What ``probe`` finds in the loaded model, read from the configuration (the longrope switch apart).
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.memory import free_on
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.shape import ModelShape, weigh
+from offload_triforce.model.shape import ModelShape, shape_of_loaded
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.machine import Machine, this_machine
 from offload_triforce.planner.predict import DRAFT_ACCEPTANCE, Assumed, assumed_acceptance, predict_target, round_time
@@ -75,9 +75,8 @@ def choose_for_loaded(
     """
     if layout.device.type != "cuda":
         return settings
-    heads, weights = model.config.get_text_config().num_attention_heads, weigh(model, None)
-    shape = ModelShape("", model.config, layout, heads, weights)
-    taken = weights.total + DEVICE_OVERHEAD  # what is free is free of these
+    shape = shape_of_loaded(model, layout)
+    taken = shape.weights.total + DEVICE_OVERHEAD  # what is free is free of these
     machine = this_machine()
     machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
     given = [name for name in ("budget", "resident") if getattr(settings, name) is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 
 import pytest
 import torch
@@ -246,6 +247,14 @@ def test_command(tiny, tmp_path):
     assert {"task", "model", "temperature", "tokens_per_pass", "tokens_per_pass_triforce"} <= set(cell)
     draw(report, png)
     assert "explain" in call(*options).stdout
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(speculation, "fetch_model", lambda name: pytest.fail("the work has begun"))
+    result = call("--png", str(tmp_path / "out.png"))
+    assert result.exit_code == 2
+    assert "pictures need matplotlib" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from offload_triforce.bench import stage, throughput
 from offload_triforce.bench.ballast import BallastDevice, drag
 from offload_triforce.bench.contenders import OURS, WAYS, Case, Outcome, Read, _beside_link, answer_ours, settings_for
 from offload_triforce.bench.peak import PeakMemory
-from offload_triforce.bench.slow_motion import card_pass, compare, model_shape
+from offload_triforce.bench.slow_motion import card_pass, compare
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.model.layout import probe
+from offload_triforce.model.shape import shape_of_loaded
 from offload_triforce.planner.machine import Machine
 from offload_triforce.planner.predict import resident_step
 from offload_triforce.scheduler.cost import Speeds
@@ -159,7 +160,7 @@ LAYER, HEAD = 24_704, 259 * 64  # parameters: 4 projections of 64x64 and 64x32, 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
     model = TriForce.load(str(save_tiny_llama(tmp_path_factory.mktemp("bytes"))), device="cpu").model
-    return model_shape(model, probe(model))
+    return shape_of_loaded(model, probe(model))
 
 
 def test_factor_by_hand(shape):

@@ -7,13 +7,47 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from offload_triforce.cli_common import guarded
 
 if TYPE_CHECKING:
     from offload_triforce.planner.answer import Answer
     from offload_triforce.planner.question import Question
+
+
+def _list(wanted: bool) -> None:
+    """The tables that ``plan`` knows by name."""
+    if not wanted:
+        return
+    from offload_triforce.model.shape import shape_of
+    from offload_triforce.planner.cards import CARDS, PAGES
+    from offload_triforce.planner.models import MODELS, find_config
+
+    models = _table("model", "10^9 weights", "KV KB/token", "layers", "windowed", "positions")
+    for known in MODELS:
+        shape = shape_of(find_config(known.name)[1], name=known.name)
+        layout, billions = shape.layout, shape.weights.parameters / 1e9
+        held = sum(layout.token_bytes(layer) for layer in layout.full) / 1e3
+        counts = (len(layout.layers), len(layout.sliding), layout.max_positions)
+        models.add_row(known.name, f"{billions:.1f}", f"{held:.0f}", *(f"{count:,}" for count in counts))
+    cards = _table("card", "GiB", "memory GB/s", "TFLOPS", "PCIe", "link GB/s")
+    for card in CARDS:
+        figures = (f"{card.memory_gbps:,.0f}", f"{card.tflops:.0f}", f"{card.generation}.0 x{card.lanes}")
+        cards.add_row(f"[link={card.source}]{card.name}[/link]", str(card.gib), *figures, f"{card.link_gbps:g}")
+    for table in (models, cards):
+        Console().print(table)
+    Console().print(f"Cards: figures of {PAGES}, the link assumed; planner/cards.py names each page.", style="dim")
+    raise typer.Exit
+
+
+def _table(first: str, *others: str) -> Table:
+    """The first column holds names, the others figures."""
+    table = Table(Column(first, no_wrap=True))
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
 
 Size = Annotated[str | None, typer.Option(help="24GB (10^9 bytes) or 24GiB (2^30).")]
 Share = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of guesses accepted; else assumed.")]
@@ -42,6 +76,9 @@ def plan(
     acceptance: Share = None,
     draft_acceptance: Share = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    known: Annotated[
+        bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the models and cards known by name.")
+    ] = False,
 ) -> None:
     """Will it fit, how fast will it be, and which settings are best. Needs neither a GPU nor weights."""
     given = {"budget": budget, "gamma": gamma, "gamma1": gamma1, "tile": tile, "ring": ring, "resident": resident}
@@ -125,8 +162,7 @@ def _show(found: Answer) -> None:
 
 def _show_times(console: Console, found: Answer) -> None:
     told = found.prediction
-    table = Table("predicted")
-    table.add_column("", justify="right")
+    table = _table("predicted", "")
     rows = {
         "prefill, s": f"{told.prefill_s:.1f}",
         "plain decoding, ms per token": f"{told.plain_ms:.0f}",

@@ -6,6 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_triforce import cli
+from offload_triforce.planner.cards import CARDS
+from offload_triforce.planner.models import MODELS
 from tests.byte_tokenizer import save_tiny_llama
 
 KEYS = {"fits", "vram_bytes", "host_bytes", "ms_per_token", "ms_per_token_plain", "prefill_s", "missing"}
@@ -47,6 +49,13 @@ def test_tables():
         assert words in fits.stdout
     assert "does not fit" in refused.stdout
     assert "--quantize nf4" in refused.stdout
+
+
+def test_the_list_of_what_is_known():
+    listed = call("plan", "--list")
+    assert listed.exit_code == 0
+    for name in (*(card.name for card in CARDS), *(model.name for model in MODELS)):
+        assert name in listed.stdout
 
 
 def test_a_local_folder_and_a_draft(tmp_path):

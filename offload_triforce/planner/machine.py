@@ -10,11 +10,11 @@ import torch
 
 from offload_triforce.errors import InputError
 from offload_triforce.fetch import cache_folder
-from offload_triforce.planner.cards import LINK_GBPS, Card, find_card
+from offload_triforce.planner.cards import Card, find_card, slot_gbps
 from offload_triforce.scheduler.cost import Speeds
 
 # Of a card of which nothing but its memory is known: those of the middle of the table.
-UNKNOWN = Card("unknown card", 0, 600, 80, 4)
+UNKNOWN, UNKNOWN_LINK = Speeds(memory_gbps=600, tflops=80), slot_gbps(generation=4, lanes=16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def of_card(card: Card, host: int | None = None) -> Machine:
     """A machine with a card of the table."""
     said = (
         f"link {card.link_gbps:g} GB/s: PCIe {card.generation}.0 x{card.lanes} at about 80 % of its raw speed",
-        f"{card.name}: {card.memory_gbps:g} GB/s of memory bandwidth, {card.tflops:g} dense TFLOPS (as published)",
+        f"{card.name}: {card.memory_gbps:g} GB/s of memory bandwidth, {card.tflops:.0f} dense TFLOPS ({card.source})",
     )
     return Machine(card.name, card.memory_bytes, card.link_gbps, Speeds(card.memory_gbps, card.tflops), host, said)
 
@@ -88,9 +88,8 @@ def find_machine(
     if gpu is not None:
         machine = of_card(find_card(gpu), host)
     elif memory is not None:
-        said = f"link {UNKNOWN.link_gbps:g} GB/s, memory {UNKNOWN.memory_gbps:g} GB/s where not given"
-        speeds = Speeds(UNKNOWN.memory_gbps, UNKNOWN.tflops)
-        machine = Machine("the card described", memory, LINK_GBPS[4], speeds, host, (said,))
+        said = f"link {UNKNOWN_LINK:g} GB/s, memory {UNKNOWN.memory_gbps:g} GB/s where not given"
+        machine = Machine("the card described", memory, UNKNOWN_LINK, UNKNOWN, host, (said,))
     else:
         machine = this_machine(host)
     said = machine.said
@@ -116,11 +115,11 @@ def this_machine(host: int | None = None) -> Machine:
 
     host = psutil.virtual_memory().available if host is None else host
     name = torch.cuda.get_device_properties(0).name
-    free = torch.cuda.mem_get_info(0)[0]
+    free, total = torch.cuda.mem_get_info(0)
     try:
-        machine = of_card(find_card(name), host)
+        machine = of_card(find_card(name, total), host)
     except InputError:
-        machine = Machine(name, free, UNKNOWN.link_gbps, Speeds(UNKNOWN.memory_gbps, UNKNOWN.tflops), host)
+        machine = Machine(name, free, UNKNOWN_LINK, UNKNOWN, host)
     measured = read_measured()
     if measured is None or measured.gpu != name:
         said = (*machine.said, "not measured: `offload-triforce doctor` does it once")

@@ -111,7 +111,7 @@ def find_config(source: str) -> tuple[str, PretrainedConfig]:
         return source, config
     near = [plain[key].name for key in difflib.get_close_matches(_plain(source), plain, 6, 0.5)]
     near = list(dict.fromkeys(near))[:3]
-    hint = f"nearest are {', '.join(near)}" if near else f"known are {', '.join(model.name for model in MODELS)}"
+    hint = f"nearest are {', '.join(near)}" if near else "`offload-triforce plan --list` shows those that are known"
     raise InputError(
         f"{source!r} is neither a known model nor a local configuration nor one that the hub gives out from here; "
         f"{hint}"

@@ -26,7 +26,7 @@ def suggest(asked: Question) -> list[dict[str, str]]:
     if DEVICE in gaps:
         found += [{"option": o, "why": why, "for": DEVICE} for o, why in _smaller(asked)]
         larger = [card for card in CARDS if card.memory_bytes >= bare.vram_bytes > asked.machine.memory]
-        for card in sorted(larger, key=lambda card: card.mib)[:1]:
+        for card in sorted(larger, key=lambda card: card.gib)[:1]:
             why = f"has {gigabytes(card.memory_bytes)}"
             found.append({"option": f'--gpu "{card.name}"', "why": why, "for": DEVICE})
     if HOST in gaps:

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -28,6 +27,7 @@ from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.subject import QUERIES
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
+from offload_triforce.host_memory import free_on_host
 from offload_triforce.memory import work_out
 from offload_triforce.model.layout import probe
 from offload_triforce.runtime import make_plan, make_shape
@@ -80,7 +80,7 @@ def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict
         sizes = (queries, shape.slots, settings.chunk, parts.report["hbm_gbps"])
         parts.run(f"kernels_{queries}", gpu.kernel_time, model, plan, *sizes)
     needed = work_out(model, layout, settings, shape, plan, context).host
-    free = psutil.virtual_memory().available
+    free = free_on_host()
     if needed > 0.95 * free:
         row["skipped"] = f"{needed / 1e9:.1f} GB of host memory needed, {free / 1e9:.1f} GB free"
         return

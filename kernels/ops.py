@@ -36,7 +36,11 @@ __all__ = [
     "pack_queries",
     "prefill_attention",
     "select_chunks",
+    "what_stops_triton",
 ]
+
+
+CHOICE = "OFFLOAD_TRIFORCE_KERNELS"
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -45,10 +49,28 @@ def uses_triton(tensor: Tensor) -> bool:
     On the CPU they can, through Triton's interpreter, for tests: set OFFLOAD_TRIFORCE_KERNELS=triton and
     TRITON_INTERPRET=1. OFFLOAD_TRIFORCE_KERNELS=torch forbids them everywhere, to tell whether one is at fault.
     """
-    wanted = os.environ.get("OFFLOAD_TRIFORCE_KERNELS")
-    if verify_attention is None or wanted == "torch":
-        return False
-    return tensor.is_cuda or wanted == "triton"
+    return _allowed() and (tensor.is_cuda or os.environ.get(CHOICE) == "triton")
+
+
+def _allowed() -> bool:
+    return verify_attention is not None and os.environ.get(CHOICE) != "torch"
+
+
+def what_stops_triton() -> str | None:
+    """Why Triton cannot run on this machine's GPU, in its own words; None if it can.
+
+    It compiles a piece of C on its first use, so it wants a compiler and Python's headers. Where torch runs instead,
+    nothing does.
+    """
+    if not _allowed():
+        return None
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever it is: the first kernel would meet it too
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def _torch_functions(tensor: Tensor) -> ModuleType:

@@ -16,6 +16,9 @@ import torch
 
 from offload_triforce.bench.gpu import link_ceiling, memory_bandwidth
 from offload_triforce.bench.machine import describe_machine
+from offload_triforce.errors import MemoryLimitError
+from offload_triforce.host_memory import free_on_host
+from offload_triforce.kernels.ops import what_stops_triton
 from offload_triforce.planner.cards import LINK_GBPS, slot_gbps
 from offload_triforce.planner.machine import Measured, keep_measured
 from offload_triforce.scheduler.plan import TILE_BYTES
@@ -128,9 +131,12 @@ def check_link_speed(gbps: float, smi: dict[str, str]) -> Finding:
 
 def check_triton() -> Finding:
     """Our kernels need it."""
-    if importlib.util.find_spec("triton") is not None:
-        return Finding("triton", "ok", "there")
-    return Finding("triton", "slow", "not installed: plain torch runs instead", "pip install triton (Linux)")
+    if importlib.util.find_spec("triton") is None:
+        return Finding("triton", "slow", "not installed: plain torch runs instead", "pip install triton (Linux)")
+    if torch.cuda.is_available() and (reason := what_stops_triton()) is not None:
+        remedy = "install a C compiler and Python's headers: apt install gcc python3-dev, or the like"
+        return Finding("triton", "missing", f"it cannot compile its kernels: {reason}", remedy)
+    return Finding("triton", "ok", "there")
 
 
 def check_quantiser() -> Finding:
@@ -143,10 +149,15 @@ def check_quantiser() -> Finding:
 def check_host() -> list[Finding]:
     """Free host memory, and what has been swapped out."""
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    found = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    crowded = memory.available < 0.5 * memory.total
-    remedy = "close other programs before a long context: the KV cache is pinned and cannot be swapped out"
-    findings = [Finding("host memory", "slow" if crowded else "ok", found, remedy if crowded else None)]
+    free = free_on_host()
+    found = f"{free / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    remedy = None
+    if free < 0.9 * memory.available:
+        found += f"; {memory.available / 1e9:.1f} but for this container's limit"
+        remedy = "give the container more memory (docker run --memory): at its limit, processes are killed"
+    elif memory.available < 0.5 * memory.total:
+        remedy = "close other programs before a long context: the KV cache is pinned and cannot be swapped out"
+    findings = [Finding("host memory", "slow" if remedy else "ok", found, remedy)]
     if swap.used > 1 << 30:
         remedy = "programs have been swapped out already; free memory, so that they are not in each other's way"
         findings.append(Finding("swap", "slow", f"{swap.used / 1e9:.1f} GB in use", remedy))
@@ -190,12 +201,13 @@ def measure() -> tuple[dict[str, Any], list[str]]:
         line = f"No card, so no link: a copy within host memory runs at {gbps:.1f} GB/s (reads and writes counted)."
         return {"host_memory_gbps": gbps}, [line]
     device = torch.device("cuda", 0)
-    link, memory = link_ceiling(device, TILE_BYTES), memory_bandwidth(device)
+    try:
+        link, memory = link_ceiling(device, TILE_BYTES), memory_bandwidth(device)
+    except (MemoryLimitError, torch.OutOfMemoryError) as error:
+        return {}, [f"Link and memory could not be measured: {str(error).partition(chr(10))[0]}"]
     properties = torch.cuda.get_device_properties(0)
     when = time.strftime("%Y-%m-%d")
-    measured = Measured(
-        properties.name, properties.total_memory, link["h2d_gbps"], link["d2h_gbps"], memory["gbps"], when
-    )
+    measured = Measured(properties.name, properties.total_memory, link["h2d_gbps"], link["d2h_gbps"], memory, when)
     keep_measured(measured)
     line = (
         f"Measured, and kept for `plan`: {measured.h2d_gbps:.1f} GB/s to the card, {measured.d2h_gbps:.1f} GB/s back, "

@@ -15,7 +15,7 @@ from offload_triforce.answer import Generation, TextStream
 from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.drafts import BOTH, DraftChoice, Drafts
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
@@ -272,7 +272,23 @@ class TriForce:
                     torch.inference_mode(False),
                     torch.no_grad(),
                 ):
-                    tokens = next(steps, None)
+                    tokens = self._next(steps)
                 if tokens is None:
                     return
                 yield tokens
+
+    def _next(self, steps: Iterator[list[int]]) -> list[int] | None:
+        """The next tokens; None at the end. Where memory runs out, the caches are given back: what comes may fit.
+
+        Raises:
+            MemoryLimitError: the device is full, or host memory cannot be pinned.
+        """
+        try:
+            return next(steps, None)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            reason += "; take a shorter context, a smaller budget or a smaller resident share"
+        except MemoryLimitError as error:
+            reason = str(error)
+        self.close()  # outside of the handlers, where the error would keep alive what it saw
+        raise MemoryLimitError(f"memory ran out while decoding: {reason}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -14,6 +13,7 @@ from offload_triforce.cache.retrieval import RetrievalShape
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
+from offload_triforce.host_memory import free_on_host
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.plan import TilePlan
 
@@ -90,7 +90,7 @@ def check_memory(needs: Needs, device: torch.device, context: int) -> None:
     Raises:
         MemoryLimitError: how much is missing, and a context that would fit.
     """
-    free = psutil.virtual_memory().available
+    free = free_on_host()
     if device.type == "cuda":
         _compare("device", needs.device, needs.fixed, free_on(device), context)
         _compare("host", needs.host, 0, free, context)

@@ -17,6 +17,7 @@ from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.kernels import ops
 from offload_triforce.memory import check_memory, work_out
 from offload_triforce.model.graphs import make_graphs
 from offload_triforce.model.layout import ModelLayout
@@ -30,7 +31,7 @@ from offload_triforce.speculation.drafting import Drafting
 from offload_triforce.speculation.economy import History, Pace
 from offload_triforce.speculation.growth import Limits, Middle
 from offload_triforce.speculation.hierarchy import decode
-from offload_triforce.speculation.levels import FullLevel, RetrievalLevel, TargetCaches
+from offload_triforce.speculation.levels import Choosing, FullLevel, RetrievalLevel, TargetCaches
 from offload_triforce.speculation.rules import Rule
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.stats import DecodeStats
@@ -73,6 +74,11 @@ def make_shape(settings: Settings, context: int) -> RetrievalShape:
     return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent, settings.bits)
 
 
+def choosing(settings: Settings) -> Choosing:
+    """When passes choose chunks for the retrieval cache."""
+    return "never" if settings.gamma == 0 else "each pass" if settings.refresh else "once"
+
+
 class Runtime:
     """The caches of one target model and everything that works on them. One text at a time."""
 
@@ -99,6 +105,7 @@ class Runtime:
         self.model, self.layout, self.settings, self.context = model, layout, settings, context
         if settings.link_gbps is not None and layout.device.type == "cuda":
             raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
+        _check_kernels(layout.device)
         plan = make_plan(layout, settings, context)
         shape = make_shape(settings, context)
         self.needs = work_out(model, layout, settings, shape, plan, context)
@@ -208,7 +215,6 @@ class Runtime:
     ) -> tuple[FullLevel, Middle]:
         """The target, and who guesses for it."""
         settings = self.settings
-        choosing = "never" if settings.gamma == 0 else "each pass" if settings.refresh else "once"
         limits = Limits(
             depth=settings.gamma,
             nodes=settings.nodes,
@@ -228,11 +234,23 @@ class Runtime:
             ended,
             stats,
         )
-        return FullLevel(self.model, self.caches, choosing), middle
+        return FullLevel(self.model, self.caches, choosing(settings)), middle
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""
         _close(self._open)
+
+
+def _check_kernels(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    with on(device):
+        reason = ops.what_stops_triton()
+    if reason is not None:
+        raise InputError(
+            f"Triton cannot compile its kernels here ({reason}); install a C compiler and Python's headers (gcc and "
+            "python3-dev), or set OFFLOAD_TRIFORCE_KERNELS=torch, which is slower"
+        )
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:

@@ -18,6 +18,13 @@ from offload_triforce.scheduler.trace import Span, Trace
 H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host's, on the device. Nobody waits for the copy."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Event(Protocol):
     """A point in the work of a lane or of the computation."""
 

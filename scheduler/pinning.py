@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from offload_triforce.errors import MemoryLimitError
+
 # Told (bytes pinned so far, bytes in all).
 Progress = Callable[[int, int], None]
 
@@ -33,11 +35,11 @@ class Pinner:
         """Return once the slab with this number is pinned.
 
         Raises:
-            MemoryError: the system refused to pin it.
+            MemoryLimitError: the system refused to pin it.
         """
         self._pinned[slab].wait()
-        if self._error is not None:
-            raise self._error
+        if self._error is not None:  # a new one each time: the old one would keep alive all that has seen it
+            raise MemoryLimitError(str(self._error))
 
     def close(self) -> None:
         """Stop, and unpin what has been pinned. Copies from and to the slabs must be through."""
@@ -53,7 +55,7 @@ class Pinner:
         try:
             for slab, event in zip(self._slabs, self._pinned, strict=True):
                 if self._stop:
-                    raise MemoryError("pinning was stopped before it was through")
+                    raise MemoryLimitError("pinning was stopped before it was through")
                 if slab.nbytes:  # a layer whose tiles are all resident has none
                     self._pin(slab)
                 self._count += 1
@@ -66,18 +68,21 @@ class Pinner:
                 event.set()
 
 
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, whichever is current on this thread
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
-def cuda_pin(slab: Tensor) -> None:
+def cuda_pin(slab: Tensor, device: torch.device) -> None:
     """Page-lock a host tensor in place. torch's own pinned allocator would round its size up to a power of two.
 
+    ``device``: on a new thread another one is current, and would be set up for this.
+
     Raises:
-        MemoryError: the system refuses, mostly for a limit on locked memory.
+        MemoryLimitError: the system refuses, mostly for a limit on locked memory.
     """
-    error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, _PORTABLE)
+    with torch.cuda.device(device):
+        error = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, _PORTABLE)
     if int(error) != 0:
-        raise MemoryError(
+        raise MemoryLimitError(
             f"{slab.nbytes / 1e9:.1f} GB of host memory could not be pinned (CUDA error {int(error)}); raise the limit "
             "on locked memory (ulimit -l), free some memory, or take a shorter context"
         )

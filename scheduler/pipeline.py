@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ class TileStore:
             self._places.update({(layer, tile): slabs[-1][i] for i, tile in enumerate(streamed)})
         self._pinner: Pinner | None = None
         if self._resident.is_cuda:
-            self._pinner = Pinner(slabs, cuda_pin, cuda_unpin, pinning or (lambda done, total: None))
+            pin = partial(cuda_pin, device=self._resident.device)
+            self._pinner = Pinner(slabs, pin, cuda_unpin, pinning or (lambda done, total: None))
 
     def place(self, layer: int, tile: int) -> Tensor:
         """Where this tile lies, [2, K, tile_tokens, D]: on the device if resident, else in host memory."""
@@ -65,7 +67,7 @@ class TileStore:
         """Store a whole tile [2, K, tile_tokens, D] from the device. ``kv`` must stay as it is until the event.
 
         Raises:
-            MemoryError: its place could not be pinned.
+            MemoryLimitError: its place could not be pinned.
         """
         place = self.place(layer, tile)
         if self.plan.is_resident(layer, tile):

@@ -1,9 +1,13 @@
 """What doctor says of machines that are not here: nvidia-smi's answers as text."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from offload_triforce import doctor
+from offload_triforce.errors import MemoryLimitError
+from offload_triforce.planner.machine import Measured, read_measured
 
 GOOD = "NVIDIA GeForce RTX 4090, 550.54, 1, 4, 16, 16\n"
 
@@ -70,3 +74,43 @@ def test_on_a_cpu_it_measures_host_memory_and_keeps_nothing(tmp_path, monkeypatc
     for row in report["findings"]:
         assert row["state"] in ("ok", "slow", "missing", "note")
         assert row["remedy"] or row["state"] in ("ok", "note"), row
+
+
+def test_on_a_card_it_measures_and_keeps(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_CACHE", str(tmp_path / "models"))
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=25 * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(doctor, "link_ceiling", lambda device, size: {"h2d_gbps": 24.5, "d2h_gbps": 23.5})
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(strftime=lambda form: "2026-01-01"))
+    # The real one, on the CPU: what it returns is what is kept.
+    real = doctor.memory_bandwidth
+    monkeypatch.setattr(doctor, "memory_bandwidth", lambda device: real(torch.device("cpu"), 1 << 20))
+    measured, lines = doctor.measure()
+    assert measured["h2d_gbps"] == 24.5
+    assert measured["memory_gbps"] > 0
+    assert read_measured() == Measured(**measured)
+    assert "24.5 GB/s to the card" in lines[0]
+
+
+def test_a_card_whose_link_cannot_be_measured(monkeypatch):
+    """Pinning is refused: that is a finding, with its remedy, and no traceback."""
+
+    def refused(device, size):
+        raise MemoryLimitError("0.3 GB of host memory could not be pinned (CUDA error 2); raise the limit")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "link_ceiling", refused)
+    measured, lines = doctor.measure()
+    assert measured == {}
+    assert "could not be pinned" in lines[0]
+
+
+def test_a_containers_limit_is_told(monkeypatch):
+    machine = SimpleNamespace(available=90 * 10**9, total=100 * 10**9)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(doctor, "free_on_host", lambda: 9 * 10**9)
+    found = doctor.check_host()[0]
+    assert found.state == "slow"
+    assert "container" in found.remedy
+    assert "9.0 of 100.0 GB" in found.found

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from offload_triforce import InputError, MemoryLimitError, Settings, TriForce
+from offload_triforce import InputError, MemoryLimitError, Settings, TriForce, runtime
 from offload_triforce.runtime import Runtime
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
@@ -141,7 +142,7 @@ def test_memory_too_small(monkeypatch):
     """Refused before any allocation; what the message says would fit, fits."""
     model = tiny_model("llama", max_position_embeddings=10**7)
     free = 500_000_000
-    monkeypatch.setattr("offload_triforce.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: free)
     monkeypatch.setattr(Runtime, "_make_caches", lambda *_: SimpleNamespace(static_view=None))
     with TriForce(model, context=5_000_000) as engine, pytest.raises(MemoryLimitError) as error:
         engine.generate(PROMPT, **GREEDY)
@@ -160,7 +161,7 @@ def test_memory_too_small(monkeypatch):
 
 
 def test_no_memory_at_all(model, monkeypatch):
-    monkeypatch.setattr("offload_triforce.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: 0)
     with TriForce(model) as engine, pytest.raises(MemoryLimitError, match="free some memory or take a smaller model"):
         engine.generate(PROMPT, **GREEDY)
 
@@ -178,6 +179,46 @@ def test_allocation_that_fails(model, monkeypatch):
             engine.generate(PROMPT, **GREEDY)
     assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
     engine.close()
+
+
+def test_memory_that_runs_out_on_the_way(model, monkeypatch):
+    """One sentence; and the caches are given back, so that the next request may fit."""
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore than anybody reads.")
+
+    with TriForce(model, **SMALL) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr("offload_triforce.runtime.prefill", fails)
+            with pytest.raises(MemoryLimitError, match="Tried to allocate 2 GiB; take a shorter context") as error:
+                engine.generate(PROMPT, **GREEDY)
+        assert "\n" not in str(error.value)
+        assert error.value.__context__ is None, "it would keep alive what filled the memory"
+        assert engine._runtime is None
+        assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
+
+
+def test_memory_that_cannot_be_pinned(model, monkeypatch):
+    def refused(self, layer, tile, kv):
+        raise MemoryLimitError("0.5 GB of host memory could not be pinned (CUDA error 2)")
+
+    with TriForce(model, **SMALL) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr("offload_triforce.scheduler.pipeline.TileStore.write", refused)
+            with pytest.raises(MemoryLimitError, match=r"memory ran out while decoding: 0\.5 GB of host memory"):
+                engine.generate(PROMPT, **GREEDY)
+        assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
+
+
+def test_a_machine_on_which_triton_cannot_compile(monkeypatch):
+    """Refused before anything is allocated, with what to do."""
+    monkeypatch.setattr("offload_triforce.runtime.on", lambda device: nullcontext())
+    monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: "Failed to find C compiler")
+    runtime._check_kernels(torch.device("cpu"))
+    with pytest.raises(InputError, match=r"Failed to find C compiler.*gcc and python3-dev.*OFFLOAD_TRIFORCE_KERNELS"):
+        runtime._check_kernels(torch.device("cuda"))
+    monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: None)
+    runtime._check_kernels(torch.device("cuda"))
 
 
 # --- text

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up. A module may import from its own rank and from ranks below.
 RANKS = [
-    {"_version", "errors", "config", "stats"},
+    {"_version", "errors", "config", "stats", "host_memory"},
     {"kernels"},
     {"scheduler"},
     {"cache"},

@@ -62,7 +62,7 @@ class BallastDevice(CudaDevice):
             self._unpin(self._far)
 
     def _pin(self, buffer: Tensor) -> None:
-        cuda_pin(buffer)
+        cuda_pin(buffer, self.device)
 
     def _unpin(self, buffer: Tensor) -> None:
         cuda_unpin(buffer)

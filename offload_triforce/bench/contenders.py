@@ -12,18 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from offload_triforce.bench.answering import Answering, Case, Read
 from offload_triforce.bench.peak import PeakMemory
-from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.speculation import SHARE, equal_memory
-from offload_triforce.bench.subject import synchronize
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
-from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.runtime import Runtime, make_plan, make_shape, on
+from offload_triforce.planner.choose import choose_for_loaded
+from offload_triforce.runtime import Runtime, make_plan, make_shape
 from offload_triforce.scheduler.cost import predict_prefill
 from offload_triforce.scheduler.device import Device
-from offload_triforce.scheduler.emulated import EmulatedDevice
 
 OURS = {
     "plain": "ours, plain: one pass over the streamed cache per token",
@@ -35,41 +33,6 @@ THEIRS = {
     "transformers-cpu": "transformers on the CPU: whole cache in memory, no link",
 }
 WAYS = OURS | THEIRS
-# Tokens decoded before the clock runs: kernels are compiled, graphs captured.
-WARM_UP = 16
-
-
-@dataclass(frozen=True)
-class Case:
-    """What every way is given: token ids of the prompt, and how many tokens are wanted."""
-
-    prompt: list[int]
-    new_tokens: int
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the caches have to hold."""
-        return len(self.prompt) + self.new_tokens
-
-
-@dataclass(frozen=True)
-class Read:
-    """A prompt, all but its last token, read once for all of our ways on a CPU; ``seconds`` it took."""
-
-    reading: Reading
-    seconds: float
-
-    @classmethod
-    def of(cls, engine: TriForce, prompt: list[int]) -> Read:
-        """Read it. Its KV stays in host memory."""
-        started = time.perf_counter()
-        reading = Reading.of(engine.model, engine.layout, prompt[:-1], engine.settings.prefill_chunk)
-        return cls(reading, time.perf_counter() - started)
-
-    @property
-    def size(self) -> int:
-        """Bytes of its KV."""
-        return sum(kv.nbytes for kv, _, _ in self.reading.layers)
 
 
 @dataclass(frozen=True)
@@ -97,14 +60,20 @@ def settings_for(way: str, layout: ModelLayout, capacity: int) -> Settings:
     return replace_settings(equal, {"budget": max(equal.budget, min(4096, capacity // SHARE), least)})
 
 
-def streamed_bytes(layout: ModelLayout, capacity: int, tokens: int) -> int:
+def settings_here(way: str, engine: TriForce, capacity: int) -> Settings:
+    """The same, and what is open in them chosen as the engine does it: on a GPU, the rest of its memory is filled."""
+    return choose_for_loaded(engine.model, engine.layout, settings_for(way, engine.layout, capacity), capacity)
+
+
+def streamed_bytes(engine: TriForce, capacity: int, tokens: int) -> int:
     """Bytes of the KV cache of ``tokens`` tokens that a plain pass has to fetch: whole tiles; the tail is there."""
-    settings = settings_for("plain", layout, capacity)
-    plan = make_plan(layout, settings, capacity)
+    settings = settings_here("plain", engine, capacity)
+    plan = make_plan(engine.layout, settings, capacity)
     if plan is None:
         return 0
-    tiles = max(0, tokens - make_shape(settings, capacity).tail_needed(settings.news)) // plan.tile_tokens
-    return tiles * plan.tile_bytes * plan.layers
+    return plan.streamed_bytes(
+        max(0, tokens - make_shape(settings, capacity).tail_needed(settings.news)) // plan.tile_tokens
+    )
 
 
 def answer_ours(
@@ -117,20 +86,13 @@ def answer_ours(
     Raises:
         MemoryLimitError: does not fit.
     """
-    settings = settings_for(way, engine.layout, case.capacity)
-    mine = TriForce(engine.model, engine.tokenizer, "none" if way == "plain" else "ngram", settings=settings)
-    with PeakMemory(engine.layout.device) as peak:
-        runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=make_device())
-        try:
-            prompt = torch.tensor(case.prompt)
-            with _link_off(runtime.device):
-                _fill(runtime, prompt, read)
-                _decode(mine, runtime, case.prompt, min(WARM_UP, case.new_tokens))
-                prefill_s = _fill(runtime, prompt, read)
-            stream = _decode(mine, runtime, case.prompt, case.new_tokens)
-        finally:
-            runtime.close()
-            mine.close()
+    settings = settings_here(way, engine, case.capacity)
+    with (
+        PeakMemory(engine.layout.device) as peak,
+        Answering.warm(engine, settings, case, read, make_device()) as answering,
+    ):
+        stream, prefill_s = answering.answer(), answering.prefill_s
+        ttft_s = prefill_s if read is None else _beside_link(read, answering.runtime)
     stats = stream.stats
     link_gbps = stats.link_bytes / stats.decode_s / 1e9
     figures = {
@@ -138,54 +100,18 @@ def answer_ours(
         "ms_per_token": stats.ms_per_token,
         "tokens_per_s": 1e3 / stats.ms_per_token,
         "prefill_s": prefill_s,
-        "ttft_s": (prefill_s if read is None else _beside_link(read, runtime)) + stats.ttft_s,
+        "ttft_s": ttft_s + stats.ttft_s,
         "link_gbps": link_gbps,
         "link_bytes_per_token": stats.link_bytes_per_token,
         "passes": stats.passes,
         "tokens_per_pass": stats.tokens_per_pass,
         "acceptance": {"draft": stats.draft.rate, "retrieval": stats.retrieval.rate},
         "budget": settings.budget_for(case.capacity) if settings.gamma else None,
+        "resident": settings.resident or 0.0,
         "device_peak_bytes": peak.device,
         "host_peak_bytes": peak.host - (read.size if read else 0),
     }
     return Outcome(list(stream.token_ids), figures)
-
-
-class _link_off:
-    """An emulated link is as fast as memory meanwhile; a real one stays what it is."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device if isinstance(device, EmulatedDevice) else None
-
-    def __enter__(self) -> None:
-        if self._device is not None:
-            self._gbps, self._device.gbps = self._device.gbps, None
-
-    def __exit__(self, *exception: object) -> None:
-        if self._device is not None:
-            self._device.gbps = self._gbps
-
-
-def _fill(runtime: Runtime, prompt: Tensor, read: Read | None) -> float:
-    """Fill the caches with all of the prompt but its last token; returns the seconds that reading it takes."""
-    if read is not None:
-        read.reading.fill(runtime)
-        return read.seconds
-    if runtime.caches.full is not None:
-        runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, once per process: not what is timed
-    device = runtime.layout.device
-    started = time.perf_counter()
-    with on(device), attached(runtime.model), torch.no_grad():
-        runtime.prefill(prompt[:-1], None)
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def _decode(engine: TriForce, runtime: Runtime, prompt: list[int], new_tokens: int) -> Any:
-    stream = engine.resume(runtime, prompt, 0, max_new_tokens=new_tokens, do_sample=False)
-    for _ in stream:
-        pass
-    return stream
 
 
 def _beside_link(read: Read, runtime: Runtime) -> float:

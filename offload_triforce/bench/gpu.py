@@ -41,7 +41,7 @@ def link_ceiling(device: torch.device, tile_bytes: int, total: int = 1 << 30, re
     host = torch.zeros(count, tile_bytes, dtype=torch.uint8)
     ring = torch.zeros(4, tile_bytes, dtype=torch.uint8, device=device)
     if device.type == "cuda":
-        cuda_pin(host)
+        cuda_pin(host, device)
     try:
 
         def to_device() -> None:

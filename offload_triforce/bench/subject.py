@@ -14,7 +14,7 @@ from offload_triforce.config import Settings
 from offload_triforce.kernels.ops import Rule
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.runtime import PREFILL_QUERIES, Runtime, on
+from offload_triforce.runtime import PREFILL_QUERIES, Runtime, choosing, on
 from offload_triforce.scheduler.device import Device
 from offload_triforce.speculation.levels import FullLevel, RetrievalLevel
 from offload_triforce.speculation.tree import Node
@@ -39,7 +39,7 @@ class Subject:
         self.layout = probe(model)
         self.runtime = Runtime(model, self.layout, settings, len(text) + 4 * settings.block, device=device)
         self.device = self.runtime.device
-        self.target = FullLevel(model, self.runtime.caches, "each pass")
+        self.target = FullLevel(model, self.runtime.caches, choosing(settings))
         self.middle = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
 
     def read(self) -> float:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from packaging.version import Version
 
+from offload_triforce.bench.answering import Case, Read
 from offload_triforce.bench.contenders import (
     OURS,
     WAYS,
-    Case,
     Outcome,
-    Read,
     answer_ours,
     answer_theirs,
     streamed_bytes,
@@ -27,6 +25,7 @@ from offload_triforce.bench.stage import Question, Say, Stage, card_machine, che
 from offload_triforce.bench.tasks import find_task, long_text
 from offload_triforce.checks import check_length
 from offload_triforce.errors import MemoryLimitError, TriForceError
+from offload_triforce.host_memory import free_on_host
 from offload_triforce.prompt import build_prompt
 
 SOUND = Version("5.23")  # of transformers: from here on its offloaded cache waits for its copies
@@ -149,7 +148,7 @@ def _unavailable(stage: Stage, way: str, case: Case) -> str | None:
         )  # the prompt is read in one piece
         if cuda:
             needed += sum(weight.nbytes for weight in stage.engine.model.parameters())
-        free = psutil.virtual_memory().available
+        free = free_on_host()
         if needed > free:
             return f"needs about {needed / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free"
     return None
@@ -188,7 +187,7 @@ def _judge(stage: Stage, answers: dict[str, list[int]]) -> None:
 
 def _limit(stage: Stage, context: int, case: Case) -> dict[str, Any]:
     """What no plain pass can beat: the bytes that it has to fetch, at the speed of the link."""
-    size = streamed_bytes(stage.engine.layout, case.capacity, len(case.prompt) - 1)
+    size = streamed_bytes(stage.engine, case.capacity, len(case.prompt) - 1)
     limit = {"context": context, "bytes": size, "ms_per_token": size / stage.gbps / 1e6 if stage.gbps else None}
     return limit | {"card_ms_per_token": size / stage.slow.card_gbps / 1e6 if stage.slow else None}
 

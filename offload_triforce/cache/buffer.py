@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.kernels import ops
+from offload_triforce.scheduler.device import to_device
 
 
 class TreeStep(NamedTuple):
@@ -130,7 +131,7 @@ class GrowingBuffer:
         start, count = self.committed, len(kept)
         same = next((i for i, number in enumerate(kept) if i != number), count)  # so many stay where they are
         if same < count:
-            source = torch.tensor(kept[same:], dtype=torch.long).to(self.kv.device, non_blocking=True)
+            source = to_device(torch.tensor(kept[same:], dtype=torch.long), self.kv.device)
             self.kv[:, :, :, start + same : start + count] = self.kv[:, :, :, start:].index_select(3, source)
         self.keep_pending(count)
 

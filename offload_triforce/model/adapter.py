@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import Rule
+from offload_triforce.scheduler.device import to_device
 
 ATTENTION_NAME = "offload_triforce"
 
@@ -88,13 +89,6 @@ def run(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int],
     """One forward step of T ``tokens`` at their ``positions``, over ``view``: the last ``keep`` logits, [keep, V]."""
     both = to_device(torch.tensor([list(tokens), list(positions)], dtype=torch.long), model.device)
     return forward(model, both[0], both[1], view, keep)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's, on the device. Nobody waits for the copy."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, view: View, keep: int) -> Tensor:

@@ -73,9 +73,9 @@ def load_model(
     folder, gguf = _locate(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if gguf:
-        options["gguf_file"] = gguf
         if quantize:
             raise InputError(f"{source} is a GGUF file, which is quantised already; leave --quantize out")
+        options |= {"gguf_file": gguf, "attn_implementation": "sdpa"} | _unpacked()
     if quantize:
         options["quantization_config"] = _quantization(quantize, dtype)
     try:
@@ -127,6 +127,14 @@ def _locate(source: str) -> tuple[str, str | None]:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise InputError(f"no such file or folder: {source}")
     return source, None
+
+
+def _unpacked() -> dict[str, Any]:
+    """Newer versions of transformers would keep a GGUF file's blocks, for kernels that need not be there."""
+    import transformers
+
+    kept = getattr(transformers, "GgufConfig", None)
+    return {} if kept is None else {"quantization_config": kept(dequantize=True)}
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:

@@ -41,13 +41,16 @@ class KeyTurner:
 
     def turn(self, keys: Tensor, back: int) -> Tensor:
         """Keys [layers, K, n, D] as they would be ``back`` positions earlier, computed in float32."""
-        return torch.stack([self._turn(key.float(), back, kind) for key, kind in zip(keys, self.types, strict=True)])
+        angles = {kind: self._angles(keys[0].float(), back, kind) for kind in set(self.types)}
+        return torch.stack([self._turn(key.float(), *angles[kind]) for key, kind in zip(keys, self.types, strict=True)])
 
-    def _turn(self, key: Tensor, back: int, kind: str | None) -> Tensor:
-        position = torch.tensor([[back]], device=key.device)
+    def _angles(self, key: Tensor, back: int, kind: str | None) -> tuple[Tensor, Tensor]:
+        position = torch.full((1, 1), back, device=key.device)  # not from the host's memory: nobody waits for it
         cos, sin = self.rotary(key[None], position, *([] if kind is None else [kind]))
         length = torch.sqrt(cos**2 + sin**2)  # YaRN and longrope scale the keys here, which must not happen twice
-        cos, sin = cos / length, sin / length
+        return cos / length, sin / length
+
+    def _turn(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]  # some models turn a part only
         half = turned.shape[-1] // 2
         swapped = torch.cat([turned[..., half:], -turned[..., :half]], dim=-1)

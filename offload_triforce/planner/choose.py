@@ -77,7 +77,7 @@ def choose_for_loaded(
         return settings
     shape = shape_of_loaded(model, layout)
     taken = shape.weights.total + DEVICE_OVERHEAD  # what is free is free of these
-    machine = this_machine()
+    machine = this_machine(device=layout.device.index or 0)
     machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
     given = [name for name in ("budget", "resident") if getattr(settings, name) is not None]
     return choose_settings(shape, settings, context, machine, (*given, "gamma", "gamma1"))

@@ -10,6 +10,7 @@ import torch
 
 from offload_triforce.errors import InputError
 from offload_triforce.fetch import cache_folder
+from offload_triforce.host_memory import free_on_host
 from offload_triforce.planner.cards import Card, find_card, slot_gbps
 from offload_triforce.scheduler.cost import Speeds
 
@@ -103,19 +104,19 @@ def find_machine(
     return replace(machine, said=said)
 
 
-def this_machine(host: int | None = None) -> Machine:
+def this_machine(host: int | None = None, device: int = 0) -> Machine:
     """The machine that this runs on: its card, as measured if ``doctor`` has been run, and its free host memory.
+
+    ``host``: bytes of host memory instead. ``device``: the card's number.
 
     Raises:
         InputError: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise InputError('there is no GPU here to plan for; name a card, as in --gpu "RTX 4090", or give --vram 24GB')
-    import psutil
-
-    host = psutil.virtual_memory().available if host is None else host
-    name = torch.cuda.get_device_properties(0).name
-    free, total = torch.cuda.mem_get_info(0)
+    host = free_on_host() if host is None else host
+    name = torch.cuda.get_device_properties(device).name
+    free, total = torch.cuda.mem_get_info(device)
     try:
         machine = of_card(find_card(name, total), host)
     except InputError:

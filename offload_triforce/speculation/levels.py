@@ -18,9 +18,10 @@ from offload_triforce.cache.retrieval import Refresh, RetrievalCache
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels import ops
-from offload_triforce.model.adapter import run, to_device
+from offload_triforce.model.adapter import run
 from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.scheduler.device import to_device
 from offload_triforce.scheduler.pipeline import Leaving
 from offload_triforce.speculation.tree import Node, sight, tokens_of
 

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from offload_triforce import cli
 from offload_triforce.bench import stage, throughput
+from offload_triforce.bench.answering import Case, Read
 from offload_triforce.bench.ballast import BallastDevice, drag
-from offload_triforce.bench.contenders import OURS, WAYS, Case, Outcome, Read, _beside_link, answer_ours, settings_for
+from offload_triforce.bench.contenders import OURS, WAYS, Outcome, _beside_link, answer_ours, settings_for
 from offload_triforce.bench.peak import PeakMemory
 from offload_triforce.bench.slow_motion import card_pass, compare
 from offload_triforce.config import Settings
@@ -246,7 +247,7 @@ def test_a_mismatch_ends_the_command(folder, monkeypatch):
 
 
 def test_what_does_not_fit_is_skipped(folder, monkeypatch):
-    monkeypatch.setattr(throughput.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
+    monkeypatch.setattr(throughput, "free_on_host", lambda: 1000)
     result = call("--model", folder, "--context", 300, "--ways", "transformers-cpu", "--json")
     assert result.exit_code == 0, result.stderr
     (row,) = json.loads(result.stdout)["rows"]

@@ -206,6 +206,10 @@ def test_a_measured_card_is_taken_as_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * GB, 25 * GB))
     assert "doctor" in machine.this_machine().said[-1]
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: asked.append(index) or (20 * GB, 25 * GB))
+    machine.this_machine(device=2)
+    assert asked == [2], "another card may be full"
     machine.keep_measured(machine.Measured(name, 25 * GB, 21.5, 20.0, 850.0, "2025-01-01"))
     here = find_machine(None, None, None, None, None)
     assert (here.memory, here.link_gbps, here.speeds.memory_gbps) == (20 * GB, 21.5, 850.0)
@@ -235,7 +239,7 @@ def test_a_loaded_models_settings_fill_what_is_free(monkeypatch, share):
     # The reserve is a share of the card, which is nearly all CUDA's own here.
     monkeypatch.setattr(choose, "RESERVE", 0.0)
     monkeypatch.setattr(choose, "free_on", lambda device: free)
-    monkeypatch.setattr(choose, "this_machine", lambda: of_card(find_card("RTX 4090")))
+    monkeypatch.setattr(choose, "this_machine", lambda device: of_card(find_card("RTX 4090")))
     chosen = choose.choose_for_loaded(target, layout, given, context)
     assert chosen.resident == pytest.approx(min(1.0, share), abs=0.06)
     assert needs(chosen).device <= free

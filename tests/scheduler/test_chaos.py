@@ -54,6 +54,7 @@ def run(device, where="cpu"):
             device.finish()
     finally:
         device.close()
+        store.close()
     return [float(each) for each in sums]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from offload_triforce.errors import MemoryLimitError
 from offload_triforce.scheduler import pinning
 from offload_triforce.scheduler.pinning import Pinner, cuda_pin
 
@@ -50,12 +52,15 @@ def test_refusal_is_raised_where_it_matters_and_what_was_pinned_is_unpinned():
 
     def pin(slab):
         if slab.numel() == 20:
-            raise MemoryError("no more")
+            raise MemoryLimitError("no more")
 
     pinner = Pinner(SLABS, pin, lambda slab: unpinned.append(slab.numel()), nothing)
+    errors = []
     for slab in (1, 2):
-        with pytest.raises(MemoryError, match="no more"):
+        with pytest.raises(MemoryLimitError, match="no more") as error:
             pinner.wait(slab)
+        errors.append(error.value)
+    assert errors[0] is not errors[1], "an error that is kept would keep alive the frames that it went through"
     pinner.close()
     assert unpinned == [10]
 
@@ -81,6 +86,9 @@ def test_close_stops_early():
 
 def test_what_cuda_says_becomes_a_sentence(monkeypatch):
     runtime = SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: 2)
+    current = []
     monkeypatch.setattr(pinning.torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(MemoryError, match=r"could not be pinned \(CUDA error 2\); raise the limit on locked memory"):
-        cuda_pin(SLABS[0])
+    monkeypatch.setattr(pinning.torch.cuda, "device", lambda device: current.append(device) or nullcontext())
+    with pytest.raises(MemoryLimitError, match=r"not be pinned \(CUDA error 2\); raise the limit on locked memory"):
+        cuda_pin(SLABS[0], torch.device("cuda", 1))
+    assert current == [torch.device("cuda", 1)]

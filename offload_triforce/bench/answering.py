@@ -1,0 +1,126 @@
+"""One answer of ours to one prompt: the prompt is read once, and what is timed sees nothing of that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from offload_triforce.answer import TextStream
+from offload_triforce.bench.reading import Reading
+from offload_triforce.bench.subject import synchronize
+from offload_triforce.config import Settings
+from offload_triforce.engine import TriForce
+from offload_triforce.model.adapter import attached
+from offload_triforce.runtime import Runtime, on
+from offload_triforce.scheduler.device import Device
+from offload_triforce.scheduler.emulated import EmulatedDevice
+
+# Tokens decoded before the clock runs: kernels are compiled, graphs captured.
+WARM_UP = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every way is given: token ids of the prompt, and how many tokens are wanted."""
+
+    prompt: list[int]
+    new_tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the caches have to hold."""
+        return len(self.prompt) + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt, all but its last token, read once for all of our ways on a CPU; ``seconds`` it took."""
+
+    reading: Reading
+    seconds: float
+
+    @classmethod
+    def of(cls, engine: TriForce, prompt: list[int]) -> Read:
+        """Read it. Its KV stays in host memory."""
+        started = time.perf_counter()
+        reading = Reading.of(engine.model, engine.layout, prompt[:-1], engine.settings.prefill_chunk)
+        return cls(reading, time.perf_counter() - started)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its KV."""
+        return sum(kv.nbytes for kv, _, _ in self.reading.layers)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Caches and a draft for one prompt. ``prefill_s``: what reading it took."""
+
+    engine: TriForce
+    runtime: Runtime
+    case: Case
+    prefill_s: float
+
+    @classmethod
+    @contextmanager
+    def warm(
+        cls, engine: TriForce, settings: Settings, case: Case, read: Read | None, device: Device
+    ) -> Iterator[Answering]:
+        """Filled with all of the prompt but its last token, and warmed up by a short answer, at no link on a CPU.
+
+        ``settings``: with ``gamma`` 0, nobody drafts. ``read``: the prompt as it was read before, instead of a prefill.
+
+        Raises:
+            MemoryLimitError: does not fit.
+        """
+        mine = TriForce(engine.model, engine.tokenizer, "ngram" if settings.gamma else "none", settings=settings)
+        runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
+        try:
+            with _link_off(runtime.device):
+                _fill(runtime, case, read)
+                cls(mine, runtime, case, 0.0).answer(min(WARM_UP, case.new_tokens))
+                prefill_s = _fill(runtime, case, read)
+            yield cls(mine, runtime, case, prefill_s)
+        finally:
+            runtime.close()
+            mine.close()
+
+    def answer(self, new_tokens: int | None = None) -> TextStream:
+        """Decode, greedily; once, since the caches go on with the text."""
+        wanted = new_tokens or self.case.new_tokens
+        stream = self.engine.resume(self.runtime, self.case.prompt, 0, max_new_tokens=wanted, do_sample=False)
+        for _ in stream:
+            pass
+        return stream
+
+
+@contextmanager
+def _link_off(device: Device) -> Iterator[None]:
+    """An emulated link is as fast as memory meanwhile; a real one stays what it is."""
+    if not isinstance(device, EmulatedDevice):
+        yield
+        return
+    gbps, device.gbps = device.gbps, None
+    try:
+        yield
+    finally:
+        device.gbps = gbps
+
+
+def _fill(runtime: Runtime, case: Case, read: Read | None) -> float:
+    """Fill the caches with all of the prompt but its last token; returns the seconds that reading it takes."""
+    if read is not None:
+        read.reading.fill(runtime)
+        return read.seconds
+    if runtime.caches.full is not None:
+        runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, once per process: not what is timed
+    device = runtime.layout.device
+    started = time.perf_counter()
+    with on(device), attached(runtime.model), torch.no_grad():
+        runtime.prefill(torch.tensor(case.prompt[:-1]), None)
+    synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,265 @@
+"""Is the cost model right? Passes and whole answers as predicted, against the same plan run over a link.
+
+Predicted is time. The model is told what the computation takes (one pass without a link, piece by piece; one answer
+without a link, for steps of the retrieval level and for what else a round takes) and what the link gives. It then walks
+the plan that the pipeline executes. How many passes and steps an answer takes depends on the text: a prediction is made
+once from the numbers that the run itself counted, and once, where guesses come in chains, from their acceptance alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_triforce.bench.answering import Answering, Case, Read
+from offload_triforce.bench.contenders import OURS, settings_for
+from offload_triforce.bench.gpu import free_memory, link_ceiling
+from offload_triforce.bench.machine import describe_machine
+from offload_triforce.bench.subject import QUERIES, Subject
+from offload_triforce.config import Settings, replace_settings
+from offload_triforce.demo import demo_prompt
+from offload_triforce.engine import TriForce
+from offload_triforce.fetch import fetch_model
+from offload_triforce.runtime import make_plan
+from offload_triforce.scheduler.cost import LinkSpeed, PassWork, RoundTime, chain, predict_pass, rounds
+from offload_triforce.scheduler.device import COMPUTE, CudaDevice, Device
+from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.plan import TILE_BYTES, TilePlan
+from offload_triforce.scheduler.trace import Trace
+from offload_triforce.stats import DecodeStats
+
+# Emulated links: a pass of QUERIES tokens takes so many times as long as its computation.
+DOMINANCE = (1.0, 3.0, 6.0)
+REPEATS = 5  # of a pass; the median counts
+PASS = "pass"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it runs: the model, a prompt that has been read, and how its link is to be had."""
+
+    engine: TriForce
+    case: Case
+    read: Read | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the link is real."""
+        return self.engine.layout.device.type == "cuda"
+
+    def device(self, gbps: float | None) -> Device:
+        """With a link of that speed, if it can be chosen."""
+        return CudaDevice(self.engine.layout.device) if self.cuda else EmulatedDevice(gbps)
+
+    def settings(self, way: str, linked: bool) -> Settings:
+        """Of one of OURS. A real link cannot be switched off: without it, the whole cache is on the device."""
+        capacity = self.case.capacity
+        settings = settings_for(way, self.engine.layout, capacity)
+        plan = make_plan(self.engine.layout, settings, capacity)
+        fixed = {"budget": settings.budget_for(capacity), "tile": plan.tile_tokens, "ring": plan.ring}
+        return replace_settings(settings, fixed | {"resident": 1.0 if self.cuda and not linked else 0.0})
+
+    @contextmanager
+    def subject(self, way: str, linked: bool) -> Iterator[Subject]:
+        """Passes of one of OURS, with random keys and values; an emulated link is yet to be set."""
+        settings, text = self.settings(way, linked), torch.tensor(self.case.prompt)
+        subject = Subject(self.engine.model, settings, text, self.device(None))
+        try:
+            subject.fill()
+            yield subject
+        finally:
+            subject.close()
+            free_memory()
+
+
+@dataclass(frozen=True)
+class Unlinked:
+    """An answer without a link: seconds of a step of the retrieval level, and of what else a round takes."""
+
+    step: float
+    rest: float
+
+
+class Works:
+    """What passes of one of OURS compute, by the number of their tokens: measured without a link."""
+
+    def __init__(self, place: Place, way: str) -> None:
+        with place.subject(way, linked=False) as subject:
+            tiles, block = subject.runtime.caches.full.tiles, subject.settings.block
+            self._seen = {n: measure_work(subject, n, tiles) for n in (1, QUERIES, 5 * QUERIES, block) if n <= block}
+
+    def of(self, tokens: float) -> PassWork:
+        """Straight lines between what was measured."""
+        sizes = sorted(self._seen)
+        if len(sizes) == 1:
+            return self._seen[sizes[0]]
+        high = next((size for size in sizes[1:] if size >= tokens), sizes[-1])
+        low = sizes[sizes.index(high) - 1]
+        share = (tokens - low) / (high - low)
+        ends = (self._seen[low], self._seen[high])
+        first, last = ([*work.gaps, work.tile] for work in ends)
+        *gaps, tile = (max(0.0, a + share * (b - a)) for a, b in zip(first, last, strict=True))
+        return PassWork(tuple(gaps), tile)
+
+
+def measure_work(subject: Subject, queries: int, tiles: int) -> PassWork:
+    """What a pass of so many queries over ``tiles`` tiles per layer computes: before, at and after the tiles.
+
+    Medians over REPEATS passes. Nothing should be waited for: no link, or all tiles resident.
+    """
+    layers, found = subject.runtime.caches.full.stream.plan.layers, []
+    subject.verify(queries)
+    for _ in range(REPEATS):
+        trace = subject.device.trace = Trace()
+        try:
+            with subject.device.span(PASS, PASS):
+                subject.verify(queries)
+            spans = trace.spans()
+        finally:
+            subject.device.trace = None
+        found.append(split(spans, layers, tiles))
+    *gaps, tile = (statistics.median(values) for values in zip(*found, strict=True))
+    return PassWork(tuple(gaps), tile)
+
+
+def split(spans: Sequence[Any], layers: int, tiles: int) -> list[float]:
+    """Seconds of a pass before the tiles of each layer, after the last ones, and per tile, from its time line."""
+    (whole,) = (span for span in spans if span.track == PASS)
+    at_tiles = [span for span in spans if span.track == COMPUTE]
+    found, ended, busy = [], whole.start, 0.0
+    for layer in range(layers):
+        own = at_tiles[layer * tiles : (layer + 1) * tiles]
+        if not own:
+            continue
+        found.append(own[0].start - ended)
+        ended = own[-1].end
+        busy += ended - own[0].start
+    return [*found, whole.end - ended, busy / (layers * tiles)]
+
+
+def bench_prediction(
+    tokens: int, new_tokens: int, link_gbps: Sequence[float] | None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Predict and measure, on SmolLM2.
+
+    Args:
+        tokens: of text. new_tokens: of each answer.
+        link_gbps: emulated links, GB/s; None takes DOMINANCE. A real link is what it is.
+        say: told what is going on.
+
+    Returns:
+        For JSON: ``machine``, and in ``passes`` and ``answers`` a row for each link, with seconds or milliseconds
+        ``predicted`` and ``measured``, and their ``ratio``.
+    """
+    engine = TriForce.load(fetch_model("smollm2"))
+    case = Case(demo_prompt(engine, tokens), new_tokens)
+    say("reading the text")
+    place = Place(engine, case, None if engine.layout.device.type == "cuda" else Read.of(engine, case.prompt))
+    say("timing passes without a link, piece by piece")
+    works = {way: Works(place, way) for way in OURS}
+    passes, speeds = _passes(place, works["best"], link_gbps, say)
+    return {
+        "machine": describe_machine(),
+        "dtype": str(engine.layout.dtype).removeprefix("torch."),
+        "prompt_tokens": len(case.prompt),
+        "new_tokens": new_tokens,
+        "passes": passes,
+        "answers": [row for way in OURS for row in _answers(place, works[way], way, speeds, say)],
+    }
+
+
+def _passes(
+    place: Place, works: Works, link_gbps: Sequence[float] | None, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], Sequence[float]]:
+    """A row for each link and number of queries; and the links."""
+    rows = []
+    with place.subject("best", linked=True) as subject:
+        full = subject.runtime.caches.full
+        plan, tiles = full.stream.plan, full.tiles
+        speeds = _speeds(place, link_gbps, plan, tiles, works)
+        for gbps in speeds:
+            say(f"passes at {gbps:.3g} GB/s")
+            for queries in (1, QUERIES, subject.settings.block):
+                told = predict_pass(plan, tiles, LinkSpeed(gbps), works.of(queries))
+                if not place.cuda:
+                    subject.device.gbps = gbps
+                subject.verify(queries)
+                took = statistics.median(subject.verify(queries) for _ in range(REPEATS))
+                row = {"gbps": gbps, "queries": queries, "link_s": told.link}
+                rows.append(row | _compared("s", told.seconds, took))
+    return rows, speeds
+
+
+def _speeds(
+    place: Place, link_gbps: Sequence[float] | None, plan: TilePlan, tiles: int, works: Works
+) -> Sequence[float]:
+    if place.cuda:
+        return [link_ceiling(place.engine.layout.device, min(TILE_BYTES, plan.tile_bytes))["h2d_gbps"]]
+    work = works.of(QUERIES)
+    computed = sum(work.gaps) + work.tile * tiles * plan.layers
+    size = plan.streamed_bytes(tiles)
+    return link_gbps or [float(f"{size / (computed * factor) / 1e9:.2g}") for factor in DOMINANCE]
+
+
+def _answers(
+    place: Place, works: Works, way: str, speeds: Sequence[float], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row for each link: one of OURS answers."""
+    say(f"{way}: an answer without a link")
+    free, plan, tiles = _answer(place, way, None)
+    told = predict_pass(plan, tiles, LinkSpeed(float("inf")), works.of(free.nodes / free.passes + 1))
+    step = free.draft_s / free.steps if free.steps else 0.0
+    rest = (free.decode_s - free.draft_s) / free.passes - told.seconds
+    unlinked = Unlinked(step, rest)
+    rows = []
+    for gbps in speeds:
+        say(f"{way}: at {gbps:.3g} GB/s")
+        run, plan, tiles = _answer(place, way, gbps)
+        work = works.of(run.nodes / run.passes + 1)
+        passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + unlinked.rest
+        told = from_counts(run, passing, unlinked.step)
+        row = {"gbps": gbps, "way": way, "tokens_per_pass": run.tokens_per_pass}
+        row |= {"steps_per_pass": run.steps / run.passes, "hidden_steps_per_pass": run.steps_ahead / run.passes}
+        row |= _compared("ms_per_token", told.ms_per_token, run.ms_per_token)
+        if way == "triforce":
+            settings = place.settings(way, linked=True)
+            alone = from_rates(run, settings, passing, unlinked.step).ms_per_token
+            row |= {"predicted_from_rates": alone, "ratio_from_rates": alone / run.ms_per_token}
+        rows.append(row)
+    return rows
+
+
+def from_counts(run: DecodeStats, pass_s: float, step_s: float) -> RoundTime:
+    """An answer's mean round, by its numbers of passes, steps and tokens. Steps that a pass hid cost nothing."""
+    steps = (run.steps - run.steps_ahead) / run.passes
+    return RoundTime(pass_s, step_s, 0.0, steps, run.new_tokens / run.passes)
+
+
+def from_rates(run: DecodeStats, settings: Settings, pass_s: float, step_s: float) -> RoundTime:
+    """The same from nothing but the acceptance of guesses, as ``plan`` does it.
+
+    Of a draft's guess: in ``gamma1`` of a step, whether it made them or not.
+    """
+    asked = run.steps * settings.gamma1
+    steps = rounds(settings.gamma, settings.gamma1, run.draft.accepted / asked if asked else 0.0)
+    return RoundTime(pass_s, step_s, 0.0, steps, chain(run.retrieval.rate or 0.0, settings.gamma))
+
+
+def _answer(place: Place, way: str, gbps: float | None) -> tuple[DecodeStats, TilePlan, int]:
+    """What an answer counted, and over which tiles it ran."""
+    settings = place.settings(way, linked=gbps is not None)
+    with Answering.warm(place.engine, settings, place.case, place.read, place.device(gbps)) as answering:
+        full = answering.runtime.caches.full
+        plan, tiles = full.stream.plan, full.tiles
+        stats = answering.answer().stats
+    free_memory()
+    return stats, plan, tiles
+
+
+def _compared(unit: str, predicted: float, measured: float) -> dict[str, Any]:
+    return {"unit": unit, "predicted": predicted, "measured": measured, "ratio": predicted / measured}

@@ -55,16 +55,24 @@ def examine() -> dict[str, Any]:
 
 
 def ask_driver() -> dict[str, str] | None:
-    """What nvidia-smi says of the first card; None without it."""
+    """What nvidia-smi says of the card that is used; None without it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader", "--id=0"]
+    command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader", f"--id={card_id()}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return read_answer(done.stdout) if done.returncode == 0 else None
+
+
+def card_id() -> str:
+    """How nvidia-smi knows the card that torch counts as the first: the two need not count alike."""
+    if not torch.cuda.is_available():
+        return "0"
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    return "0" if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
 
 
 def read_answer(text: str) -> dict[str, str] | None:

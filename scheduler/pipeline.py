@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,18 @@ class Tile(NamedTuple):
 
     index: int
     kv: Tensor
+
+
+class Slack(NamedTuple):
+    """What a pass leaves the computation time for, in seconds.
+
+    Attributes:
+        spare: in which it waited for tiles on their way, or did something else meanwhile that cost the link nothing.
+        longest: how long one piece of other work may take, until the ring is full and the link stands still.
+    """
+
+    spare: float
+    longest: float
 
 
 class Leaving:
@@ -101,6 +114,9 @@ class TileStream:
         self._ring = device.empty(shape, dtype)
         self._tiles = 0
         self._waits: list[Callable[[], float]] = []
+        self._covered = 0.0  # seconds of other work in the pass, as far as the ring covers each piece
+        self._begun, self._fetched = 0.0, 0  # when the pass began, and bytes that it has asked for
+        self._rate = 0.0  # bytes per second of the fastest pass so far
         self._todo: Iterator[tuple[int, int]] = iter(())
         self._flying: deque[tuple[int, Event]] = deque()  # slots in the order of the pass
         self._free: deque[tuple[int, Event]] = deque()  # slots, and when they may be overwritten
@@ -111,6 +127,7 @@ class TileStream:
             self._flying.popleft()[1].wait()
         self._tiles = tiles
         self._waits.clear()
+        self._covered, self._begun, self._fetched = 0.0, time.perf_counter(), 0
         self._todo = self.plan.stream_order(tiles)
         issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
         self._free = deque((slot, issued) for slot in range(self.plan.ring))
@@ -120,7 +137,7 @@ class TileStream:
         """The tiles of one layer in order of position. Each is valid until the next one is asked for.
 
         ``idle`` is called before the computation waits for a tile that is still on its way. What it does should take
-        no longer than the copies that the ring has room for, or the link stands still.
+        no longer than ``slack`` says, or the link stands still.
         """
         for index in range(self._tiles):
             if self.plan.is_resident(layer, index):
@@ -129,19 +146,28 @@ class TileStream:
             slot, landed = self._flying.popleft()
             if idle is not None and not landed.arrived():
                 self.device.finish()
+                started = time.perf_counter()
                 idle()
+                self._covered += min(time.perf_counter() - started, self._longest())
             self._waits.append(self.device.await_landing(landed))
             yield Tile(index, self._ring[slot])
             self._free.append((slot, self.device.release(self._ring[slot])))
             self._run_ahead()
 
-    def waited(self) -> float:
-        """Seconds in which the computation of the last pass, which is over, stood still for tiles on their way."""
-        return sum(wait() for wait in self._waits)
+    def slack(self) -> Slack:
+        """Of the last pass. To be asked when it is over, and its results have been looked at."""
+        if not self._fetched:
+            return Slack(0.0, 0.0)
+        self._rate = max(self._rate, self._fetched / (time.perf_counter() - self._begun))
+        return Slack(sum(wait() for wait in self._waits) + self._covered, self._longest())
+
+    def _longest(self) -> float:
+        return self.plan.ring_bytes / self._rate if self._rate else 0.0
 
     def _run_ahead(self) -> None:
         """Submit copies into all free slots. Their order is that of the pass, so no copy waits behind a later one."""
         while self._free and (key := next(self._todo, None)) is not None:
             slot, free = self._free.popleft()
             landed = self.device.incoming.submit(self._ring[slot], self.store.place(*key), after=free)
+            self._fetched += self.plan.tile_bytes
             self._flying.append((slot, landed))

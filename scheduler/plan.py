@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -98,7 +99,10 @@ def choose_tile(token_bytes: int, context: int, multiple: int) -> int:
     return max(multiple, power // multiple * multiple)
 
 
-def choose_ring(tile_bytes: int) -> int:
-    """Staging buffers when the user does not say: RING_BYTES, 4 to RING_TILES tiles, within RING_LIMIT."""
-    wanted = min(max(4, RING_BYTES // tile_bytes), RING_TILES)
+def choose_ring(tile_bytes: int, covered: float = RING_BYTES) -> int:
+    """Staging buffers when the user does not say: at least RING_BYTES, 4 to RING_TILES tiles, within RING_LIMIT.
+
+    ``covered``: bytes that the link brings while the device works on something else.
+    """
+    wanted = min(max(4, math.ceil(max(RING_BYTES, covered) / tile_bytes)), RING_TILES)
     return max(1, min(wanted, RING_LIMIT // tile_bytes))

@@ -106,6 +106,22 @@ def test_a_card_whose_link_cannot_be_measured(monkeypatch):
     assert "could not be pinned" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("uuid", "expected"), [("5f1c-a0", "GPU-5f1c-a0"), ("GPU-5f1c-a0", "GPU-5f1c-a0"), (None, "0")]
+)
+def test_the_driver_is_asked_for_the_card_that_torch_uses(uuid, expected, monkeypatch, tmp_path):
+    """CUDA_VISIBLE_DEVICES and the order of speed mean nothing to nvidia-smi."""
+    assert doctor.card_id() == "0" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    asked = []
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    done = SimpleNamespace(returncode=0, stdout=GOOD)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda command, **_: asked.append(command[-1]) or done)
+    assert doctor.ask_driver()["driver_version"] == "550.54"
+    assert asked == [f"--id={expected}"]
+
+
 def test_a_containers_limit_is_told(monkeypatch):
     machine = SimpleNamespace(available=90 * 10**9, total=100 * 10**9)
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: machine)

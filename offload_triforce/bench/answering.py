@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from offload_triforce.answer import TextStream
-from offload_triforce.bench.reading import Reading
+from offload_triforce.bench.reading import Reading, chain
 from offload_triforce.bench.subject import synchronize
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
@@ -18,8 +18,9 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.runtime import Runtime, on
 from offload_triforce.scheduler.device import Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.speculation.levels import RetrievalLevel
 
-# Tokens decoded before the clock runs: kernels are compiled, graphs captured.
+# Tokens decoded on a CPU before the clock runs.
 WARM_UP = 16
 
 
@@ -78,11 +79,15 @@ class Answering:
             MemoryLimitError: does not fit.
         """
         mine = TriForce(engine.model, engine.tokenizer, "ngram" if settings.gamma else "none", settings=settings)
-        runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
+        try:
+            runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
+        except BaseException:
+            device.close()  # it may hold pinned memory
+            raise
         try:
             with _link_off(runtime.device):
                 _fill(runtime, case, read)
-                cls(mine, runtime, case, 0.0).answer(min(WARM_UP, case.new_tokens))
+                _warm_up(cls(mine, runtime, case, 0.0))
                 prefill_s = _fill(runtime, case, read)
             yield cls(mine, runtime, case, prefill_s)
         finally:
@@ -96,6 +101,25 @@ class Answering:
         for _ in stream:
             pass
         return stream
+
+
+def _warm_up(answering: Answering) -> None:
+    """Let whatever is set up at first use be set up.
+
+    On CUDA every shape of a step is compiled for at its first use, captured at its second and compared at its third,
+    and passes have shapes too: those of the answer itself.
+    """
+    runtime, case = answering.runtime, answering.case
+    if runtime.layout.device.type != "cuda":
+        answering.answer(min(WARM_UP, case.new_tokens))
+        return
+    level, settings = RetrievalLevel(runtime.model, runtime.caches, runtime.graphs), runtime.settings
+    with on(runtime.layout.device), attached(runtime.model), torch.no_grad():
+        for tokens in range(1, settings.width + settings.gamma1 + 1 if settings.gamma else 1):
+            for _ in range(3):
+                level.score(chain(case.prompt[:tokens]), [])
+                level.keep([])
+    answering.answer()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ PASS = "pass"
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where it runs: the model, a prompt that has been read, and how its link is to be had."""
 
     engine: TriForce
@@ -88,8 +88,8 @@ class Unlinked:
 class Works:
     """What passes of one of OURS compute, by the number of their tokens: measured without a link."""
 
-    def __init__(self, place: Place, way: str) -> None:
-        with place.subject(way, linked=False) as subject:
+    def __init__(self, site: Site, way: str) -> None:
+        with site.subject(way, linked=False) as subject:
             tiles, block = subject.runtime.caches.full.tiles, subject.settings.block
             self._seen = {n: measure_work(subject, n, tiles) for n in (1, QUERIES, 5 * QUERIES, block) if n <= block}
 
@@ -159,34 +159,34 @@ def bench_prediction(
     engine = TriForce.load(fetch_model("smollm2"))
     case = Case(demo_prompt(engine, tokens), new_tokens)
     say("reading the text")
-    place = Place(engine, case, None if engine.layout.device.type == "cuda" else Read.of(engine, case.prompt))
+    site = Site(engine, case, None if engine.layout.device.type == "cuda" else Read.of(engine, case.prompt))
     say("timing passes without a link, piece by piece")
-    works = {way: Works(place, way) for way in OURS}
-    passes, speeds = _passes(place, works["best"], link_gbps, say)
+    works = {way: Works(site, way) for way in OURS}
+    passes, speeds = _passes(site, works["best"], link_gbps, say)
     return {
         "machine": describe_machine(),
         "dtype": str(engine.layout.dtype).removeprefix("torch."),
         "prompt_tokens": len(case.prompt),
         "new_tokens": new_tokens,
         "passes": passes,
-        "answers": [row for way in OURS for row in _answers(place, works[way], way, speeds, say)],
+        "answers": [row for way in OURS for row in _answers(site, works[way], way, speeds, say)],
     }
 
 
 def _passes(
-    place: Place, works: Works, link_gbps: Sequence[float] | None, say: Callable[[str], None]
+    site: Site, works: Works, link_gbps: Sequence[float] | None, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], Sequence[float]]:
     """A row for each link and number of queries; and the links."""
     rows = []
-    with place.subject("best", linked=True) as subject:
+    with site.subject("best", linked=True) as subject:
         full = subject.runtime.caches.full
         plan, tiles = full.stream.plan, full.tiles
-        speeds = _speeds(place, link_gbps, plan, tiles, works)
+        speeds = _speeds(site, link_gbps, plan, tiles, works)
         for gbps in speeds:
             say(f"passes at {gbps:.3g} GB/s")
             for queries in (1, QUERIES, subject.settings.block):
                 told = predict_pass(plan, tiles, LinkSpeed(gbps), works.of(queries))
-                if not place.cuda:
+                if not site.cuda:
                     subject.device.gbps = gbps
                 subject.verify(queries)
                 took = statistics.median(subject.verify(queries) for _ in range(REPEATS))
@@ -195,11 +195,9 @@ def _passes(
     return rows, speeds
 
 
-def _speeds(
-    place: Place, link_gbps: Sequence[float] | None, plan: TilePlan, tiles: int, works: Works
-) -> Sequence[float]:
-    if place.cuda:
-        return [link_ceiling(place.engine.layout.device, min(TILE_BYTES, plan.tile_bytes))["h2d_gbps"]]
+def _speeds(site: Site, link_gbps: Sequence[float] | None, plan: TilePlan, tiles: int, works: Works) -> Sequence[float]:
+    if site.cuda:
+        return [link_ceiling(site.engine.layout.device, min(TILE_BYTES, plan.tile_bytes))["h2d_gbps"]]
     work = works.of(QUERIES)
     computed = sum(work.gaps) + work.tile * tiles * plan.layers
     size = plan.streamed_bytes(tiles)
@@ -207,11 +205,11 @@ def _speeds(
 
 
 def _answers(
-    place: Place, works: Works, way: str, speeds: Sequence[float], say: Callable[[str], None]
+    site: Site, works: Works, way: str, speeds: Sequence[float], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row for each link: one of OURS answers."""
     say(f"{way}: an answer without a link")
-    free, plan, tiles = _answer(place, way, None)
+    free, plan, tiles = _answer(site, way, None)
     told = predict_pass(plan, tiles, LinkSpeed(float("inf")), works.of(free.nodes / free.passes + 1))
     step = free.draft_s / free.steps if free.steps else 0.0
     rest = (free.decode_s - free.draft_s) / free.passes - told.seconds
@@ -219,7 +217,7 @@ def _answers(
     rows = []
     for gbps in speeds:
         say(f"{way}: at {gbps:.3g} GB/s")
-        run, plan, tiles = _answer(place, way, gbps)
+        run, plan, tiles = _answer(site, way, gbps)
         work = works.of(run.nodes / run.passes + 1)
         passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + unlinked.rest
         told = from_counts(run, passing, unlinked.step)
@@ -227,7 +225,7 @@ def _answers(
         row |= {"steps_per_pass": run.steps / run.passes, "hidden_steps_per_pass": run.steps_ahead / run.passes}
         row |= _compared("ms_per_token", told.ms_per_token, run.ms_per_token)
         if way == "triforce":
-            settings = place.settings(way, linked=True)
+            settings = site.settings(way, linked=True)
             alone = from_rates(run, settings, passing, unlinked.step).ms_per_token
             row |= {"predicted_from_rates": alone, "ratio_from_rates": alone / run.ms_per_token}
         rows.append(row)
@@ -250,10 +248,10 @@ def from_rates(run: DecodeStats, settings: Settings, pass_s: float, step_s: floa
     return RoundTime(pass_s, step_s, 0.0, steps, chain(run.retrieval.rate or 0.0, settings.gamma))
 
 
-def _answer(place: Place, way: str, gbps: float | None) -> tuple[DecodeStats, TilePlan, int]:
+def _answer(site: Site, way: str, gbps: float | None) -> tuple[DecodeStats, TilePlan, int]:
     """What an answer counted, and over which tiles it ran."""
-    settings = place.settings(way, linked=gbps is not None)
-    with Answering.warm(place.engine, settings, place.case, place.read, place.device(gbps)) as answering:
+    settings = site.settings(way, linked=gbps is not None)
+    with Answering.warm(site.engine, settings, site.case, site.read, site.device(gbps)) as answering:
         full = answering.runtime.caches.full
         plan, tiles = full.stream.plan, full.tiles
         stats = answering.answer().stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,24 @@ class FixedWork(TorchDispatchMode):
 
     What the host learned from it while capturing would hold for all later steps. CUDA refuses most of them as well,
     but in the middle of a capture, which leaves torch's allocator and default generator in a state of capturing.
+    Operations of other libraries are seen from outside alone; what they do inside, torch's own watch for CUDA sees.
     """
 
     def __init__(self, device: torch.device, most_bytes: int = MOST_BYTES) -> None:
         super().__init__()
         self._device, self._most_bytes = device, most_bytes
+        self._watch = 0
+
+    def __enter__(self) -> FixedWork:
+        if self._device.type == "cuda":
+            self._watch = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self._device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(self._watch)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,11 +107,21 @@ class CudaCapture:
             main.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Host memory may still be being pinned on another thread: that must not end the capture.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                output = step()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    output = step()
+            except BaseException:
+                self._stop_pool()
+                raise
 
         def replay() -> Tensor:
             graph.replay()
             return output
 
         return replay
+
+    def _stop_pool(self) -> None:
+        """After a capture that failed, some versions of torch go on as if it were under way: nothing is freed then."""
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with contextlib.suppress(RuntimeError, AttributeError):  # where torch has done it itself
+            torch._C._cuda_endAllocateToPool(index, self._pool)

@@ -77,19 +77,23 @@ def prefill(
         progress: called with (steps done, steps in all).
     """
     layers = model.get_decoder().layers
-    hidden: list[Tensor] = []
+    parts = [slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk)]
+    # One tensor for all chunks: of many, torch's allocator would waste what is left over in each of its segments.
+    hidden = torch.empty(0)
     calls: list[list[_Call]] = []
-    for start in range(0, len(tokens), chunk):
-        states, per_layer = _record(model, layout, tokens, slice(start, min(start + chunk, len(tokens))))
-        hidden.append(states)
+    for part in parts:
+        states, per_layer = _record(model, layout, tokens, part)
+        if not calls:
+            hidden = states.new_empty(1, len(tokens), states.shape[2])
+        hidden[:, part] = states
         calls.append(per_layer)
     total, done = len(layers) * len(calls), 0
     view = _LayerView(len(tokens), queries)
     for index, layer in enumerate(layers):
         view.length, view.queries = 0, None
-        for i, per_layer in enumerate(calls):
+        for part, per_layer in zip(parts, calls, strict=True):
             call = per_layer[index]
-            hidden[i] = layer(hidden[i], *call.args, **{**call.kwargs, "triforce": view})
+            hidden[:, part] = layer(hidden[:, part], *call.args, **{**call.kwargs, "triforce": view})
             done += 1
             if progress:
                 progress(done, total)

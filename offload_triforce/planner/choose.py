@@ -14,13 +14,24 @@ from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.shape import ModelShape, shape_of_loaded
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.machine import Machine, this_machine
-from offload_triforce.planner.predict import DRAFT_ACCEPTANCE, Assumed, assumed_acceptance, predict_target, round_time
+from offload_triforce.planner.predict import (
+    DRAFT_ACCEPTANCE,
+    Assumed,
+    assumed_acceptance,
+    predict_target,
+    round_time,
+    step_seconds,
+)
+from offload_triforce.runtime import make_plan
+from offload_triforce.scheduler.plan import choose_ring
 
 LEAST_BUDGET = 1024
 GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 GAMMA1S = (2, 4, 6)
 # Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
 RESERVE = 0.02
+# A step takes longer than its bytes over the bandwidth: its candidates are ranked, and the host looks at them.
+MARGIN = 1.25
 
 
 def assume(
@@ -57,10 +68,10 @@ def choose_settings(
         settings = replace_settings(settings, {"budget": _budget(model, settings, context, machine, draft)})
     rates = assume(settings, context, draft_kind, retrieval, drafted)
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
+    settings = replace_settings(settings, {"ring": _ring(model, settings, context, machine, draft)})
     if "resident" not in fixed:
         settings = replace_settings(settings, {"resident": resident_share(model, settings, context, machine, draft)})
-    plan = footprint(model, settings, context, draft).plan
-    return replace_settings(settings, {"tile": plan.tile_tokens, "ring": plan.ring})
+    return replace_settings(settings, {"tile": make_plan(model.layout, settings, context).tile_tokens})
 
 
 def choose_for_loaded(
@@ -91,6 +102,21 @@ def resident_share(
     left = int(machine.memory * (1 - RESERVE)) - used.vram_bytes
     total = used.plan.layers * used.plan.tiles * used.plan.tile_bytes
     return max(0.0, min(1.0, math.floor(1000 * left / total) / 1000))
+
+
+def _ring(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> int:
+    """Tiles in flight: as many as arrive during a step of the retrieval level, so that it can hide behind the link."""
+    plan = make_plan(model.layout, settings, context)
+    if settings.ring is not None or not settings.ahead or settings.gamma == 0:
+        return plan.ring
+    step = MARGIN * step_seconds(model, settings, context, machine.speeds)
+    ring = choose_ring(plan.tile_bytes, step * machine.link_gbps * 1e9)
+    while ring > plan.ring:  # rather a smaller one than none that fits
+        used = footprint(model, replace_settings(settings, {"ring": ring, "resident": 0.0}), context, draft)
+        if not missing(used, machine.memory, None):
+            return ring
+        ring //= 2
+    return plan.ring
 
 
 def _gammas(

@@ -101,7 +101,7 @@ class ModelDraft:
         """See ``Draft``: drawn one by one."""
         start, guesses = len(text), []
         for _ in range(min(count, self._room(text))):
-            guess = self.rule.draft(self._logits(text), Place(lambda: text.ids, len(text)))
+            guess = self.rule.draft(self._logits(text), Place(text.ids_on, len(text)))
             guesses.append(guess)
             text.append([guess.token])
         text.truncate(start)

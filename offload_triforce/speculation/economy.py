@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.tree import Candidates
 
 # Odds that a candidate is what the target takes, by rank and kind (see ``rules``). Where measurement begins.
@@ -14,6 +17,8 @@ PRIOR_WEIGHT = 12.0
 # So many rounds of the past count.
 ROUNDS = 16
 SAMPLES = 48
+# A step may take so many times as long as the link goes on beside it: that holds the pass up by less than it spares.
+LATE = 1.25
 
 
 class History:
@@ -92,7 +97,7 @@ class Pace:
         self.steps, self.passes = Costs(), Costs()
         self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
         self._spent = self._hidden = 0.0
-        self._spare = 0.0 if draft_cost is None else 1.0
+        self._slack = Slack(0.0, 0.0) if draft_cost is None else Slack(1.0, math.inf)
 
     def step(self, tokens: int, seconds: float, drafting: float, hidden: bool) -> None:
         """A step of the retrieval level was made, after a draft had taken its time.
@@ -106,20 +111,20 @@ class Pace:
         else:
             self._spent += cost
 
-    def round(self, nodes: int, seconds: float, new_tokens: int, waited: float) -> None:
-        """A pass over that many nodes ended a round, which brought that many tokens.
-
-        ``waited``: seconds in which it had nothing to do but to wait for the link.
-        """
+    def round(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
+        """A pass over that many nodes ended a round, which brought that many tokens. ``slack``: of that pass."""
         self.passes.add(nodes, seconds)
         self._rounds.append((new_tokens, self._spent + (seconds if self.draft_cost is None else 1.0)))
         if self.draft_cost is None:
-            self._spare = self._hidden + waited
+            self._slack = slack
         self._spent = self._hidden = 0.0
 
     def has_time(self, tokens: int) -> bool:
         """Whether a step of that many tokens would still be hidden by the pass that is under way."""
-        return bool(self.steps) and self._hidden + self.step_cost(tokens) <= self._spare
+        if not self.steps:
+            return False
+        cost = self.step_cost(tokens)
+        return cost <= LATE * self._slack.longest and self._hidden + cost <= self._slack.spare
 
     @property
     def known(self) -> bool:
@@ -129,8 +134,10 @@ class Pace:
     @property
     def value(self) -> float:
         """What a token is worth, in seconds (or passes): what one takes at the pace of the last rounds."""
-        tokens, seconds = (sum(part) for part in zip(*self._rounds, strict=True))
-        return seconds / tokens
+        tokens, seconds = zip(*self._rounds, strict=True)
+        # By the clock, the first rounds are no measure: kernels are compiled and graphs captured in them.
+        mean = statistics.median(seconds) if self.draft_cost is None else statistics.fmean(seconds)
+        return mean * len(seconds) / sum(tokens)
 
     def step_cost(self, tokens: int) -> float:
         """What a step of that many tokens costs."""

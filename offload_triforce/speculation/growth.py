@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.drafting import Drafting
 from offload_triforce.speculation.economy import History, Pace
 from offload_triforce.speculation.rules import Guess, Rule, place_after
@@ -97,9 +98,9 @@ class Middle:
         """Make another step, if there is time: behind the guesses that are being judged, and beside them."""
         return self.limits.ahead and self.pace.has_time(self.limits.width) and self._step(hidden=True)
 
-    def passed(self, nodes: int, seconds: float, new_tokens: int, waited: float) -> None:
-        """A pass over that many nodes took so long, ``waited`` so long of that, and brought so many tokens."""
-        self.pace.round(nodes, seconds, new_tokens, waited)
+    def passed(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
+        """A pass over that many nodes took so long, brought so many tokens, and left time for other things."""
+        self.pace.round(nodes, seconds, new_tokens, slack)
 
     def learn(self, node: Node, taken: int) -> None:
         """The target took token ``taken`` after a node of the tree."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.rules import Rule, place_after
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node
@@ -22,15 +23,16 @@ from offload_triforce.stats import DecodeStats
 
 
 class Target(Protocol):
-    """The level that has the last word. ``waited``: seconds in which its last step only waited for the link."""
-
-    waited: float
+    """The level that has the last word."""
 
     def score(self, nodes: Sequence[Node], idle: Callable[[], object] | None) -> Tensor:
         """Read the root of a tree and some of its guesses, parents first: the logits after each, [T, V].
 
         ``idle`` is called whenever there is time for something else.
         """
+
+    def slack(self) -> Slack:
+        """What the last step, whose logits have been looked at, left time for."""
 
     def commit(self, kept: Sequence[int]) -> None:
         """Accept these of the tokens read (their numbers, ascending), and forget the others."""
@@ -51,8 +53,8 @@ class Proposer(Protocol):
     def move_to(self, node: Node, token: int) -> None:
         """The text now ends with ``token`` after a node."""
 
-    def passed(self, nodes: int, seconds: float, new_tokens: int, waited: float) -> None:
-        """A pass over that many nodes took so long, ``waited`` so long of that, and brought so many tokens."""
+    def passed(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
+        """A pass over that many nodes took so long, brought so many tokens, and left time for other things."""
 
 
 def decode(
@@ -90,7 +92,7 @@ def decode(
         if cut is not None:
             text.truncate(cut)
         stats.add_pass(nodes, path, len(text) - start)
-        middle.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.waited)
+        middle.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.slack())
         yield text[start:]
         if cut is not None:
             return

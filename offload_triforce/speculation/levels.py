@@ -22,7 +22,7 @@ from offload_triforce.model.adapter import run
 from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.device import to_device
-from offload_triforce.scheduler.pipeline import Leaving
+from offload_triforce.scheduler.pipeline import Leaving, Slack
 from offload_triforce.speculation.tree import Node, sight, tokens_of
 
 # When chunks are chosen for the retrieval cache: anew in each pass, once after the prefill, or not in passes at all.
@@ -235,10 +235,9 @@ class FullLevel(_TargetLevel):
                 cache.end_step(len(nodes))
         return logits
 
-    @property
-    def waited(self) -> float:
-        """Seconds in which the last pass only waited for the link. To be asked once its logits have been looked at."""
-        return self.caches.full.stream.waited() if self.caches.full is not None else 0.0
+    def slack(self) -> Slack:
+        """What the last pass left time for. To be asked once its logits have been looked at."""
+        return self.caches.full.stream.slack() if self.caches.full is not None else Slack(0.0, 0.0)
 
     def commit(self, kept: Sequence[int]) -> None:
         """Accept these of the tokens read (their numbers, ascending), and forget the others."""

@@ -15,6 +15,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,15 +27,15 @@ from offload_triforce.speculation.tree import Candidates, Node, prefix_of
 
 
 class Place(NamedTuple):
-    """Where a token is wanted: what makes the ids (n,) that it follows, and its position in the text."""
+    """Where a token is wanted: what puts the ids (n,) that it follows on a device, and its position in the text."""
 
-    prefix: Callable[[], Tensor]
+    prefix: Callable[[torch.device], Tensor]
     position: int
 
 
 def place_after(text: TokenText, node: Node) -> Place:
     """The place of what follows a node of a tree at the end of the text."""
-    return Place(lambda: prefix_of(text, node), len(text) + node.depth)
+    return Place(partial(prefix_of, text, node), len(text) + node.depth)
 
 
 class Guess(NamedTuple):

@@ -36,12 +36,12 @@ class Sampler:
         self.do_sample = do_sample
         self._rowwise = all(type(p) in _ROWWISE for p in processors)  # a subclass may do anything
 
-    def scores(self, logits: Tensor, prefixes: Sequence[Callable[[], Tensor]]) -> Tensor:
+    def scores(self, logits: Tensor, prefixes: Sequence[Callable[[torch.device], Tensor]]) -> Tensor:
         """Scores of T tokens, [T, V] float32: logarithms of what they are drawn with, up to a constant per row.
 
         Args:
             logits: [T, V'] of any level. A level with another number of padding tokens is cut or filled to V.
-            prefixes: for each row, what makes the token ids (n,) that it follows.
+            prefixes: for each row, what puts the token ids (n,) that it follows on a device.
         """
         scores = self._fit(logits.to(torch.float32, copy=True))
         if not self._processors:
@@ -50,7 +50,7 @@ class Sampler:
             nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
             return self._processors(nothing, scores)
         pairs = zip(prefixes, scores.split(1), strict=True)
-        return torch.cat([self._processors(prefix().to(scores.device)[None], row) for prefix, row in pairs])
+        return torch.cat([self._processors(prefix(scores.device)[None], row) for prefix, row in pairs])
 
     def _fit(self, scores: Tensor) -> Tensor:
         missing = self.vocabulary - scores.shape[1]

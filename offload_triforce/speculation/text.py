@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.device import to_device
+
 
 class TokenText:
-    """Token ids on the CPU, in one buffer: growing and taking back move no memory."""
+    """Token ids on the CPU, in one buffer: growing and taking back move no memory. A copy follows on a device."""
 
     def __init__(self, prompt: Tensor, capacity: int) -> None:
         """``prompt``: (n,) token ids. ``capacity``: most tokens there will ever be.
@@ -19,6 +21,8 @@ class TokenText:
         self._ids = torch.empty(capacity, dtype=torch.long, device="cpu")
         self._ids[: len(prompt)] = prompt
         self._length = self.decided = len(prompt)
+        # The first ``_arrived`` ids, on the device that was last asked for.
+        self._device, self._there, self._arrived = self._ids.device, self._ids, 0
 
     def decide(self) -> None:
         """What there is now is final."""
@@ -35,6 +39,19 @@ class TokenText:
         """All ids so far, (n,): a view."""
         return self._ids[: self._length]
 
+    def ids_on(self, device: torch.device) -> Tensor:
+        """All ids so far on a device, (n,). Each decided one is brought there once."""
+        if device == self._ids.device:
+            return self.ids
+        if self._device != device:
+            self._device, self._there, self._arrived = device, torch.empty_like(self._ids, device=device), 0
+        if self._arrived < self.decided:
+            news = slice(self._arrived, self.decided)
+            self._there[news] = to_device(self._ids[news], device)
+            self._arrived = self.decided
+        decided, guesses = self._there[: self.decided], self.ids[self.decided :]
+        return torch.cat([decided, to_device(guesses, device)]) if len(guesses) else decided
+
     def append(self, tokens: Sequence[int]) -> None:
         """Put tokens at the end."""
         end = self._length + len(tokens)
@@ -44,3 +61,4 @@ class TokenText:
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         self._length = length
+        self.decided, self._arrived = min(self.decided, length), min(self._arrived, length)

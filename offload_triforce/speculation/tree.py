@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.device import to_device
 from offload_triforce.speculation.text import TokenText
 
 
@@ -114,10 +115,12 @@ def path_after(text: TokenText, node: Node) -> list[int]:
     return text[:] + tokens_of(node.line()[1:])
 
 
-def prefix_of(text: TokenText, node: Node) -> Tensor:
-    """The same as a tensor, (n + depth,)."""
-    line = node.line()[1:]
-    return torch.cat([text.ids, torch.tensor(tokens_of(line), dtype=torch.long)]) if line else text.ids
+def prefix_of(text: TokenText, node: Node, device: torch.device) -> Tensor:
+    """The same as a tensor on a device, (n + depth,)."""
+    ids, line = text.ids_on(device), node.line()[1:]
+    if not line:
+        return ids
+    return torch.cat([ids, to_device(torch.tensor(tokens_of(line), dtype=torch.long), device)])
 
 
 def sight(nodes: Sequence[Node], before: Sequence[Node] = ()) -> np.ndarray:

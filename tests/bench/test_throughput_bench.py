@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +11,23 @@ import torch
 from typer.testing import CliRunner
 
 from offload_triforce import cli
-from offload_triforce.bench import stage, throughput
+from offload_triforce.bench import answering, stage, throughput
 from offload_triforce.bench.answering import Case, Read
 from offload_triforce.bench.ballast import BallastDevice, drag
-from offload_triforce.bench.contenders import OURS, WAYS, Outcome, _beside_link, answer_ours, settings_for
+from offload_triforce.bench.contenders import (
+    OURS,
+    WAYS,
+    Outcome,
+    _beside_link,
+    answer_ours,
+    settings_for,
+    streamed_bytes,
+)
 from offload_triforce.bench.peak import PeakMemory
 from offload_triforce.bench.slow_motion import card_pass, compare
-from offload_triforce.config import Settings
+from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
-from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.errors import InputError, MemoryLimitError, TriForceError
 from offload_triforce.model.layout import probe
 from offload_triforce.model.shape import shape_of_loaded
 from offload_triforce.planner.machine import Machine
@@ -197,6 +206,75 @@ def test_our_ways_decode_what_the_model_says(family):
             assert found.figures["new_tokens"] == NEW
     if family == "llama":  # read.size: 3 layers, K and V, one head of 12, 4 bytes, 299 tokens
         assert read.size == 3 * 2 * 12 * 4 * 299
+
+
+def test_a_device_is_closed_where_the_caches_do_not_fit(monkeypatch):
+    """It may hold pinned memory, which must not be freed before CUDA has let go of it."""
+    model = tiny_model("llama")
+    devices = []
+
+    class Device(EmulatedDevice):
+        def __init__(self):
+            super().__init__(5.0)
+            self.closed = False
+            devices.append(self)
+
+        def close(self):
+            super().close()
+            self.closed = True
+
+    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: 0)
+    with pytest.raises(MemoryLimitError):
+        answer_ours(TriForce(model), "plain", Case(prompt_ids(300)[0].tolist(), NEW), None, Device)
+    assert [device.closed for device in devices] == [True]
+
+
+def test_on_a_card_the_rest_of_it_is_filled(monkeypatch):
+    """What the engine would choose is what the ways are run with, and what the limit is reckoned from."""
+    engine = TriForce(tiny_model("llama"))
+    case = Case(prompt_ids(700)[0].tolist(), NEW)
+    full = answer_ours(engine, "plain", case, None, lambda: EmulatedDevice(5.0)).figures
+    limit = streamed_bytes(engine, case.capacity, len(case.prompt) - 1)
+    assert full["link_bytes_per_token"] == limit
+
+    def half(model, layout, settings, context):
+        return replace_settings(settings, {"resident": 0.5})
+
+    monkeypatch.setattr("offload_triforce.bench.contenders.choose_for_loaded", half)
+    filled = answer_ours(engine, "plain", case, None, lambda: EmulatedDevice(5.0)).figures
+    assert (full["resident"], filled["resident"]) == (0.0, 0.5)
+    less = streamed_bytes(engine, case.capacity, len(case.prompt) - 1)
+    assert filled["link_bytes_per_token"] == less < 0.65 * limit
+
+
+@pytest.mark.parametrize("gamma", [0, 8])
+def test_on_cuda_every_shape_of_a_step_is_warmed_up(gamma, monkeypatch):
+    """A capture in the middle of what is timed would take as long as many tokens."""
+    engine, scored, answered = TriForce(tiny_model("llama"), draft="none"), [], []
+    runtime = engine._ensure_runtime(300)
+
+    class Level:
+        def __init__(self, *_):
+            self.pending = 0
+
+        def score(self, nodes, before):
+            assert not self.pending
+            self.pending = len(nodes)
+            scored.append(len(nodes))
+
+        def keep(self, kept):
+            self.pending = len(kept)
+
+    monkeypatch.setattr(answering, "RetrievalLevel", Level)
+    monkeypatch.setattr(answering, "on", lambda device: nullcontext())
+    settings = Settings(gamma=gamma, width=3, gamma1=2)
+    here = SimpleNamespace(model=engine.model, caches=runtime.caches, graphs=None, settings=settings)
+    here.layout = SimpleNamespace(device=torch.device("cuda"))
+    work = SimpleNamespace(runtime=here, case=Case(list(range(20)), NEW), answer=lambda *asked: answered.append(asked))
+    answering._warm_up(work)
+    assert scored == ([n for n in range(1, 6) for _ in range(3)] if gamma else [])
+    assert answered == [()], "and then the whole answer"
+    engine.close()
 
 
 def test_settings():

@@ -1,6 +1,7 @@
 """What is chosen, what is predicted, what is suggested."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from offload_triforce.planner.choose import choose_settings
 from offload_triforce.planner.fit import footprint
 from offload_triforce.planner.machine import find_machine, of_card
 from offload_triforce.planner.models import find_config
-from offload_triforce.planner.predict import Assumed, assumed_acceptance, predict
+from offload_triforce.planner.predict import Assumed, assumed_acceptance, predict, step_seconds
 from offload_triforce.planner.question import Question
 from offload_triforce.planner.suggest import suggest
 from offload_triforce.runtime import make_plan, make_shape
@@ -98,6 +99,32 @@ def test_chosen_settings_fill_the_card_and_keep_what_is_set(llama):
     assert (fixed.gamma, fixed.gamma1) == (8, 1)
     kept = choose_settings(llama, Settings(resident=0.01, budget=2048), CONTEXT, card, ("resident", "budget"))
     assert (kept.resident, kept.budget) == (0.01, 2048)
+
+
+def test_the_ring_covers_a_step(llama):
+    """Guessing hides behind the link only as long as the link has somewhere to put its bytes."""
+    card = of_card(find_card("RTX 4090"))
+    chosen = choose_settings(llama, Settings(), CONTEXT, card)
+    tile_bytes = 1024 * 32 * 128 * 2 * 2
+    step = step_seconds(llama, chosen, CONTEXT, card.speeds)
+    assert 0.015 < step < 0.025
+    assert chosen.ring == min(512 * 2**20 // tile_bytes, math.ceil(1.25 * step * 25e9 / tile_bytes))
+    slow = replace(card, link_gbps=4.0)
+    assert choose_settings(llama, Settings(), CONTEXT, slow).ring == 8, "128 MB are enough for it"
+    for others in ({"ahead": False}, {"gamma": 0}):
+        assert choose_settings(llama, Settings(**others), CONTEXT, card, tuple(others)).ring == 8
+    assert choose_settings(llama, Settings(ring=11), CONTEXT, card).ring == 11
+
+
+def test_a_tight_card_gets_a_smaller_ring_rather_than_none(llama):
+    fixed = {"budget": 1024, "gamma": 8, "gamma1": 2}
+    card = of_card(find_card("RTX 4090"))
+    bare = footprint(llama, Settings(**fixed), CONTEXT).vram_bytes
+    rings = [
+        choose_settings(llama, Settings(**fixed), CONTEXT, replace(card, memory=bare + spare), tuple(fixed)).ring
+        for spare in (0, 150 * 10**6, 10**9)
+    ]
+    assert rings[0] == 8 < rings[1] < rings[2]
 
 
 def test_a_tight_card_gets_a_smaller_budget(llama):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload_triforce.scheduler import pipeline
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import Leaving, TileStore, TileStream
 from offload_triforce.scheduler.plan import TilePlan
@@ -210,3 +211,49 @@ def test_a_pass_allocates_nothing():
         pipe.stream.begin(4)
         assert sum(1 for layer in range(3) for _ in pipe.stream.tiles(layer)) == 12
     assert set(counting.seen) <= {"select"}
+
+
+class Clock:
+    """Time passes when somebody says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(pipeline.time, "perf_counter", lambda: self.now)
+
+    def take(self, seconds):
+        self.now += seconds
+
+
+def test_what_a_pass_leaves_time_for(monkeypatch):
+    """12 tiles in 6 s, a ring of 2: it covers 1 s. Of longer pieces of work, no more than that is spare."""
+    with Pipeline(make_plan(ring=2), "late") as pipe:
+        clock = Clock(monkeypatch)
+
+        def run(*pieces, rest):
+            left = list(pieces)
+            pipe.stream.begin(4)
+            for layer in range(3):
+                for _ in pipe.stream.tiles(layer, lambda: clock.take(left.pop() if left else 0.0)):
+                    pass
+            clock.take(rest)
+            return pipe.stream.slack()
+
+        assert run(rest=6.0) == (0.0, 1.0)
+        assert run(0.25, 0.5, rest=5.25) == (0.75, 1.0)
+        assert run(3.0, 0.5, rest=5.0) == (1.5, 1.0), "the link stood still for 2 s, which is nothing to do more in"
+        assert run(rest=3.0) == (0.0, 0.5), "the link is faster than it seemed"
+        assert run(0.75, rest=5.0) == (0.5, 0.5)
+
+
+def test_nothing_streamed_leaves_no_time():
+    with Pipeline(make_plan(ring=2, resident=1.0)) as pipe:
+        pipe.check_pass(4)
+        assert pipe.stream.slack() == (0.0, 0.0)
+
+
+def test_time_spent_waiting_is_spare():
+    """On the emulated device, by the real clock: whatever is not waited for was spent in ``idle``."""
+    with Pipeline(make_plan(ring=3)) as pipe:
+        pipe.device.latency_us = 5000.0
+        pipe.check_pass(4)
+        assert 0.03 < pipe.stream.slack().spare < 0.2

@@ -105,3 +105,5 @@ def test_choices_for_well_known_shapes(kv_heads, tile, ring):
     token_bytes = 2 * kv_heads * 128 * 2
     assert choose_tile(token_bytes, 131072, 8) == tile
     assert choose_ring(tile * token_bytes) == ring
+    assert choose_ring(tile * token_bytes, 20e-3 * 16e9) == 20, "320 MB arrive at 16 GB/s while a step takes 20 ms"
+    assert choose_ring(tile * token_bytes, 1e9) == 32, "the limit"

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.economy import PRIOR_WEIGHT, Costs, History, Pace
 from offload_triforce.speculation.rules import Ranking
 
@@ -60,28 +61,37 @@ def test_measured_pace():
     pace = Pace()
     assert not pace.known
     pace.step(4, 2.5, 0.5, hidden=False)
-    pace.round(9, 7.0, 5, waited=0.0)
+    pace.round(9, 7.0, 5, Slack(0.0, 0.0))
     pace.step(4, 2.0, 0.0, hidden=False)
     pace.step(4, 2.0, 0.0, hidden=True)  # costs nothing
-    pace.round(9, 8.0, 15, waited=6.0)
+    pace.round(9, 8.0, 15, Slack(6.0, 9.0))
     assert pace.known
     assert pace.value == pytest.approx(20 / 20)
     assert pace.step_cost(4) == 2.0, "the draft's own time is not the step's"
 
 
 def test_what_is_hidden_has_to_have_time():
-    """The last pass waited for 6 s beside 2 s of hidden steps: so there is time for four of 2 s."""
+    """The last pass left 8 s: so there is time for four steps of 2 s, if the ring covers one."""
     pace = Pace()
     assert not pace.has_time(4), "nothing is known yet"
     pace.step(4, 2.0, 0.0, hidden=True)
-    pace.round(9, 8.0, 15, waited=6.0)
-    steps = 0
-    while pace.has_time(4):
-        pace.step(4, 2.0, 0.0, hidden=True)
-        steps += 1
-    assert steps == 4
-    pace.round(9, 8.0, 15, waited=0.0)
-    assert pace.has_time(4), "what was hidden before can be hidden again"
+    for longest, expected in ((1.7, 4), (1.5, 0), (0.0, 0)):
+        pace.round(9, 8.0, 15, Slack(8.0, longest))
+        steps = 0
+        while pace.has_time(4):
+            pace.step(4, 2.0, 0.0, hidden=True)
+            steps += 1
+        assert steps == expected
+
+
+def test_rounds_in_which_kernels_are_compiled_are_no_measure():
+    """Of 7 rounds of 10 tokens, the first takes 20 s, all others 1 s."""
+    pace, given = Pace(), Pace(0.5)
+    for seconds in (20.0, *(1.0 for _ in range(6))):
+        pace.round(5, seconds, 10, Slack(0.0, 0.0))
+        given.round(5, seconds, 10, Slack(0.0, 0.0))
+    assert pace.value == pytest.approx(0.1)
+    assert given.value == pytest.approx(1 / 10), "passes, not seconds"
 
 
 def test_given_pace_needs_no_clock():
@@ -89,7 +99,7 @@ def test_given_pace_needs_no_clock():
     pace = Pace(0.1)
     for _ in range(5):
         pace.step(3, 99.0, 99.0, hidden=False)
-    pace.round(9, 1e-3, 6, waited=123.0)
+    pace.round(9, 1e-3, 6, Slack(123.0, 0.0))
     assert pace.value == pytest.approx(1.5 / 6)
     assert (pace.step_cost(3), pace.step_cost(99)) == (0.1, 0.1)
     assert (pace.least_in_step, pace.least_in_pass) == (0.0, 0.0), "one more token costs nothing"
@@ -107,10 +117,10 @@ def test_what_one_more_token_has_to_be_worth():
     pace.step(2, 1.2, 0.0, hidden=False)
     pace.step(5, 1.5, 0.0, hidden=False)
     assert pace.least_in_step == pace.least_in_pass == pytest.approx(0.1 / 1.1), "a token is worth a step, no less"
-    pace.round(10, 7.0, 4, waited=0.0)
+    pace.round(10, 7.0, 4, Slack(0.0, 0.0))
     value = (2.7 + 7) / 4
     assert pace.least_in_step == pace.least_in_pass == pytest.approx(0.1 / value)
-    pace.round(20, 9.0, 4, waited=0.0)
+    pace.round(20, 9.0, 4, Slack(0.0, 0.0))
     value = (2.7 + 7 + 9) / 8
     assert pace.least_in_step == pytest.approx(0.1 / value)
     assert pace.least_in_pass == pytest.approx(0.2 / value)

@@ -188,7 +188,7 @@ def prefix():
 
 def prefixes_of(prefix, count):
     """The last ``count`` beginnings of a text, the whole one included."""
-    return [lambda n=n: prefix[: len(prefix) - count + 1 + n] for n in range(count)]
+    return [lambda device, n=n: prefix[: len(prefix) - count + 1 + n] for n in range(count)]
 
 
 def scores_of(name, logits, prefix, vocabulary=VOCABULARY):
@@ -201,7 +201,7 @@ def test_rows_are_transformers_own(name, logits, prefix):
     """Each row with its own prefix, as if it were generated alone."""
     got = scores_of(name, logits, prefix)
     for row, ids, scores in zip(logits, prefixes_of(prefix, len(logits)), got, strict=True):
-        expected = LogitsProcessorList(PROCESSORS[name])(ids()[None], row[None].clone())[0]
+        expected = LogitsProcessorList(PROCESSORS[name])(ids(logits.device)[None], row[None].clone())[0]
         assert torch.equal(scores, expected)
 
 
@@ -216,7 +216,7 @@ def test_the_prefix_matters(name, logits, prefix):
 def test_prefixes_are_made_only_where_they_are_looked_at(name, logits):
     """Making them costs time, and bringing them to the device does."""
     made = []
-    prefixes = [lambda: made.append(1) or torch.tensor([1, 2])] * len(logits)
+    prefixes = [lambda device: made.append(1) or torch.tensor([1, 2])] * len(logits)
     Sampler(LogitsProcessorList(PROCESSORS[name]), True, VOCABULARY).scores(logits, prefixes)
     assert bool(made) == (name in ("repetition penalty", "no_repeat_ngram"))
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node, TokenTree, lineage, path_after, prefix_of, sight, tokens_of
 
+CPU = torch.device("cpu")
+
 
 def text_of(*tokens):
     return TokenText(torch.tensor(tokens), len(tokens) + 20)
@@ -61,8 +63,8 @@ def test_paths():
     tree = TokenTree.at_end(text)
     node = tree.root.follower(8).follower(9)
     assert (tree.root.token, node.depth, tokens_of(node.line())) == (7, 2, [7, 8, 9])
-    assert path_after(text, node) == prefix_of(text, node).tolist() == [5, 6, 7, 8, 9]
-    assert prefix_of(text, tree.root).tolist() == [5, 6, 7]
+    assert path_after(text, node) == prefix_of(text, node, CPU).tolist() == [5, 6, 7, 8, 9]
+    assert prefix_of(text, tree.root, CPU).tolist() == [5, 6, 7]
     assert tree.root.follower(8) is node.parent
 
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import torch
 
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.drafting import Drafting
 from offload_triforce.speculation.economy import History, Pace
 from offload_triforce.speculation.growth import Limits, Middle
@@ -79,8 +80,6 @@ class ToyLevel:
 class ToyTarget:
     """Commits what it has been told to, and nothing else. During its pass there is time for ``spare`` calls of idle."""
 
-    waited = 0.0
-
     def __init__(self, tables, text, spare=0):
         self.tables, self.text, self.spare = tables, text, spare
         self.committed = text[:-1]
@@ -97,6 +96,9 @@ class ToyTarget:
         for _ in range(self.spare):
             idle()
         return torch.stack(rows)
+
+    def slack(self):
+        return Slack(0.0, 0.0)
 
     def commit(self, kept):
         path = [self.nodes[number] for number in kept]
@@ -128,7 +130,7 @@ class ToyDraft:
                     break
                 guess = Guess(int(row.argmax()), None)
             else:
-                guess = self.rule.draft(row.log()[None], Place(lambda: text.ids, len(text)))
+                guess = self.rule.draft(row.log()[None], Place(text.ids_on, len(text)))
             guesses.append(guess)
             text.append([guess.token])
         text.truncate(start)

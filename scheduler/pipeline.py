@@ -116,7 +116,7 @@ class TileStream:
         self._waits: list[Callable[[], float]] = []
         self._covered = 0.0  # seconds of other work in the pass, as far as the ring covers each piece
         self._begun, self._fetched = 0.0, 0  # when the pass began, and bytes that it has asked for
-        self._rate = 0.0  # bytes per second of the fastest pass so far
+        self._rate = 0.0  # bytes per second of the fastest pass of this text
         self._todo: Iterator[tuple[int, int]] = iter(())
         self._flying: deque[tuple[int, Event]] = deque()  # slots in the order of the pass
         self._free: deque[tuple[int, Event]] = deque()  # slots, and when they may be overwritten
@@ -153,6 +153,10 @@ class TileStream:
             yield Tile(index, self._ring[slot])
             self._free.append((slot, self.device.release(self._ring[slot])))
             self._run_ahead()
+
+    def forget_speed(self) -> None:
+        """What the link does is measured anew: what ran before may have run under other conditions."""
+        self._rate = 0.0
 
     def slack(self) -> Slack:
         """Of the last pass. To be asked when it is over, and its results have been looked at."""

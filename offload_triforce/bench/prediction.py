@@ -57,12 +57,12 @@ class Site:
         return CudaDevice(self.engine.layout.device) if self.cuda else EmulatedDevice(gbps)
 
     def settings(self, way: str, linked: bool) -> Settings:
-        """Of one of OURS. A real link cannot be switched off: without it, the whole cache is on the device."""
+        """Of one of OURS. Where no link is wanted, the whole cache is on the device: nothing is copied."""
         capacity = self.case.capacity
         settings = settings_for(way, self.engine.layout, capacity)
         plan = make_plan(self.engine.layout, settings, capacity)
         fixed = {"budget": settings.budget_for(capacity), "tile": plan.tile_tokens, "ring": plan.ring}
-        return replace_settings(settings, fixed | {"resident": 1.0 if self.cuda and not linked else 0.0})
+        return replace_settings(settings, fixed | {"resident": 0.0 if linked else 1.0})
 
     @contextmanager
     def subject(self, way: str, linked: bool) -> Iterator[Subject]:
@@ -110,7 +110,7 @@ class Works:
 def measure_work(subject: Subject, queries: int, tiles: int) -> PassWork:
     """What a pass of so many queries over ``tiles`` tiles per layer computes: before, at and after the tiles.
 
-    Medians over REPEATS passes. Nothing should be waited for: no link, or all tiles resident.
+    Medians over REPEATS passes. Nothing should be waited for: all tiles are resident.
     """
     layers, found = subject.runtime.caches.full.stream.plan.layers, []
     subject.verify(queries)

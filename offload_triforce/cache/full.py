@@ -167,6 +167,7 @@ class FullCache:
     def reset(self) -> None:
         """Forget everything."""
         self._leaving.wait()
+        self.stream.forget_speed()
         self.tiles = self._left = 0
         self.tail.reset()
 

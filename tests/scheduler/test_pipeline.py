@@ -243,6 +243,8 @@ def test_what_a_pass_leaves_time_for(monkeypatch):
         assert run(3.0, 0.5, rest=5.0) == (1.5, 1.0), "the link stood still for 2 s, which is nothing to do more in"
         assert run(rest=3.0) == (0.0, 0.5), "the link is faster than it seemed"
         assert run(0.75, rest=5.0) == (0.5, 0.5)
+        pipe.stream.forget_speed()
+        assert run(rest=6.0) == (0.0, 1.0), "a text later, it may be slower again"
 
 
 def test_nothing_streamed_leaves_no_time():

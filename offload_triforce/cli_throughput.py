@@ -1,4 +1,4 @@
-"""The command ``bench throughput``."""
+"""The commands ``bench throughput`` and ``bench prediction``: how fast it is, and whether that was to be foreseen."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from offload_triforce.cli_bench import bench
 from offload_triforce.cli_common import check_folders, guarded, notes
+from offload_triforce.errors import InputError
 
 
 @bench.command()
@@ -70,3 +72,49 @@ def throughput(
         Console().print(table)
     for line in lines(report):
         Console().print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+@bench.command()
+@guarded
+def prediction(
+    model: Annotated[str, typer.Option(help="smollm2, qwen-coder, or a hub id, folder or GGUF file.")] = "smollm2",
+    tokens: Annotated[int, typer.Option(min=512, help="Length of the text.")] = 2000,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Length of each answer.")] = 48,
+    link_gbps: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Emulated link in GB/s; may be repeated. By default, passes take 1, 3 and 6 times their computation."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the JSON here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Passes and whole answers, predicted by the cost model and measured: the emulated link, or a real one."""
+    if link_gbps and min(link_gbps) <= 0:
+        raise InputError(f"--link-gbps must be greater than 0, not {min(link_gbps):g}")
+    check_folders(out)
+    from offload_triforce.bench.prediction import bench_prediction
+
+    report = bench_prediction(
+        model, tokens, new_tokens, link_gbps, lambda line: notes.print(line, style="dim", highlight=False)
+    )
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1))
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    table = Table(title=f"{report['model']}, {report['prompt_tokens']:,} tokens, {report['link']} links")
+    for name in ("what", "link GB/s", "predicted ms", "measured ms", "ratio", "from acceptance alone"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    for row in report["passes"]:
+        cells = [1e3 * row["predicted"], 1e3 * row["measured"]]
+        table.add_row(f"pass, {row['queries']} tokens", f"{row['gbps']:.3g}", *_cells(*cells, row["ratio"]), "")
+    for row in report["answers"]:
+        alone = row.get("ratio_from_rates")
+        cells = _cells(row["predicted"], row["measured"], row["ratio"])
+        table.add_row(f"{row['way']}, per token", f"{row['gbps']:.3g}", *cells, "" if alone is None else f"{alone:.3f}")
+    Console().print(table)
+
+
+def _cells(predicted: float, measured: float, ratio: float) -> list[str]:
+    return [f"{predicted:,.1f}", f"{measured:,.1f}", f"{ratio:.3f}"]

@@ -1,9 +1,9 @@
 """Is the cost model right? Passes and whole answers as predicted, against the same plan run over a link.
 
-Predicted is time. The model is told what the computation takes (one pass without a link, piece by piece; one answer
-without a link, for steps of the retrieval level and for what else a round takes) and what the link gives. It then walks
-the plan that the pipeline executes. How many passes and steps an answer takes depends on the text: a prediction is made
-once from the numbers that the run itself counted, and once, where guesses come in chains, from their acceptance alone.
+Predicted is time. The model is told what the computation takes (a pass with all tiles on the device, piece by piece; an
+answer likewise, for steps of the retrieval level and for what else a round takes) and what the link gives. Then it
+walks the plan that the pipeline executes. How many passes and steps an answer takes depends on the text: a prediction
+is made once from the numbers that the run itself counted, and once, for chains of guesses, from their acceptance alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from offload_triforce.bench.contenders import OURS, settings_for
 from offload_triforce.bench.gpu import free_memory, link_ceiling
 from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.subject import QUERIES, Subject
+from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
-from offload_triforce.fetch import fetch_model
+from offload_triforce.fetch import MODELS, fetch_model
+from offload_triforce.model.loader import max_positions
 from offload_triforce.runtime import make_plan
 from offload_triforce.scheduler.cost import LinkSpeed, PassWork, RoundTime, chain, predict_pass, rounds
 from offload_triforce.scheduler.device import COMPUTE, CudaDevice, Device
@@ -143,11 +145,16 @@ def split(spans: Sequence[Any], layers: int, tiles: int) -> list[float]:
 
 
 def bench_prediction(
-    tokens: int, new_tokens: int, link_gbps: Sequence[float] | None, say: Callable[[str], None] = lambda line: None
+    model: str,
+    tokens: int,
+    new_tokens: int,
+    link_gbps: Sequence[float] | None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Predict and measure, on SmolLM2.
+    """Predict and measure.
 
     Args:
+        model: of ``fetch.MODELS``, or whatever ``TriForce.load`` takes.
         tokens: of text. new_tokens: of each answer.
         link_gbps: emulated links, GB/s; None takes DOMINANCE. A real link is what it is.
         say: told what is going on.
@@ -156,21 +163,41 @@ def bench_prediction(
         For JSON: ``machine``, and in ``passes`` and ``answers`` a row for each link, with seconds or milliseconds
         ``predicted`` and ``measured``, and their ``ratio``.
     """
-    engine = TriForce.load(fetch_model("smollm2"))
+    source = fetch_model(model) if model in MODELS else model
+    check_context(tokens + new_tokens, max_positions(source))
+    say(f"loading {model}")
+    engine = TriForce.load(source)
     case = Case(demo_prompt(engine, tokens), new_tokens)
+    check_length(engine.layout, engine.settings, len(case.prompt), new_tokens)
     say("reading the text")
     site = Site(engine, case, None if engine.layout.device.type == "cuda" else Read.of(engine, case.prompt))
-    say("timing passes without a link, piece by piece")
-    works = {way: Works(site, way) for way in OURS}
-    passes, speeds = _passes(site, works["best"], link_gbps, say)
-    return {
-        "machine": describe_machine(),
-        "dtype": str(engine.layout.dtype).removeprefix("torch."),
-        "prompt_tokens": len(case.prompt),
-        "new_tokens": new_tokens,
-        "passes": passes,
-        "answers": [row for way in OURS for row in _answers(site, works[way], way, speeds, say)],
-    }
+    with _core_for_copies(site):
+        say("timing passes without a link, piece by piece")
+        works = {way: Works(site, way) for way in OURS}
+        passes, speeds = _passes(site, works["best"], link_gbps, say)
+        answers = [row for way in OURS for row in _answers(site, works[way], way, speeds, say)]
+        return {
+            "machine": describe_machine(),
+            "model": model,
+            "dtype": str(engine.layout.dtype).removeprefix("torch."),
+            "link": "measured" if site.cuda else "emulated",
+            "prompt_tokens": len(case.prompt),
+            "new_tokens": new_tokens,
+            "passes": passes,
+            "answers": answers,
+        }
+
+
+@contextmanager
+def _core_for_copies(site: Site) -> Iterator[None]:
+    """An emulated copy engine needs a core of its own, or else copies slow the computation, as they do on no GPU."""
+    before = torch.get_num_threads()
+    if not site.cuda:
+        torch.set_num_threads(max(1, before - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _passes(

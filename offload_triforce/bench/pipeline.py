@@ -74,7 +74,7 @@ def bench_pipeline(
             needed = subject.pass_bytes
             subject.verify(queries)  # the first pass warms up
             compute_s = statistics.median(subject.verify(queries) for _ in range(repeats))
-            for speed in gbps or [_round(needed / (compute_s * factor) / 1e9) for factor in DOMINANCE]:
+            for speed in gbps or [two_digits(needed / (compute_s * factor) / 1e9) for factor in DOMINANCE]:
                 say(f"{model}: passes at {speed:g} GB/s")
                 results.append({"model": model, "tokens": tokens, "unthrottled_s": compute_s})
                 results[-1] |= _measure(subject, needed, speed, queries, repeats)
@@ -102,6 +102,6 @@ def _measure(subject: Subject, needed: int, gbps: float, queries: int, repeats: 
     }
 
 
-def _round(value: float) -> float:
-    """Two significant digits."""
+def two_digits(value: float) -> float:
+    """Rounded to two significant digits."""
     return float(f"{value:.2g}")

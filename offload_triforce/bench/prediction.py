@@ -8,6 +8,7 @@ is made once from the numbers that the run itself counted, and once, for chains 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ from offload_triforce.bench.answering import Answering, Case, Read
 from offload_triforce.bench.contenders import OURS, settings_for
 from offload_triforce.bench.gpu import free_memory, link_ceiling
 from offload_triforce.bench.machine import describe_machine
+from offload_triforce.bench.pipeline import two_digits
 from offload_triforce.bench.subject import QUERIES, Subject
 from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
-from offload_triforce.fetch import MODELS, fetch_model
+from offload_triforce.fetch import find_source
 from offload_triforce.model.loader import max_positions
 from offload_triforce.runtime import make_plan
 from offload_triforce.scheduler.cost import LinkSpeed, PassWork, RoundTime, chain, predict_pass, rounds
@@ -39,6 +41,7 @@ from offload_triforce.stats import DecodeStats
 DOMINANCE = (1.0, 3.0, 6.0)
 REPEATS = 5  # of a pass; the median counts
 PASS = "pass"
+NO_LINK = LinkSpeed(math.inf)
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,6 @@ class Site:
         finally:
             subject.close()
             free_memory()
-
-
-@dataclass(frozen=True)
-class Unlinked:
-    """An answer without a link: seconds of a step of the retrieval level, and of what else a round takes."""
-
-    step: float
-    rest: float
 
 
 class Works:
@@ -163,7 +158,7 @@ def bench_prediction(
         For JSON: ``machine``, and in ``passes`` and ``answers`` a row for each link, with seconds or milliseconds
         ``predicted`` and ``measured``, and their ``ratio``.
     """
-    source = fetch_model(model) if model in MODELS else model
+    source = find_source(model)
     check_context(tokens + new_tokens, max_positions(source))
     say(f"loading {model}")
     engine = TriForce.load(source)
@@ -225,10 +220,9 @@ def _passes(
 def _speeds(site: Site, link_gbps: Sequence[float] | None, plan: TilePlan, tiles: int, works: Works) -> Sequence[float]:
     if site.cuda:
         return [link_ceiling(site.engine.layout.device, min(TILE_BYTES, plan.tile_bytes))["h2d_gbps"]]
-    work = works.of(QUERIES)
-    computed = sum(work.gaps) + work.tile * tiles * plan.layers
+    computed = predict_pass(plan, tiles, NO_LINK, works.of(QUERIES)).seconds
     size = plan.streamed_bytes(tiles)
-    return link_gbps or [float(f"{size / (computed * factor) / 1e9:.2g}") for factor in DOMINANCE]
+    return link_gbps or [two_digits(size / (computed * factor) / 1e9) for factor in DOMINANCE]
 
 
 def _answers(
@@ -237,23 +231,22 @@ def _answers(
     """A row for each link: one of OURS answers."""
     say(f"{way}: an answer without a link")
     free, plan, tiles = _answer(site, way, None)
-    told = predict_pass(plan, tiles, LinkSpeed(float("inf")), works.of(free.nodes / free.passes + 1))
+    told = predict_pass(plan, tiles, NO_LINK, works.of(free.nodes / free.passes + 1))
     step = free.draft_s / free.steps if free.steps else 0.0
-    rest = (free.decode_s - free.draft_s) / free.passes - told.seconds
-    unlinked = Unlinked(step, rest)
+    rest = (free.decode_s - free.draft_s) / free.passes - told.seconds  # of a round, beside its steps and its pass
     rows = []
     for gbps in speeds:
         say(f"{way}: at {gbps:.3g} GB/s")
         run, plan, tiles = _answer(site, way, gbps)
         work = works.of(run.nodes / run.passes + 1)
-        passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + unlinked.rest
-        told = from_counts(run, passing, unlinked.step)
+        passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + rest
+        told = from_counts(run, passing, step)
         row = {"gbps": gbps, "way": way, "tokens_per_pass": run.tokens_per_pass}
         row |= {"steps_per_pass": run.steps / run.passes, "hidden_steps_per_pass": run.steps_ahead / run.passes}
         row |= _compared("ms_per_token", told.ms_per_token, run.ms_per_token)
         if way == "triforce":
             settings = site.settings(way, linked=True)
-            alone = from_rates(run, settings, passing, unlinked.step).ms_per_token
+            alone = from_rates(run, settings, passing, step).ms_per_token
             row |= {"predicted_from_rates": alone, "ratio_from_rates": alone / run.ms_per_token}
         rows.append(row)
     return rows

@@ -15,7 +15,7 @@ from offload_triforce.bench.slow_motion import SlowMotion
 from offload_triforce.checks import check_context
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import MODELS, fetch_model
+from offload_triforce.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions
 from offload_triforce.planner.machine import Machine, find_machine
 from offload_triforce.scheduler.device import CudaDevice, Device
@@ -126,7 +126,7 @@ def set_up(asked: Question, say: Say) -> Stage:
     Raises:
         InputError: the link is to be faster than it is, or a context is too long for the model.
     """
-    source = fetch_model(asked.model) if asked.model in MODELS else asked.model
+    source = find_source(asked.model)
     longest = max(asked.lengths)
     check_context(longest, max_positions(source))
     cuda = torch.cuda.is_available() and asked.card is None

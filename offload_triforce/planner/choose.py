@@ -23,7 +23,7 @@ from offload_triforce.planner.predict import (
     step_seconds,
 )
 from offload_triforce.runtime import make_plan
-from offload_triforce.scheduler.plan import choose_ring
+from offload_triforce.scheduler.plan import TilePlan, choose_ring
 
 LEAST_BUDGET = 1024
 GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -68,10 +68,12 @@ def choose_settings(
         settings = replace_settings(settings, {"budget": _budget(model, settings, context, machine, draft)})
     rates = assume(settings, context, draft_kind, retrieval, drafted)
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
-    settings = replace_settings(settings, {"ring": _ring(model, settings, context, machine, draft)})
+    plan = make_plan(model.layout, settings, context)
+    ring = _ring(model, settings, context, machine, draft, plan)
+    settings = replace_settings(settings, {"tile": plan.tile_tokens, "ring": ring})
     if "resident" not in fixed:
         settings = replace_settings(settings, {"resident": resident_share(model, settings, context, machine, draft)})
-    return replace_settings(settings, {"tile": make_plan(model.layout, settings, context).tile_tokens})
+    return settings
 
 
 def choose_for_loaded(
@@ -104,19 +106,20 @@ def resident_share(
     return max(0.0, min(1.0, math.floor(1000 * left / total) / 1000))
 
 
-def _ring(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> int:
-    """Tiles in flight: as many as arrive during a step of the retrieval level, so that it can hide behind the link."""
-    plan = make_plan(model.layout, settings, context)
+def _ring(
+    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None, plan: TilePlan
+) -> int:
+    """Tiles in flight: as many as arrive during a step of the retrieval level, so that it can hide behind the link.
+
+    ``plan``: with the ring that nobody chose. Rather that one than none that fits.
+    """
     if settings.ring is not None or not settings.ahead or settings.gamma == 0:
         return plan.ring
     step = MARGIN * step_seconds(model, settings, context, machine.speeds)
     ring = choose_ring(plan.tile_bytes, step * machine.link_gbps * 1e9)
-    while ring > plan.ring:  # rather a smaller one than none that fits
-        used = footprint(model, replace_settings(settings, {"ring": ring, "resident": 0.0}), context, draft)
-        if not missing(used, machine.memory, None):
-            return ring
+    while ring > plan.ring and not _fits(model, settings, context, machine, draft, ring=ring):
         ring //= 2
-    return plan.ring
+    return max(ring, plan.ring)
 
 
 def _gammas(
@@ -154,9 +157,14 @@ def _gammas(
 def _budget(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> int:
     """The default budget, or half of it again and again while it does not fit, down to LEAST_BUDGET."""
     budget = settings.budget_for(context)
-    while budget // 2 >= LEAST_BUDGET:
-        used = footprint(model, replace_settings(settings, {"budget": budget, "resident": 0.0}), context, draft)
-        if not missing(used, machine.memory, None):
-            break
+    while budget // 2 >= LEAST_BUDGET and not _fits(model, settings, context, machine, draft, budget=budget):
         budget //= 2
     return budget
+
+
+def _fits(
+    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None, **changes: int
+) -> bool:
+    """Whether the card has room, some settings changed, if no tile is resident."""
+    used = footprint(model, replace_settings(settings, {**changes, "resident": 0.0}), context, draft)
+    return not missing(used, machine.memory, None)

@@ -97,7 +97,7 @@ class Pace:
         self.steps, self.passes = Costs(), Costs()
         self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
         self._spent = self._hidden = 0.0
-        self._slack = Slack(0.0, 0.0) if draft_cost is None else Slack(1.0, math.inf)
+        self._slack = Slack() if draft_cost is None else Slack(1.0, math.inf)
 
     def step(self, tokens: int, seconds: float, drafting: float, hidden: bool) -> None:
         """A step of the retrieval level was made, after a draft had taken its time.

@@ -237,7 +237,7 @@ class FullLevel(_TargetLevel):
 
     def slack(self) -> Slack:
         """What the last pass left time for. To be asked once its logits have been looked at."""
-        return self.caches.full.stream.slack() if self.caches.full is not None else Slack(0.0, 0.0)
+        return self.caches.full.stream.slack() if self.caches.full is not None else Slack()
 
     def commit(self, kept: Sequence[int]) -> None:
         """Accept these of the tokens read (their numbers, ascending), and forget the others."""

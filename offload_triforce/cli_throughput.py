@@ -108,8 +108,9 @@ def prediction(
     for name in ("link GB/s", "predicted", "measured", "ratio", "by rates"):
         table.add_column(name, justify="right")
     for row in report["passes"]:
-        cells = [1e3 * row["predicted"], 1e3 * row["measured"]]
-        table.add_row(f"pass, {row['queries']} tokens", f"{row['gbps']:.3g}", *_cells(*cells, row["ratio"]), "")
+        what = f"pass, {row['queries']} token{'s' * (row['queries'] > 1)}"
+        cells = _cells(1e3 * row["predicted"], 1e3 * row["measured"], row["ratio"])
+        table.add_row(what, f"{row['gbps']:.3g}", *cells, "")
     for row in report["answers"]:
         alone = row.get("ratio_from_rates")
         cells = _cells(row["predicted"], row["measured"], row["ratio"])

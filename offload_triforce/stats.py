@@ -32,7 +32,7 @@ class DecodeStats:
     """Counts and times of one run. Times in seconds, sizes in bytes.
 
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
-    ``ahead_s``. ``nodes``: guesses that the target read, over all passes.
+    ``ahead_s``, and all read ``step_tokens``. ``nodes``: guesses that the target read, over all passes.
     """
 
     prompt_tokens: int = 0
@@ -50,12 +50,14 @@ class DecodeStats:
     ahead_s: float = 0.0
     steps: int = 0
     steps_ahead: int = 0
+    step_tokens: int = 0
     nodes: int = 0
     interrupted: bool = False
 
-    def add_step(self, seconds: float, hidden: bool) -> None:
-        """A step of the retrieval level was made; ``hidden``: during a pass."""
+    def add_step(self, tokens: int, seconds: float, hidden: bool) -> None:
+        """A step of the retrieval level read so many tokens; ``hidden``: during a pass."""
         self.steps += 1
+        self.step_tokens += tokens
         self.draft_s += seconds
         self.steps_ahead += hidden
         self.ahead_s += seconds if hidden else 0.0
@@ -112,6 +114,7 @@ class DecodeStats:
             "guesses": self.nodes,
             "steps": self.steps,
             "steps_ahead": self.steps_ahead,
+            "step_tokens": self.step_tokens,
             "ms_per_token": self.ms_per_token,
             "interrupted": self.interrupted,
         }

@@ -83,12 +83,17 @@ class Site:
 
 
 class Works:
-    """What passes of one of OURS compute, by the number of their tokens: measured without a link."""
+    """What passes of one of OURS compute, by the number of their tokens, and steps: measured without a link.
+
+    Attributes:
+        step_token: seconds that a step of the retrieval level takes longer for each further token.
+    """
 
     def __init__(self, site: Site, way: str) -> None:
         with site.subject(way, linked=False) as subject:
             tiles, block = subject.runtime.caches.full.tiles, subject.settings.block
             self._seen = {n: measure_work(subject, n, tiles) for n in (1, QUERIES, 5 * QUERIES, block) if n <= block}
+            self.step_token = _step_token(subject) if block > 1 else 0.0
 
     def of(self, tokens: float) -> PassWork:
         """Straight lines between what was measured."""
@@ -104,22 +109,35 @@ class Works:
         return PassWork(tuple(gaps), tile)
 
 
+def _step_token(subject: Subject) -> float:
+    for queries in (1, QUERIES):
+        subject.draft(queries)  # the first one warms up
+    turns = [(subject.draft(1), subject.draft(QUERIES)) for _ in range(REPEATS)]
+    return statistics.median(max(0.0, wide - narrow) for narrow, wide in turns) / (QUERIES - 1)
+
+
 def measure_work(subject: Subject, queries: int, tiles: int) -> PassWork:
     """What a pass of so many queries over ``tiles`` tiles per layer computes: before, at and after the tiles.
 
     Medians over REPEATS passes. Nothing should be waited for: all tiles are resident.
     """
-    layers, found = subject.runtime.caches.full.stream.plan.layers, []
     subject.verify(queries)
-    for _ in range(REPEATS):
-        trace = subject.device.trace = Trace()
-        try:
-            with subject.device.span(PASS, PASS):
-                subject.verify(queries)
-            spans = trace.spans()
-        finally:
-            subject.device.trace = None
-        found.append(split(spans, layers, tiles))
+    return median_work([pieces(subject, queries, tiles) for _ in range(REPEATS)])
+
+
+def pieces(subject: Subject, queries: int, tiles: int) -> list[float]:
+    """Seconds of one pass, as ``split`` has them."""
+    trace = subject.device.trace = Trace()
+    try:
+        with subject.device.span(PASS, PASS):
+            subject.verify(queries)
+        return split(trace.spans(), subject.runtime.caches.full.stream.plan.layers, tiles)
+    finally:
+        subject.device.trace = None
+
+
+def median_work(found: Sequence[Sequence[float]]) -> PassWork:
+    """Each piece's median over passes."""
     *gaps, tile = (statistics.median(values) for values in zip(*found, strict=True))
     return PassWork(tuple(gaps), tile)
 
@@ -198,22 +216,27 @@ def _core_for_copies(site: Site) -> Iterator[None]:
 def _passes(
     site: Site, works: Works, link_gbps: Sequence[float] | None, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], Sequence[float]]:
-    """A row for each link and number of queries; and the links."""
+    """A row for each link and number of queries; and the links.
+
+    Passes without a link and with one take turns, so that a machine whose clock drifts is as fast for both.
+    """
     rows = []
-    with site.subject("best", linked=True) as subject:
+    with site.subject("best", linked=True) as subject, site.subject("best", linked=False) as unlinked:
         full = subject.runtime.caches.full
         plan, tiles = full.stream.plan, full.tiles
         speeds = _speeds(site, link_gbps, plan, tiles, works)
         for gbps in speeds:
             say(f"passes at {gbps:.3g} GB/s")
+            if not site.cuda:
+                subject.device.gbps = gbps
             for queries in (1, QUERIES, subject.settings.block):
-                told = predict_pass(plan, tiles, LinkSpeed(gbps), works.of(queries))
-                if not site.cuda:
-                    subject.device.gbps = gbps
-                subject.verify(queries)
-                took = statistics.median(subject.verify(queries) for _ in range(REPEATS))
+                for either in (subject, unlinked):
+                    either.verify(queries)  # the first pass warms up
+                turns = [(pieces(unlinked, queries, tiles), subject.verify(queries)) for _ in range(REPEATS)]
+                computed, took = zip(*turns, strict=True)
+                told = predict_pass(plan, tiles, LinkSpeed(gbps), median_work(computed))
                 row = {"gbps": gbps, "queries": queries, "link_s": told.link}
-                rows.append(row | _compared("s", told.seconds, took))
+                rows.append(row | _compared("s", told.seconds, statistics.median(took)))
     return rows, speeds
 
 
@@ -232,13 +255,12 @@ def _answers(
     say(f"{way}: an answer without a link")
     free, plan, tiles = _answer(site, way, None)
     told = predict_pass(plan, tiles, NO_LINK, works.of(free.nodes / free.passes + 1))
-    step = free.draft_s / free.steps if free.steps else 0.0
     rest = (free.decode_s - free.draft_s) / free.passes - told.seconds  # of a round, beside its steps and its pass
     rows = []
     for gbps in speeds:
         say(f"{way}: at {gbps:.3g} GB/s")
         run, plan, tiles = _answer(site, way, gbps)
-        work = works.of(run.nodes / run.passes + 1)
+        work, step = works.of(run.nodes / run.passes + 1), step_like(run, free, works.step_token)
         passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + rest
         told = from_counts(run, passing, step)
         row = {"gbps": gbps, "way": way, "tokens_per_pass": run.tokens_per_pass}
@@ -250,6 +272,14 @@ def _answers(
             row |= {"predicted_from_rates": alone, "ratio_from_rates": alone / run.ms_per_token}
         rows.append(row)
     return rows
+
+
+def step_like(run: DecodeStats, free: DecodeStats, token_s: float) -> float:
+    """Seconds of a step of ``run``, by those of a ``free`` run: the slower the link, the wider the steps that pay."""
+    if not run.steps or not free.steps:
+        return 0.0
+    wider = run.step_tokens / run.steps - free.step_tokens / free.steps
+    return free.draft_s / free.steps + token_s * wider
 
 
 def from_counts(run: DecodeStats, pass_s: float, step_s: float) -> RoundTime:

@@ -177,7 +177,7 @@ class Middle:
             self._judge_draft(line, len(guesses))
         ended = time.perf_counter()
         self.pace.step(len(nodes), ended - drafted, drafted - started, hidden)
-        self.stats.add_step(ended - started, hidden)
+        self.stats.add_step(len(nodes), ended - started, hidden)
         return True
 
     def _ask_draft(self, leaves: list[Node]) -> list[Guess]:

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from offload_triforce import cli
-from offload_triforce.bench.prediction import PASS, Works, bench_prediction, from_counts, from_rates, split
+from offload_triforce.bench.prediction import PASS, Works, bench_prediction, from_counts, from_rates, split, step_like
 from offload_triforce.config import Settings
 from offload_triforce.scheduler.cost import PassWork, chain, rounds
 from offload_triforce.scheduler.device import COMPUTE
@@ -45,6 +45,13 @@ def test_between_what_was_measured_are_straight_lines():
 
 RUN = DecodeStats(new_tokens=40, passes=10, steps=90, steps_ahead=20)
 RUN.draft, RUN.retrieval = Acceptance(100, 60, 45), Acceptance(120, 38, 30)
+
+
+def test_wider_steps_take_longer():
+    """Free: 10 tokens in 5 steps of 0.1 s. A run with 4 tokens in each, at 0.01 s for another one."""
+    free = DecodeStats(steps=5, step_tokens=10, draft_s=0.5)
+    assert step_like(DecodeStats(steps=3, step_tokens=12), free, 0.01) == pytest.approx(0.12)
+    assert step_like(DecodeStats(), free, 0.01) == 0.0
 
 
 def test_rounds_from_counts():
@@ -99,11 +106,9 @@ def test_mistakes_are_one_sentence(args, words):
 
 @pytest.mark.slow  # a matter of time: on a machine that is busy with other things it is later
 def test_smollm2_takes_as_long_as_predicted():
-    """Passes within 5 % where the link takes three times as long as the computation, whole answers within 10 %."""
+    """Passes within 5 %, whole answers within 10 %."""
     report = bench_prediction("smollm2", 2000, 24, None)
-    fastest = max(row["gbps"] for row in report["passes"])
     for row in report["passes"]:
-        if row["gbps"] < fastest:
-            assert row["ratio"] == pytest.approx(1.0, abs=0.05), row
+        assert row["ratio"] == pytest.approx(1.0, abs=0.05), row
     for row in report["answers"]:
         assert row["ratio"] == pytest.approx(1.0, abs=0.10), row

@@ -1,4 +1,4 @@
-"""``bench prediction``: what it takes apart adds up, and the cost model is right about passes and whole answers."""
+"""``bench prediction``: the cost model is right about passes and whole answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from offload_triforce import cli
-from offload_triforce.bench.prediction import PASS, Works, bench_prediction, from_counts, from_rates, split, step_like
+from offload_triforce.bench.prediction import bench_prediction, from_counts, from_rates, step_like
 from offload_triforce.config import Settings
-from offload_triforce.scheduler.cost import PassWork, chain, rounds
-from offload_triforce.scheduler.device import COMPUTE
-from offload_triforce.scheduler.trace import Span
+from offload_triforce.scheduler.cost import chain, rounds
 from offload_triforce.stats import Acceptance, DecodeStats
 from tests.byte_tokenizer import save_tiny_llama
 
@@ -23,24 +21,6 @@ def no_gpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
-
-
-def test_a_time_line_is_taken_apart():
-    """2 layers of 2 tiles: 1 s before the first, 3 s in between, 5 s after; tiles take 1 s, one after a pause."""
-    tiles = [(2.0, 3.0), (3.0, 4.0), (7.0, 8.0), (8.5, 9.5)]
-    spans = [Span(PASS, PASS, 1.0, 14.5), *(Span(COMPUTE, "", *times) for times in tiles)]
-    assert split(spans, 2, 2) == [1.0, 3.0, 5.0, (2.0 + 2.5) / 4]
-    assert sum(split(spans, 2, 2)[:3]) + 4 * 4.5 / 4 == 13.5, "nothing is lost"
-
-
-def test_between_what_was_measured_are_straight_lines():
-    works = Works.__new__(Works)
-    works._seen = {1: PassWork((1.0, 2.0), 0.5), 5: PassWork((3.0, 2.0), 1.5), 9: PassWork((3.0, 4.0), 1.5)}
-    assert works.of(3) == PassWork((2.0, 2.0), 1.0)
-    assert works.of(7) == PassWork((3.0, 3.0), 1.5)
-    assert works.of(9) == works._seen[9]
-    works._seen = {1: PassWork((1.0, 2.0), 0.5)}
-    assert works.of(1) == works._seen[1]
 
 
 RUN = DecodeStats(new_tokens=40, passes=10, steps=90, steps_ahead=20)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_triforce.kernels.reference import Rule
-from offload_triforce.kernels.reference_codec import LEAST_STEP, CodedChunks
+from offload_triforce.kernels.reference_codec import LEAST_STEP
+from offload_triforce.kernels.types import AttentionParams, CodedChunks
 from offload_triforce.kernels.verify_attention import LOWEST, SplitAttention, _dot, _interpreted, _tanh, tiling
 
 Launch = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]
@@ -72,31 +72,36 @@ def attention_update(
     state: SplitAttention,
     packed: Tensor,
     coded: CodedChunks,
-    rule: Rule,
+    params: AttentionParams,
     slots: int | None = None,
     tokens: Tensor | None = None,
 ) -> SplitAttention:
     """Take packed chunks into an attention, in place: those of the first ``slots``, or the first ``tokens``.
 
-    Every query sees them, whatever the rule's window.
+    Every query sees them, whatever the window.
     """
-    grid, arguments, options = update_arguments(state, packed, coded, rule, slots, tokens)
+    grid, arguments, options = update_arguments(state, packed, coded, params, slots, tokens)
     _update_kernel[grid](*arguments, **options)
     return state if state.started else state._replace(started=True)
 
 
 def update_arguments(
-    state: SplitAttention, packed: Tensor, coded: CodedChunks, rule: Rule, slots: int | None, tokens: Tensor | None
+    state: SplitAttention,
+    packed: Tensor,
+    coded: CodedChunks,
+    params: AttentionParams,
+    slots: int | None,
+    tokens: Tensor | None,
 ) -> Launch:
     """What ``attention_update`` launches."""
     heads, rows, dim = packed.shape
     if dim % 2:
         raise ValueError(f"chunks are packed for even head dimensions, not {dim}")
-    scaling = rule.scaling if rule.softcap is None else rule.scaling / rule.softcap
+    scaling = params.scaling if params.softcap is None else params.scaling / params.softcap
     keys = (coded.key_codes.shape[1] if slots is None else slots) * coded.chunk
     cut = tiling(rows, dim, packed.element_size())
     arguments = (
-        packed, *coded, tokens, *state[:3], scaling, rule.softcap, rows, keys, packed.stride(0), packed.stride(1),
+        packed, *coded, tokens, *state[:3], scaling, params.softcap, rows, keys, packed.stride(0), packed.stride(1),
         *strides(coded), not state.started, coded.chunk, dim // 2, max(16, triton.next_power_of_2(dim // 2)),
         cut.rows, min(cut.keys, 32), coded.bits, _interpreted(),
     )  # fmt: skip

@@ -12,21 +12,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import host, reference, reference_codec
-from offload_triforce.kernels.reference import Choice, Newest, Rule, causal_mask, pack_queries
-from offload_triforce.kernels.reference_codec import CodedChunks
+from offload_triforce.kernels import cpu, reference, reference_codec
+from offload_triforce.kernels.reference import causal_mask, pack_queries
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
 
 try:
-    from offload_triforce.kernels import kv_codec, retrieval, verify_attention
+    from offload_triforce.kernels import chunk_selection, kv_codec, verify_attention
 except ImportError:  # no Triton: torch alone
-    kv_codec = retrieval = verify_attention = None
+    kv_codec = chunk_selection = verify_attention = None
 
 __all__ = [
-    "Choice",
+    "AttentionParams",
+    "ChunkSelection",
     "CodedChunks",
-    "Newest",
-    "Rule",
     "RunningAttention",
+    "TreeMask",
     "causal_mask",
     "chunk_scores",
     "decode_keys",
@@ -75,13 +75,13 @@ def what_stops_triton() -> str | None:
 
 def _torch_functions(tensor: Tensor) -> ModuleType:
     """Where Triton does not serve: the eager twins, or the CPU's own versions of them."""
-    return reference if tensor.is_cuda else host
+    return reference if tensor.is_cuda else cpu
 
 
 @functools.lru_cache(maxsize=64)
-def own_tokens(tokens: int, device: torch.device) -> Newest:
+def own_tokens(tokens: int, device: torch.device) -> TreeMask:
     """The queries' own tokens are the newest keys, each seen by itself and those after it. Made once per length."""
-    return Newest(causal_mask(tokens, tokens, device=device))
+    return TreeMask(causal_mask(tokens, tokens, device=device))
 
 
 class RunningAttention:
@@ -90,13 +90,13 @@ class RunningAttention:
     def __init__(self) -> None:
         self.packed = torch.empty(0)
         self._heads = 0
-        self._rule = Rule(1.0)
+        self._params = AttentionParams(1.0)
         self._buffers: tuple[Tensor, ...] = ()
 
-    def start(self, query: Tensor, kv_heads: int, rule: Rule) -> None:
+    def start(self, query: Tensor, kv_heads: int, params: AttentionParams) -> None:
         """Begin with T queries, [H, T, D]. What was computed before is over."""
         self.packed = pack_queries(query, kv_heads)
-        self._heads, self._rule = query.shape[0], rule
+        self._heads, self._params = query.shape[0], params
         if uses_triton(query):
             self._functions = verify_attention
             self._buffers = verify_attention.state_buffers(self._buffers, self.packed)
@@ -105,13 +105,13 @@ class RunningAttention:
             self._functions = _torch_functions(query)
             self._state = self._functions.attention_start(self.packed)
 
-    def update(self, key: Tensor, value: Tensor, newest: Newest | None = None) -> None:
-        """Take keys and values in, [K, n, D] each; ``newest`` where the queries' own tokens are among them."""
-        self._state = self._functions.attention_update(self._state, self.packed, key, value, self._rule, newest)
+    def update(self, key: Tensor, value: Tensor, tree_mask: TreeMask | None = None) -> None:
+        """Take keys and values in, [K, n, D] each; ``tree_mask`` where the queries' own tokens are among them."""
+        self._state = self._functions.attention_update(self._state, self.packed, key, value, self._params, tree_mask)
 
     def update_first(self, key: Tensor, value: Tensor, tokens: Tensor) -> None:
         """Take the first ``tokens`` (int64 [1], on the device) keys and values in, which all queries see."""
-        self.update(key, value, Newest(_all_see(self.packed.device), length=tokens))
+        self.update(key, value, TreeMask(_all_see(self.packed.device), length=tokens))
 
     def update_coded(self, coded: CodedChunks, slots: int | None = None, tokens: Tensor | None = None) -> None:
         """Take packed chunks in, which all queries see: those of the first ``slots``, or the first ``tokens``.
@@ -119,7 +119,7 @@ class RunningAttention:
         ``tokens`` (int64 [1]) is told by the device, for steps of fixed work.
         """
         if self._functions is verify_attention:
-            self._state = kv_codec.attention_update(self._state, self.packed, coded, self._rule, slots, tokens)
+            self._state = kv_codec.attention_update(self._state, self.packed, coded, self._params, slots, tokens)
             return
         key = reference_codec.decode_keys(coded, coded.key_codes.shape[1] if slots is None else slots)
         value = reference_codec.decode_values(coded, key.shape[1] // coded.chunk)
@@ -144,13 +144,13 @@ def _all_see(device: torch.device) -> Tensor:
     return torch.ones(1, 1, dtype=torch.bool, device=device)
 
 
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """See ``reference.prefill_attention``. torch's fused kernels know no soft-capping, and no groups in float32."""
     grouped = query.dtype == torch.float32 and query.shape[0] != key.shape[0]
-    if not uses_triton(query) or (rule.softcap is None and not grouped):
-        return reference.prefill_attention(query, key, value, rule)
+    if not uses_triton(query) or (params.softcap is None and not grouped):
+        return reference.prefill_attention(query, key, value, params)
     attention, tokens = RunningAttention(), query.shape[1]
-    attention.start(query, key.shape[0], rule)
+    attention.start(query, key.shape[0], params)
     attention.update(key, value, own_tokens(tokens, query.device))
     return attention.finish()
 
@@ -159,19 +159,19 @@ def chunk_scores(
     packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    functions = retrieval if uses_triton(key) else _torch_functions(key)
+    functions = chunk_selection if uses_triton(key) else _torch_functions(key)
     return functions.chunk_scores(packed, key, chunk, scaling, baseline, held)
 
 
-def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
+def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
     """See ``reference.select_chunks``."""
-    functions = retrieval if uses_triton(offered) else _torch_functions(offered)
-    return functions.select_chunks(choice, offered, first)
+    functions = chunk_selection if uses_triton(offered) else _torch_functions(offered)
+    return functions.select_chunks(selection, offered, first)
 
 
 def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
     """See ``reference.gather_chunks``."""
-    functions = retrieval if uses_triton(kv) else _torch_functions(kv)
+    functions = chunk_selection if uses_triton(kv) else _torch_functions(kv)
     functions.gather_chunks(source, kv, slots)
 
 

@@ -8,24 +8,12 @@ whatever the dtype of the inputs, as flash attention accumulates.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-
-class PartialAttention(NamedTuple):
-    """Softmax attention over the keys seen so far, carried from tile to tile (online softmax).
-
-    ``maximum`` [K, G*T] is the largest score, ``total`` [K, G*T] the sum of exp(score - maximum) and
-    ``weighted`` [K, G*T, D] the same sum weighted with the values. All float32.
-    """
-
-    maximum: Tensor
-    total: Tensor
-    weighted: Tensor
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, PartialAttention, TreeMask
 
 
 def pack_queries(query: Tensor, kv_heads: int) -> Tensor:
@@ -45,28 +33,6 @@ def causal_mask(new_tokens: int, total: int, window: int | None = None, device: 
     return visible if window is None else visible & (columns > rows - window)
 
 
-class Rule(NamedTuple):
-    """How a model turns a query and a key into a score: scaling, sliding window in tokens, logit soft-capping."""
-
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
-
-
-class Newest(NamedTuple):
-    """What is special about the newest of n keys: they are the queries' own tokens, which do not all see each other.
-
-    ``mask`` (bool [T, M]) tells which of the last M keys each query sees; keys before them are seen by all, as far
-    as a window reaches. ``positions`` (int64 [T]), for windows over a tree, are the queries' places on the axis of
-    the keys; without it, query t is the key n - T + t. ``length`` (int64, one element, on the device) is n for a
-    buffer that is longer than its content: what lies behind does not exist.
-    """
-
-    mask: Tensor
-    positions: Tensor | None = None
-    length: Tensor | None = None
-
-
 def attention_start(packed: Tensor) -> PartialAttention:
     """The state before any key: no mass, and a maximum that every score exceeds."""
     rows = packed.shape[:2]
@@ -79,17 +45,22 @@ def attention_start(packed: Tensor) -> PartialAttention:
 
 
 def attention_update(
-    state: PartialAttention, packed: Tensor, key: Tensor, value: Tensor, rule: Rule, newest: Newest | None = None
+    state: PartialAttention,
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    tree_mask: TreeMask | None = None,
 ) -> PartialAttention:
     """Take the keys and values of one tile in: ``key`` and ``value`` are [K, n, D].
 
-    Without ``newest`` every query sees every key, whatever the rule's window.
+    Without ``tree_mask`` every query sees every key, whatever the window.
     """
-    scores = torch.matmul(packed.float(), key.float().transpose(1, 2)) * rule.scaling
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    if newest is not None:
-        mask = visible_keys(key.shape[1], newest, rule.window)
+    scores = torch.matmul(packed.float(), key.float().transpose(1, 2)) * params.scaling
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
+    if tree_mask is not None:
+        mask = visible_keys(key.shape[1], tree_mask, params.window)
         scores = scores.masked_fill(~mask.repeat(packed.shape[1] // mask.shape[0], 1), float("-inf"))
     maximum = torch.maximum(state.maximum, scores.amax(dim=-1))
     weights = torch.exp(scores - maximum[..., None])
@@ -101,16 +72,16 @@ def attention_update(
     )
 
 
-def visible_keys(keys: int, newest: Newest, window: int | None) -> Tensor:
+def visible_keys(keys: int, tree_mask: TreeMask, window: int | None) -> Tensor:
     """Which of the keys each query sees: bool [T, keys]."""
-    mask, device = newest.mask, newest.mask.device
+    mask, device = tree_mask.mask, tree_mask.mask.device
     tokens, masked = mask.shape
-    end = keys if newest.length is None else newest.length
+    end = keys if tree_mask.length is None else tree_mask.length
     column = torch.arange(keys, device=device)
     place = column - end + masked  # in the mask
     visible = (place < masked) & (mask[:, place.clamp(0, masked - 1)] | (place < 0))
     if window is not None:
-        rows = newest.positions
+        rows = tree_mask.positions
         if rows is None:
             rows = torch.arange(tokens, device=device) + (end - tokens)
         visible &= column > rows[:, None] - window
@@ -128,33 +99,33 @@ def attention_finish(state: PartialAttention, heads: int, dtype: torch.dtype) ->
     return output.reshape(heads, -1, output.shape[-1]).to(dtype)
 
 
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """Attention of the last T of n tokens over all n: query [H, T, D], key and value [K, n, D] -> [H, T, D].
 
     torch's own fused kernels: the causal mask is aligned to the lower right corner, and keys that a
     sliding window hides from every query are not read. They know no soft-capping: that goes part by part.
     """
     tokens = query.shape[1]
-    if rule.window is not None:
-        reach = min(key.shape[1], tokens + rule.window - 1)
+    if params.window is not None:
+        reach = min(key.shape[1], tokens + params.window - 1)
         key, value = key[:, -reach:], value[:, -reach:]
-    if rule.softcap is not None:
-        return _capped_attention(query, key, value, rule)
-    if rule.window is not None:
-        mask = causal_mask(tokens, key.shape[1], rule.window, query.device)
+    if params.softcap is not None:
+        return _capped_attention(query, key, value, params)
+    if params.window is not None:
+        mask = causal_mask(tokens, key.shape[1], params.window, query.device)
     else:
         mask = causal_lower_right(tokens, key.shape[1])
     gqa = query.shape[0] != key.shape[0]
-    if gqa and query.is_cuda and (query.dtype == torch.float32 or rule.window is not None):
+    if gqa and query.is_cuda and (query.dtype == torch.float32 or params.window is not None):
         # No fused CUDA kernel takes grouped heads in float32, or with a mask: the fallback holds all scores at once.
         group = query.shape[0] // key.shape[0]
         key, value, gqa = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0), False
     return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, scale=rule.scaling, enable_gqa=gqa
+        query[None], key[None], value[None], attn_mask=mask, scale=params.scaling, enable_gqa=gqa
     )[0]
 
 
-def _capped_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule, part: int = 1024) -> Tensor:
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, part: int = 1024) -> Tensor:
     """The same with soft-capped scores, ``part`` keys at a time."""
     tokens, total = query.shape[1], key.shape[1]
     packed = pack_queries(query, key.shape[0])
@@ -163,9 +134,9 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule, par
     for start in range(0, total, part):
         stop = min(start + part, total)
         column = torch.arange(start, stop, device=query.device)
-        mask = column <= own if rule.window is None else (column <= own) & (column > own - rule.window)
+        mask = column <= own if params.window is None else (column <= own) & (column > own - params.window)
         state = attention_update(
-            state, packed, key[:, start:stop], value[:, start:stop], rule._replace(window=None), Newest(mask)
+            state, packed, key[:, start:stop], value[:, start:stop], params._replace(window=None), TreeMask(mask)
         )
     return attention_finish(state, query.shape[0], query.dtype)
 
@@ -187,27 +158,15 @@ def chunk_scores(
     return scores if held is None else scores.masked_fill(held, float("-inf"))
 
 
-class Choice(NamedTuple):
-    """The chunks that each of K KV heads holds in its k slots, and how much it wants them.
-
-    ``scores`` [K, k] float32, -inf for an empty slot. ``chunks`` [K, k] int64: their numbers, -1 for an empty
-    slot. ``held`` [K, all chunks + 1] bool: the same as a set; its last column is nobody's, and may hold anything.
-    """
-
-    scores: Tensor
-    chunks: Tensor
-    held: Tensor
-
-
-def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
-    """One step of a streaming top-k: the best k of k held and C offered chunks; updates ``choice`` in place.
+def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
+    """One step of a streaming top-k: the best k of k held and C offered chunks; updates ``selection`` in place.
 
     ``offered`` [K, C] are the scores of chunks ``first``, first + 1, ...; -inf is not on offer. Returns, for
     each slot, which of the C chunks enters it, or -1: int64 [K, k]. Chunks that stay keep their slot; those that enter
     go, in order, to the free slots in order, so that empty slots fill from the lowest up. Of equal scores the
     held one wins, then the earlier chunk. All shapes are fixed: nothing waits for the device.
     """
-    scores, chunks, held = choice
+    scores, chunks, held = selection
     slots, count = scores.shape[1], offered.shape[1]
     both = torch.cat([scores, offered], dim=1)
     order = both.sort(dim=1, descending=True, stable=True).indices[:, :slots]

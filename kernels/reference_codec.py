@@ -11,41 +11,10 @@ Shapes as in ``reference``; k is slots. A byte of 4-bit codes holds channel d in
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class CodedChunks(NamedTuple):
-    """Chunks of one layer in slots.
-
-    Attributes:
-        key_codes, value_codes: uint8 [K, k, chunk, D * bits / 8].
-        key_low, key_step: uint8 [K, k, D]. The lowest key of a chunk's channel is floor + spread * low / 255, and the
-            distance of its codes is spread / levels * step / 255, with levels = 2^bits - 1.
-        value_low, value_step: float16 [K, k, chunk].
-        floor, spread: float32 [K, D].
-    """
-
-    key_codes: Tensor
-    value_codes: Tensor
-    key_low: Tensor
-    key_step: Tensor
-    value_low: Tensor
-    value_step: Tensor
-    floor: Tensor
-    spread: Tensor
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code: 4 or 8."""
-        return 8 * self.key_codes.shape[-1] // self.floor.shape[-1]
-
-    @property
-    def chunk(self) -> int:
-        """Tokens per chunk."""
-        return self.key_codes.shape[2]
+from offload_triforce.kernels.types import CodedChunks
 
 
 def encode_chunks(source: Tensor, kv: Tensor, coded: CodedChunks) -> None:

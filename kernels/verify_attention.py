@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_triforce.kernels.reference import Newest, Rule
+from offload_triforce.kernels.types import AttentionParams, TreeMask
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no difference of maxima is a NaN
 
@@ -117,12 +117,17 @@ def attention_start(buffers: tuple[Tensor, ...], packed: Tensor) -> SplitAttenti
 
 
 def attention_update(
-    state: SplitAttention, packed: Tensor, key: Tensor, value: Tensor, rule: Rule, newest: Newest | None = None
+    state: SplitAttention,
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    tree_mask: TreeMask | None = None,
 ) -> SplitAttention:
     """Take the keys and values of one tile in, [K, n, D] each, in place. Only D has to be contiguous."""
     if key.stride(2) != 1 or value.stride(2) != 1:
         raise ValueError("the elements of a key, and of a value, must be neighbours in memory")
-    grid, arguments, options = update_arguments(state, packed, key, value, rule, newest)
+    grid, arguments, options = update_arguments(state, packed, key, value, params, tree_mask)
     _update_kernel[grid](*arguments, **options)
     return state if state.started else state._replace(started=True)
 
@@ -133,18 +138,23 @@ def _interpreted() -> bool:
 
 
 def update_arguments(
-    state: SplitAttention, packed: Tensor, key: Tensor, value: Tensor, rule: Rule, newest: Newest | None
+    state: SplitAttention,
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    tree_mask: TreeMask | None,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and options that ``attention_update`` launches its kernel with."""
     heads, rows, dim = packed.shape
-    scaling, window, softcap = rule
+    scaling, window, softcap = params
     if softcap is not None:
         scaling = scaling / softcap
-    if newest is None:
+    if tree_mask is None:
         window = mask = positions = length = None
         tokens = masked = mask_row = mask_column = 0
     else:
-        mask, positions, length = newest
+        mask, positions, length = tree_mask
         (tokens, masked), (mask_row, mask_column) = mask.shape, mask.stride()
         if window is None:
             positions = None

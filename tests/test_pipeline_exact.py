@@ -210,7 +210,7 @@ def test_no_operation_of_a_pass_makes_the_host_wait(family, monkeypatch):
             reference.gather_chunks(source, kv, slots)
 
     monkeypatch.setattr(ops, "gather_chunks", gather)
-    monkeypatch.setattr(ops, "host", reference)
+    monkeypatch.setattr(ops, "cpu", reference)
     score = FullLevel.score
 
     def watched(self, nodes, idle):

@@ -82,16 +82,20 @@ def kernel_time(
     shape = (tiles, 2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
     kv = torch.randn(shape, dtype=model.dtype, device=device)
     query = torch.randn(heads, queries, plan.head_dim, dtype=model.dtype, device=device)
-    attention, rule, per_tile = ops.RunningAttention(), ops.Rule(plan.head_dim**-0.5), plan.tile_tokens // chunk
+    attention, params, per_tile = (
+        ops.RunningAttention(),
+        ops.AttentionParams(plan.head_dim**-0.5),
+        plan.tile_tokens // chunk,
+    )
     buffer = torch.zeros(2, plan.kv_heads, slots, chunk, plan.head_dim, dtype=model.dtype, device=device)
-    choice = ops.Choice(
+    choice = ops.ChunkSelection(
         torch.full((plan.kv_heads, slots), float("-inf"), device=device),
         torch.full((plan.kv_heads, slots), -1, dtype=torch.long, device=device),
         torch.zeros(plan.kv_heads, tiles * per_tile + 1, dtype=torch.bool, device=device),
     )
 
     def attend(refresh: bool) -> None:
-        attention.start(query, plan.kv_heads, rule)
+        attention.start(query, plan.kv_heads, params)
         attention.update(kv[0, 0], kv[0, 1])
         baseline = attention.logsumexp()
         for i in range(tiles):
@@ -99,7 +103,7 @@ def kernel_time(
             if refresh:
                 first = i * per_tile
                 held = choice.held[:, first : first + per_tile]
-                offered = ops.chunk_scores(attention.packed, kv[i, 0], chunk, rule.scaling, baseline, held)
+                offered = ops.chunk_scores(attention.packed, kv[i, 0], chunk, params.scaling, baseline, held)
                 ops.gather_chunks(ops.select_chunks(choice, offered, first), kv[i], buffer)
         attention.finish()
 

@@ -20,10 +20,10 @@ from offload_triforce.speculation.tree import Node
 
 @dataclass(frozen=True)
 class Reading:
-    """``tokens`` (n,), and for each layer its keys and values [2, K, n, D], newest queries [H, m, D] and rule."""
+    """``tokens`` (n,), and for each layer its keys and values [2, K, n, D], newest queries [H, m, D] and parameters."""
 
     tokens: Tensor
-    layers: list[tuple[Tensor, Tensor, ops.Rule]]
+    layers: list[tuple[Tensor, Tensor, ops.AttentionParams]]
 
     @classmethod
     def of(
@@ -37,8 +37,8 @@ class Reading:
         """Read a text; its KV stays in host memory."""
         ids, layers = torch.as_tensor(tokens, dtype=torch.long), []
 
-        def keep(index: int, kv: Tensor, queries: Tensor, rule: ops.Rule) -> None:
-            layers.append((kv.to("cpu", copy=True), queries.clone(), rule))
+        def keep(index: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> None:
+            layers.append((kv.to("cpu", copy=True), queries.clone(), params))
 
         with on(layout.device), attached(model), torch.no_grad():
             prefill(model, layout, ids, chunk, PREFILL_QUERIES, keep, progress)
@@ -49,8 +49,8 @@ class Reading:
         """Fill a runtime's caches with this text and what follows it, which is read in passes."""
         caches, device = runtime.caches, runtime.layout.device
         caches.reset()
-        for index, (kv, queries, rule) in enumerate(self.layers):
-            leaving = caches.fill_layer(index, kv.to(device), queries, rule)
+        for index, (kv, queries, params) in enumerate(self.layers):
+            leaving = caches.fill_layer(index, kv.to(device), queries, params)
             if leaving:
                 leaving.wait()
         caches.end_fill(len(self.tokens))

@@ -19,7 +19,7 @@ from offload_triforce.model.adapter import run
 from offload_triforce.model.layout import ModelLayout
 
 
-def attention_shares(query: Tensor, key: Tensor, rule: ops.Rule) -> tuple[Tensor, Tensor]:
+def attention_shares(query: Tensor, key: Tensor, params: ops.AttentionParams) -> tuple[Tensor, Tensor]:
     """Softmax of the newest T of n tokens over all n.
 
     Args:
@@ -29,9 +29,9 @@ def attention_shares(query: Tensor, key: Tensor, rule: ops.Rule) -> tuple[Tensor
         Weights, float32 [K, G*T, n], and their mean over the queries of a KV head, [K, n].
     """
     tokens = query.shape[1]
-    scores = ops.pack_queries(query, key.shape[0]).float() @ key.float().mT * rule.scaling
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = ops.pack_queries(query, key.shape[0]).float() @ key.float().mT * params.scaling
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     mask = ops.causal_mask(tokens, key.shape[1], device=key.device)
     weights = scores.masked_fill_(~mask.repeat(scores.shape[1] // tokens, 1), float("-inf")).softmax(2)
     return weights, weights.mean(1)
@@ -58,7 +58,7 @@ class FullText:
                 "that attend to everything in all layers can be measured"
             )
         self.model, self.prompt = model, len(reading.tokens)
-        self.length, self.kv, self.rules = self.prompt, [], [rule for _, _, rule in reading.layers]
+        self.length, self.kv, self.params = self.prompt, [], [params for _, _, params in reading.layers]
         for kv, _, _ in reading.layers:
             whole = kv.new_empty(2, kv.shape[1], self.prompt + room, kv.shape[3], device=layout.device)
             whole[:, :, : self.prompt] = kv
@@ -68,13 +68,13 @@ class FullText:
         queries = [asked for _, asked, _ in reading.layers]
         self.asking = Asking(queries, self.prompt, self.prompt)
         keys = [kv[0, :, : self.prompt] for kv in self.kv]
-        self.shares = [attention_shares(*layer)[1] for layer in zip(queries, keys, self.rules, strict=True)]
+        self.shares = [attention_shares(*layer)[1] for layer in zip(queries, keys, self.params, strict=True)]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """The view that the model attends over."""
         end = self.length + query.shape[1]
         self.kv[layer][0, :, self.length : end], self.kv[layer][1, :, self.length : end] = key, value
-        weights, shares = attention_shares(query, self.kv[layer][0, :, :end], rule)
+        weights, shares = attention_shares(query, self.kv[layer][0, :, :end], params)
         self._asked.append(query)
         self._shares.append(shares)
         output = weights @ self.kv[layer][1, :, :end].float()
@@ -138,16 +138,16 @@ class ChosenLevel:
             pool = self.way.shape.pool(asking.refreshed)
             newer = torch.arange(known.shape[1], len(pool), device=known.device) / MOST_CHUNKS
             return torch.cat([known, (ALWAYS * (1 + newer)).float().expand(len(known), -1)], dim=1)
-        keys, scaling = self.text.kv[layer][0, :, : asking.end], self.text.rules[layer].scaling
+        keys, scaling = self.text.kv[layer][0, :, : asking.end], self.text.params[layer].scaling
         scores = chunk_scores(self.way, asking.queries[layer], keys, scaling, asking.refreshed)
         if self.way.when == "once":
             self._first.append(scores)
         return scores
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """The view that the model attends over."""
         kv, attention, filled = self.text.kv[layer], ops.RunningAttention(), self.chosen[layer].shape[1]
-        attention.start(query, key.shape[0], rule)
+        attention.start(query, key.shape[0], params)
         if filled:
             self.store.attend_on(attention, layer, filled)
         own = torch.stack([key, value])
@@ -188,7 +188,7 @@ def layer_slots(way: Way, text: FullText) -> list[int]:
         return largest_gains(ordered.double(), shape.slots * layers)
     needs = []
     for layer, mass in enumerate(chunks):
-        keys, scaling = text.kv[layer][0, :, : text.prompt], text.rules[layer].scaling
+        keys, scaling = text.kv[layer][0, :, : text.prompt], text.params[layer].scaling
         scores = chunk_scores(way, text.asking.queries[layer], keys, scaling, text.prompt)
         held = mass.gather(1, best(scores, shape.slots)).sum(1)
         needs.append(float((mass.sum(1) - held).mean()))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.bench.reading import chain
 from offload_triforce.config import Settings
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.runtime import PREFILL_QUERIES, Runtime, choosing, on
@@ -65,7 +65,7 @@ class Subject:
             queries = torch.randn(
                 config.num_attention_heads, PREFILL_QUERIES, layer.head_dim, generator=chance, **where
             )
-            leaving = caches.fill_layer(index, kv, queries, Rule(layer.head_dim**-0.5, layer.window))
+            leaving = caches.fill_layer(index, kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window))
             if leaving:
                 leaving.wait()
         caches.end_fill(length)

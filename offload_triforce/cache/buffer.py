@@ -74,14 +74,20 @@ class GrowingBuffer:
         return self.kv[layer, :, :, :end]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: ops.AttentionParams,
+        step: TreeStep | None = None,
     ) -> Tensor:
         """Write T new tokens and attend from them to all that is held: query [H, T, D] -> [H, T, D].
 
         Without ``step`` the new tokens follow each other, and all that is pending.
         """
-        self._attention.start(query, key.shape[0], rule)
-        self.attend_on(self._attention, layer, key, value, rule, step)
+        self._attention.start(query, key.shape[0], params)
+        self.attend_on(self._attention, layer, key, value, params, step)
         return self._attention.finish()
 
     def attend_on(
@@ -90,23 +96,23 @@ class GrowingBuffer:
         layer: int,
         key: Tensor,
         value: Tensor,
-        rule: ops.Rule,
+        params: ops.AttentionParams,
         step: TreeStep | None = None,
     ) -> Tensor:
         """The same for an attention that has begun and goes on elsewhere. Returns what ``write`` returns."""
         held = self.write(layer, key, value)
-        newest = self.newest(key.shape[1], rule.window, step)
-        first = 0 if rule.window is None else max(0, held.shape[2] - rule.window - newest.mask.shape[1] + 1)
-        if newest.positions is not None:
-            newest = newest._replace(positions=newest.positions - first)
-        attention.update(held[0, :, first:], held[1, :, first:], newest)
+        tree_mask = self.tree_mask(key.shape[1], params.window, step)
+        first = 0 if params.window is None else max(0, held.shape[2] - params.window - tree_mask.mask.shape[1] + 1)
+        if tree_mask.positions is not None:
+            tree_mask = tree_mask._replace(positions=tree_mask.positions - first)
+        attention.update(held[0, :, first:], held[1, :, first:], tree_mask)
         return held
 
-    def newest(self, tokens: int, window: int | None, step: TreeStep | None) -> ops.Newest:
+    def tree_mask(self, tokens: int, window: int | None, step: TreeStep | None) -> ops.TreeMask:
         """What is special about the newest keys, once that many new ones are written."""
         if step is None:
             return ops.own_tokens(tokens, self.kv.device)
-        return ops.Newest(step.mask, None if window is None else step.depths + self.committed)
+        return ops.TreeMask(step.mask, None if window is None else step.depths + self.committed)
 
     def end_step(self, tokens: int) -> None:
         """The step is through all layers: its tokens are held, and pending."""

@@ -81,7 +81,7 @@ class FullCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        rule: ops.Rule,
+        params: ops.AttentionParams,
         observe: Observe | None = None,
         step: TreeStep | None = None,
         idle: Callable[[], object] | None = None,
@@ -93,9 +93,9 @@ class FullCache:
         ``idle`` is called where the device would otherwise wait for a tile to arrive.
         """
         attention, device = self._attention, self.stream.device
-        attention.start(query, key.shape[0], rule)
-        tail = self.tail.attend_on(attention, layer, key, value, rule, step)
-        observer = observe(attention.packed, attention.logsumexp(), rule.scaling) if observe else None
+        attention.start(query, key.shape[0], params)
+        tail = self.tail.attend_on(attention, layer, key, value, params, step)
+        observer = observe(attention.packed, attention.logsumexp(), params.scaling) if observe else None
         for tile in self.stream.tiles(layer, idle):
             device.launch(f"layer {layer}, tile {tile.index}", self._take, tile, observer)
         device.finish()

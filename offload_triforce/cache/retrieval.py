@@ -96,19 +96,25 @@ class RetrievalCache(GrowingBuffer):
         # Chunk numbers per layer, KV head and slot; -1 is an empty slot. And how much they were wanted.
         self.chosen = torch.full((layers, kv_heads, shape.slots), -1, dtype=torch.long, device=device)
         self.scores = torch.full(self.chosen.shape, float("-inf"), device=device)
-        # The same as a set: whether a chunk is chosen. One column more than chunks, see ``ops.Choice``.
+        # The same as a set: whether a chunk is chosen. One column more than chunks, see ``ops.ChunkSelection``.
         self.held = torch.zeros(layers, kv_heads, context // shape.chunk + 1, dtype=torch.bool, device=device)
         self.pool = range(0)  # chunks that the choice has been made from
         self.filled = 0  # slots in use: the same number for every layer and head, from the first on
 
     def attend_draft(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: ops.AttentionParams,
+        step: TreeStep | None = None,
     ) -> Tensor:
         """The retrieval level's step: its T new tokens become pending, and see all that is held."""
-        self._attention.start(query, key.shape[0], rule)
+        self._attention.start(query, key.shape[0], params)
         if self.filled:
             self.store.attend_on(self._attention, layer, self.filled)
-        self.attend_on(self._attention, layer, key, value, rule, step)
+        self.attend_on(self._attention, layer, key, value, params, step)
         return self._attention.finish()
 
     def refresh(
@@ -185,7 +191,7 @@ class Refresh:
         else:
             self.pool = range(max(self.pool.start, cache.pool.stop), self.pool.stop)
         self.baseline = baseline
-        self.choice = ops.Choice(scores, cache.chosen[layer], cache.held[layer])
+        self.selection = ops.ChunkSelection(scores, cache.chosen[layer], cache.held[layer])
 
     def see(self, start: int, kv: Tensor) -> None:
         """Consider the chunks of the tokens from position ``start`` on; ``kv`` is [2, K, n, D]."""
@@ -197,10 +203,10 @@ class Refresh:
         if first >= last:
             return
         part = kv[:, :, first * chunk - start : last * chunk - start]
-        held = self.choice.held[:, first:last]
+        held = self.selection.held[:, first:last]
         if self.anew:
             offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
         else:
             newer = torch.arange(first, last, device=held.device) / MOST_CHUNKS
             offered = (ALWAYS * (1 + newer)).float().expand(held.shape).contiguous()
-        self.store.put(self.layer, ops.select_chunks(self.choice, offered, first), part)
+        self.store.put(self.layer, ops.select_chunks(self.selection, offered, first), part)

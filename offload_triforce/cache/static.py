@@ -34,7 +34,7 @@ class StaticView:
     def __init__(
         self,
         buffers: Sequence[GrowingBuffer],
-        find: Callable[[int, ops.Rule], Held],
+        find: Callable[[int, ops.AttentionParams], Held],
         tokens: int,
         sight: int,
         counters: Sequence[Callable[[], int]] = (),
@@ -42,7 +42,7 @@ class StaticView:
         """The memory that this allocates belongs to whoever captures the step.
 
         Args:
-            buffers: those that a step writes to. find: what a layer of the model with that rule attends to.
+            buffers: those that a step writes to. find: what a layer of the model attends to, given its AttentionParams.
             tokens: T. sight: M, the newest tokens of a buffer that not every new one sees.
             counters: numbers of tokens that ``find``'s readers go by.
         """
@@ -83,15 +83,15 @@ class StaticView:
             for buffer, length, kept in zip(self.buffers, lengths.split(1), committed.split(1), strict=True)
         }
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """Write T new tokens behind those held and attend from them to all they see: query [H, T, D] -> [H, T, D]."""
-        read, buffer, index = self._find(layer, rule)
+        read, buffer, index = self._find(layer, params)
         length, committed = self._ends[buffer]
         places, held = self._back + length, buffer.kv[index]
         held[0].index_copy_(1, places, key.to(held.dtype))
         held[1].index_copy_(1, places, value.to(held.dtype))
-        self._attention.start(query, key.shape[0], rule)
+        self._attention.start(query, key.shape[0], params)
         if read is not None:
             read(self._attention, self._depths, self._counts)
-        self._attention.update(held[0], held[1], ops.Newest(self._mask, self._depths + committed, length))
+        self._attention.update(held[0], held[1], ops.TreeMask(self._mask, self._depths + committed, length))
         return self._attention.finish()

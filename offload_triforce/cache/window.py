@@ -44,19 +44,25 @@ class WindowCache(GrowingBuffer):
         return held + max(held // 4, block) + block  # a quarter more, so that moving to the front is rare
 
     def attend_draft(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule, step: TreeStep | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: ops.AttentionParams,
+        step: TreeStep | None = None,
     ) -> Tensor:
         """The retrieval level's step: its T new tokens become drafts, and see those and what is committed."""
         attention = self._attention
-        attention.start(query, key.shape[0], rule)
-        first = max(0, self.committed - rule.window + 1)
+        attention.start(query, key.shape[0], params)
+        first = max(0, self.committed - params.window + 1)
         if self.committed:
             held = self.kv[layer, :, :, first : self.committed]
             tokens, device = query.shape[1], query.device
             depths = step.depths if step else torch.arange(tokens, device=device) + self.drafts.length
             seen = torch.ones(tokens, 1, dtype=torch.bool, device=device)
-            attention.update(held[0], held[1], ops.Newest(seen, depths + held.shape[2]))
-        self.drafts.attend_on(attention, layer, key, value, rule, step)
+            attention.update(held[0], held[1], ops.TreeMask(seen, depths + held.shape[2]))
+        self.drafts.attend_on(attention, layer, key, value, params, step)
         return attention.finish()
 
     def attend_static(self, attention: ops.RunningAttention, layer: int, depths: Tensor, tokens: Tensor) -> None:
@@ -65,7 +71,7 @@ class WindowCache(GrowingBuffer):
         ``depths`` int64 [T], the queries' places behind it. ``tokens`` int64 [1]: how much is committed.
         """
         seen = torch.ones(len(depths), 1, dtype=torch.bool, device=depths.device)
-        attention.update(self.kv[layer, 0], self.kv[layer, 1], ops.Newest(seen, depths + tokens, tokens))
+        attention.update(self.kv[layer, 0], self.kv[layer, 1], ops.TreeMask(seen, depths + tokens, tokens))
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others, and forget what no window reaches."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.scheduler.device import to_device
 
 ATTENTION_NAME = "offload_triforce"
@@ -31,7 +31,7 @@ _UNSUPPORTED = {
 class View(Protocol):
     """What one forward step attends over: a cache, seen by all layers of a model."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Take one layer's new keys and values in and attend: query [H, T, D], key and value [K, T, D] -> [H, T, D]."""
 
 
@@ -58,8 +58,8 @@ def _attention(
         if others.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} uses {feature}, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = Rule(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap)
-    output = triforce.attend(module.layer_idx, query[0], key[0], value[0], rule)
+    params = AttentionParams(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap)
+    output = triforce.attend(module.layer_idx, query[0], key[0], value[0], params)
     return output.transpose(0, 1)[None].contiguous(), None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import attached, limiting_window, run
 
 
@@ -57,12 +57,12 @@ class _Probe:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[LayerShape, torch.dtype, torch.device]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
             raise UnsupportedModelError("attention with values of another size than its keys (MLA) is not supported")
         if layer in self.seen:
             raise UnsupportedModelError(f"layer {layer} attends more than once per step, which is not supported")
-        self.seen[layer] = LayerShape(key.shape[0], key.shape[2], rule.window), key.dtype, key.device
+        self.seen[layer] = LayerShape(key.shape[0], key.shape[2], params.window), key.dtype, key.device
         return torch.zeros_like(query)
 
 

@@ -20,7 +20,7 @@ from offload_triforce.model.layout import ModelLayout
 from offload_triforce.scheduler.pipeline import Leaving
 
 Progress = Callable[[int, int], None]
-LayerDone = Callable[[int, Tensor, Tensor, ops.Rule], "Leaving | None"]
+LayerDone = Callable[[int, Tensor, Tensor, ops.AttentionParams], "Leaving | None"]
 
 
 class _LayerView:
@@ -31,22 +31,22 @@ class _LayerView:
         self.kv: Tensor | None = None
         self.length = 0
         self.queries: Tensor | None = None
-        self.rule = ops.Rule(1.0)
+        self.params = ops.AttentionParams(1.0)
         self.leaving: Leaving | None = None  # copies of the layer before, which share the buffer
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         if self.kv is None or self.kv.shape[1] != key.shape[0] or self.kv.shape[3] != key.shape[2]:
             self.kv = key.new_empty(2, key.shape[0], self.tokens, key.shape[2])
         end = self.length + key.shape[1]
         if self.leaving is not None:
             self.leaving.wait(end)
         self.kv[0, :, self.length : end], self.kv[1, :, self.length : end] = key, value
-        self.length, self.rule = end, rule
+        self.length, self.params = end, params
         newest = query[:, -self.keep_queries :]
         if self.queries is not None and newest.shape[1] < self.keep_queries:  # a short last chunk
             newest = torch.cat([self.queries, newest], dim=1)[:, -self.keep_queries :]
         self.queries = newest
-        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], rule)
+        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], params)
 
 
 class _Call:
@@ -97,7 +97,7 @@ def prefill(
             done += 1
             if progress:
                 progress(done, total)
-        view.leaving = layer_done(index, view.kv, view.queries, view.rule)
+        view.leaving = layer_done(index, view.kv, view.queries, view.params)
 
 
 def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice) -> tuple[Tensor, list[_Call]]:

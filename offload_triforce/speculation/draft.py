@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.streaming import StreamingCache
-from offload_triforce.kernels.ops import Rule as AttentionRule
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import run
 from offload_triforce.model.graphs import StepGraphs
 from offload_triforce.speculation.rules import Guess, Place, Rule
@@ -85,9 +85,9 @@ class ModelDraft:
         self._read: list[int] = []  # tokens of the text that have been read or left out, from ``_first`` on
         self._first = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """The view that the model attends over."""
-        return self.cache.attend(layer, query, key, value, rule)
+        return self.cache.attend(layer, query, key, value, params)
 
     def _room(self, text: TokenText) -> int:
         """Guesses that the cache can hold beside those that are in the text already."""

@@ -44,13 +44,13 @@ class TargetCaches:
         self.windows = [layer.window for layer in layout.layers if layer.window is not None]
         self.length = 0  # committed tokens of the text
 
-    def fill_layer(self, layer: int, kv: Tensor, queries: Tensor, rule: ops.Rule) -> Leaving | None:
+    def fill_layer(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving | None:
         """Prefill of one layer: ``kv`` [2, K, n, D], newest ``queries`` [H, m, D]. The retrieval cache chooses.
 
         Returns the copies to the host that still read ``kv``, if there are any.
         """
         index = self.place[layer]
-        if rule.window is not None:
+        if params.window is not None:
             self.window.fill_layer(index, kv)
             return None
         self.retrieval.store.calibrate(index, kv[0])
@@ -58,11 +58,11 @@ class TargetCaches:
         length, tokens = kv.shape[2], queries.shape[1]
         recent, sink = max(self.retrieval.shape.recent, tokens), self.retrieval.shape.sink
         near, attention = kv[:, :, -recent:], ops.RunningAttention()
-        attention.start(queries, kv.shape[1], rule)
+        attention.start(queries, kv.shape[1], params)
         attention.update(near[0], near[1], ops.own_tokens(tokens, kv.device))
         if 0 < sink <= length - recent:
             attention.update(kv[0, :, :sink], kv[1, :, :sink])
-        refresh = self.retrieval.refresh(index, attention.packed, attention.logsumexp(), rule.scaling, length)
+        refresh = self.retrieval.refresh(index, attention.packed, attention.logsumexp(), params.scaling, length)
         tile = self.full.stream.plan.tile_tokens
         for start in range(0, length, tile):  # in parts: scoring works in float32
             refresh.see(start, kv[:, :, start : start + tile])
@@ -100,9 +100,9 @@ class TargetCaches:
         """What the retrieval level attends to in steps of that many tokens that are captured."""
         retrieval, window, drafts = self.retrieval, self.window, self.drafts()
 
-        def find(layer: int, rule: ops.Rule) -> Held:
+        def find(layer: int, params: ops.AttentionParams) -> Held:
             index = self.place[layer]
-            if rule.window is None:
+            if params.window is None:
                 return Held(partial(read_chosen, index), retrieval, index)
             return Held(partial(read_window, index), window.drafts, index)
 
@@ -148,10 +148,10 @@ class _TargetLevel:
         self._steps.clear()
         return [self.caches.length + node.depth for node in nodes]
 
-    def _step(self, rule: ops.Rule) -> TreeStep | None:
-        """How the tokens of this step see each other under a rule. None if they follow each other."""
+    def _step(self, params: ops.AttentionParams) -> TreeStep | None:
+        """How the tokens of this step see each other within a window. None if they follow each other."""
         deepest = max(node.depth for node in self._nodes)
-        window = rule.window if rule.window is not None and rule.window <= deepest else None
+        window = params.window if params.window is not None and params.window <= deepest else None
         if window not in self._steps:
             self._steps[window] = self._make_step(window)
         return self._steps[window]
@@ -176,10 +176,10 @@ class RetrievalLevel(_TargetLevel):
         super().__init__(model, caches)
         self.graphs = graphs
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """The view that the model attends over."""
-        cache = self.caches.retrieval if rule.window is None else self.caches.window
-        return cache.attend_draft(self.caches.place[layer], query, key, value, rule, self._step(rule))
+        cache = self.caches.retrieval if params.window is None else self.caches.window
+        return cache.attend_draft(self.caches.place[layer], query, key, value, params, self._step(params))
 
     def score(self, nodes: Sequence[Node], before: Sequence[Node]) -> Tensor:
         """Read T nodes of a tree: the logits after each, [T, V]. ``before``: those read already, in order."""
@@ -207,18 +207,18 @@ class FullLevel(_TargetLevel):
         self.refresh = refresh
         self._idle: Callable[[], object] | None = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ops.Rule) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """The view that the model attends over."""
-        caches, index, step = self.caches, self.caches.place[layer], self._step(rule)
-        if rule.window is not None:
-            return caches.window.attend(index, query, key, value, rule, step)
+        caches, index, step = self.caches, self.caches.place[layer], self._step(params)
+        if params.window is not None:
+            return caches.window.attend(index, query, key, value, params, step)
 
         def observe(packed: Tensor, baseline: Tensor, scaling: float) -> Refresh:
             anew = self.refresh == "each pass"
             return caches.retrieval.refresh(index, packed, baseline, scaling, caches.length, anew)
 
         observer = None if self.refresh == "never" else observe
-        return caches.full.attend(index, query, key, value, rule, observer, step, self._idle)
+        return caches.full.attend(index, query, key, value, params, observer, step, self._idle)
 
     def score(self, nodes: Sequence[Node], idle: Callable[[], object] | None = None) -> Tensor:
         """One pass: read the root and the guesses of a tree against the full cache: the logits after each, [T, V].

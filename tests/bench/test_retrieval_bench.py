@@ -121,13 +121,13 @@ def test_mass_by_hand():
     """Two heads on one KV head, five keys on one axis, one query each: softmax of 0, ln 2, ln 3, ln 2, 0."""
     key = torch.tensor([0.0, math.log(2), math.log(3), math.log(2), 0.0])[None, :, None]
     query = torch.tensor([[[1.0]], [[0.0]]])  # the second head looks everywhere alike
-    weights, shares = attention_shares(query, key, ops.Rule(1.0))
+    weights, shares = attention_shares(query, key, ops.AttentionParams(1.0))
     torch.testing.assert_close(weights[0, 0] * 9, torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0]))
     torch.testing.assert_close(shares[0], (torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0]) / 9 + 0.2) / 2)
 
 
 def test_newer_tokens_are_not_seen():
-    weights, _ = attention_shares(torch.zeros(1, 2, 3), torch.zeros(1, 4, 3), ops.Rule(1.0))
+    weights, _ = attention_shares(torch.zeros(1, 2, 3), torch.zeros(1, 4, 3), ops.AttentionParams(1.0))
     torch.testing.assert_close(weights[0], torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0], [0.25] * 4]))
 
 
@@ -161,48 +161,50 @@ def test_wishes_by_hand():
 
 
 def test_bounds_are_above_every_key(rig):
-    kv, queries, rule = rig.reading.layers[0]
+    kv, queries, params = rig.reading.layers[0]
     packed = ops.pack_queries(queries, kv.shape[1])
-    bounds, every, means = (chunk_wishes(packed, kv[0], 4, kind, rule.scaling) for kind in ("bounds", "every", "mean"))
+    bounds, every, means = (
+        chunk_wishes(packed, kv[0], 4, kind, params.scaling) for kind in ("bounds", "every", "mean")
+    )
     assert (bounds >= every - 1e-5).all()
     assert (every >= means - 1e-5).all(), "Jensen"
-    largest = (packed @ kv[0].mT * rule.scaling).unflatten(2, (-1, 4)).amax(3)
+    largest = (packed @ kv[0].mT * params.scaling).unflatten(2, (-1, 4)).amax(3)
     assert (bounds >= largest - 1e-5).all()
 
 
 def test_our_own_scores_of_means_are_those_of_production(rig):
     """The default takes a short cut to ``ops.chunk_scores``: worked out from our own wishes it is the same."""
-    kv, queries, rule = rig.reading.layers[0]
+    kv, queries, params = rig.reading.layers[0]
     default = Way("default", "", SHAPE)
-    scores = chunk_scores(default, queries, kv[0], rule.scaling, READ)
+    scores = chunk_scores(default, queries, kv[0], params.scaling, READ)
     packed = ops.pack_queries(queries, kv.shape[1])
     pool = SHAPE.pool(READ)
-    wishes = chunk_wishes(packed, kv[0, :, pool.start * 4 : pool.stop * 4], 4, "mean", rule.scaling)
+    wishes = chunk_wishes(packed, kv[0, :, pool.start * 4 : pool.stop * 4], 4, "mean", params.scaling)
     near = torch.cat([kv[0, :, :4], kv[0, :, READ - 20 :]], dim=1)
     seen = torch.cat([torch.ones(BLOCK, 8), torch.ones(BLOCK, BLOCK).tril()], dim=1) > 0
-    at_near = (packed @ near.mT * rule.scaling).masked_fill(~seen.repeat(3, 1), float("-inf"))
+    at_near = (packed @ near.mT * params.scaling).masked_fill(~seen.repeat(3, 1), float("-inf"))
     expected = (wishes - at_near.logsumexp(2, keepdim=True)).logsumexp(1)
     torch.testing.assert_close(scores, expected)
 
 
 def test_only_the_newest_queries_are_asked(rig):
-    kv, queries, rule = rig.reading.layers[0]
+    kv, queries, params = rig.reading.layers[0]
     for count in (1, 4):
-        few = chunk_scores(Way("few", "", SHAPE, queries=count), queries, kv[0], rule.scaling, READ, READ - 20)
-        alone = chunk_scores(Way("all", "", SHAPE), queries[:, -count:], kv[0], rule.scaling, READ, READ - 20)
+        few = chunk_scores(Way("few", "", SHAPE, queries=count), queries, kv[0], params.scaling, READ, READ - 20)
+        alone = chunk_scores(Way("all", "", SHAPE), queries[:, -count:], kv[0], params.scaling, READ, READ - 20)
         assert torch.equal(few, alone)
-        every = chunk_scores(Way("all", "", SHAPE), queries, kv[0], rule.scaling, READ, READ - 20)
+        every = chunk_scores(Way("all", "", SHAPE), queries, kv[0], params.scaling, READ, READ - 20)
         assert not torch.allclose(few, every)
 
 
 def test_folds_by_hand(rig):
     """From the scores of single queries, which are their wishes less their baselines."""
-    kv, queries, rule = rig.reading.layers[1]
+    kv, queries, params = rig.reading.layers[1]
     one_head = kv[0, :1], queries[:1]  # a group of one: each query is a row
 
     def scores(fold, asked, near=READ - 20):
         keys = one_head[0][:, :READ]
-        return chunk_scores(Way("x", "", SHAPE, fold=fold, queries=1), asked, keys, rule.scaling, READ, near)
+        return chunk_scores(Way("x", "", SHAPE, fold=fold, queries=1), asked, keys, params.scaling, READ, near)
 
     # The newest query alone, so that its baseline is the same whoever asks beside it.
     alone = scores("sum", one_head[1])
@@ -210,15 +212,15 @@ def test_folds_by_hand(rig):
     shares = (alone.exp() * SHAPE.chunk).sum(1) + 1  # of the baseline there is 1
     torch.testing.assert_close(scores("share", one_head[1]), alone - shares.log()[:, None])
     both = Way("x", "", SHAPE, fold="max", queries=2), Way("x", "", SHAPE, queries=2)
-    keenest, added = (chunk_scores(way, one_head[1], kv[0, :1], rule.scaling, READ, READ - 20) for way in both)
+    keenest, added = (chunk_scores(way, one_head[1], kv[0, :1], params.scaling, READ, READ - 20) for way in both)
     assert (keenest <= added + 1e-5).all(), "one of two is less than both"
     assert (added <= keenest + math.log(2) + 1e-5).all(), "but at least half"
     assert (keenest >= alone - 1e-5).all()
-    plain = chunk_scores(Way("x", "", SHAPE, fold="mean", queries=4), one_head[1], kv[0, :1], rule.scaling, READ)
+    plain = chunk_scores(Way("x", "", SHAPE, fold="mean", queries=4), one_head[1], kv[0, :1], params.scaling, READ)
     middle = one_head[1][:, -4:].mean(1, keepdim=True)
     pool = SHAPE.pool(READ)
     means = kv[0, :1, pool.start * 4 : pool.stop * 4].unflatten(1, (-1, 4)).mean(2)
-    torch.testing.assert_close(plain, (middle @ means.mT * rule.scaling)[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain, (middle @ means.mT * params.scaling)[:, 0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("refresh", [True, False])
@@ -249,8 +251,8 @@ def test_chooses_what_the_retrieval_cache_chooses(family, refresh):
             query = text.asking.queries[0][:, :3]
             new = text.kv[0][:, :, 50:53]
             level._begin = text.length
-            ours = level.attend(0, query, new[0], new[1], text.rules[0])
-            theirs = chosen.attend_draft(0, query, new[0], new[1], text.rules[0])
+            ours = level.attend(0, query, new[0], new[1], text.params[0])
+            theirs = chosen.attend_draft(0, query, new[0], new[1], text.params[0])
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     finally:
         runtime.close()
@@ -275,8 +277,8 @@ def test_packs_as_the_retrieval_cache_does(rig, bits):
                 assert torch.equal(ours[head, order[0]], theirs[head, order[1]])
                 whole = kv[0, head, :READ].unflatten(0, (-1, 4))[level.chosen[layer][head]]
                 assert 0 < (ours[head] - whole).abs().max() < 2 ** (2 - bits)
-            query, rule = text.asking.queries[layer][:, :3], text.rules[layer]
-            arguments = (layer, query, *kv[:, :, 50:53], rule)
+            query, params = text.asking.queries[layer][:, :3], text.params[layer]
+            arguments = (layer, query, *kv[:, :, 50:53], params)
             torch.testing.assert_close(level.attend(*arguments), chosen.attend_draft(*arguments), rtol=1e-4, atol=1e-5)
     finally:
         runtime.close()
@@ -287,7 +289,7 @@ def choose_with(level, asking, near):
     pool = level.way.shape.pool(asking.refreshed)
     level.choose(asking)
     for layer, kv in enumerate(level.text.kv):
-        keys, scaling = kv[0, :, : asking.end], level.text.rules[layer].scaling
+        keys, scaling = kv[0, :, : asking.end], level.text.params[layer].scaling
         scores = chunk_scores(level.way, asking.queries[layer], keys, scaling, asking.refreshed, near)
         level.chosen[layer] = best(scores, level.slots[layer]) + pool.start
         level.store.put(layer, level.chosen[layer], kv[:, :, : level.text.length])

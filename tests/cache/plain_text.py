@@ -7,11 +7,11 @@ import random
 import torch
 from hypothesis import strategies as st
 
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 
 CPU = torch.device("cpu")
 SCALING = 0.5
-RULE = Rule(SCALING)
+RULE = AttentionParams(SCALING)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

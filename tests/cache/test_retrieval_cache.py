@@ -54,7 +54,7 @@ class RetrievalRig:
             near = kv[:, :, tail:]
             attention = ops.RunningAttention()
             attention.start(queries[layer], kv.shape[1], RULE)
-            attention.update(*near, ops.Newest(ops.causal_mask(queries.shape[2], queries.shape[2])))
+            attention.update(*near, ops.TreeMask(ops.causal_mask(queries.shape[2], queries.shape[2])))
             refresh = self.cache.refresh(layer, packed, attention.logsumexp(), SCALING, length)
             for start in range(0, length, tile):
                 part = kv[:, :, start : min(start + tile, length)].clone()

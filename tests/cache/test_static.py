@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 LAYERS, HEADS, DIM, GROUPS = 2, 2, 4, 3
 SIGHT = 12  # most tokens pending
 RULES = {
-    "full": ops.Rule(0.5),
-    "softcap": ops.Rule(0.5, softcap=3.0),
-    "window": ops.Rule(0.5, window=9),
-    "narrow window": ops.Rule(0.5, window=2),
+    "full": ops.AttentionParams(0.5),
+    "softcap": ops.AttentionParams(0.5, softcap=3.0),
+    "window": ops.AttentionParams(0.5, window=9),
+    "narrow window": ops.AttentionParams(0.5, window=2),
 }
 
 
@@ -34,19 +34,19 @@ def make_buffer(capacity, dtype=torch.float32):
 class Recorded:
     """Steps of T tokens through all layers of one buffer: recorded at the first, replayed from then on."""
 
-    def __init__(self, buffer, tokens, rule, view=StaticView):
+    def __init__(self, buffer, tokens, params, view=StaticView):
         self.view = view([buffer], lambda layer, _: Held(None, buffer, layer), tokens, SIGHT)
         self.held = torch.zeros(sum(self.view.sizes), dtype=torch.long)
         self.mask = torch.ones(tokens, SIGHT, dtype=torch.bool)
         self.depths = torch.zeros(tokens, dtype=torch.long)
         self.query = torch.zeros(LAYERS, HEADS * GROUPS, tokens, DIM)
         self.key, self.value = torch.zeros(2, LAYERS, HEADS, tokens, DIM)
-        self.rule, self.replay = rule, None
+        self.params, self.replay = params, None
 
     def step(self):
         self.view.begin(self.held, self.mask, self.depths)
         layers = zip(self.query, self.key, self.value, strict=True)
-        return torch.stack([self.view.attend(i, *tensors, self.rule) for i, tensors in enumerate(layers)])
+        return torch.stack([self.view.attend(i, *tensors, self.params) for i, tensors in enumerate(layers)])
 
     def __call__(self, query, key, value, step):
         self.held.copy_(torch.tensor(self.view.held()))
@@ -62,9 +62,9 @@ class Recorded:
 class Twins:
     """Two buffers led through the same life: one by recorded steps, one by ``GrowingBuffer.attend``."""
 
-    def __init__(self, rule, capacity=40, seed=0, view=StaticView):
+    def __init__(self, params, capacity=40, seed=0, view=StaticView):
         self.static, self.plain = make_buffer(capacity), make_buffer(capacity)
-        self.rule, self.chance, self.view = rule, random.Random(seed), view
+        self.params, self.chance, self.view = params, random.Random(seed), view
         self.recorded, self.parents = {}, []
 
     def tree_step(self, tokens):
@@ -83,10 +83,10 @@ class Twins:
         query = torch.randn(LAYERS, HEADS * GROUPS, tokens, DIM)
         key, value = torch.randn(2, LAYERS, HEADS, tokens, DIM)
         if tokens not in self.recorded:
-            self.recorded[tokens] = Recorded(self.static, tokens, self.rule, self.view)
+            self.recorded[tokens] = Recorded(self.static, tokens, self.params, self.view)
         step = self.tree_step(tokens)
         output = self.recorded[tokens](query, key, value, step)
-        expected = [self.plain.attend(i, query[i], key[i], value[i], self.rule, step) for i in range(LAYERS)]
+        expected = [self.plain.attend(i, query[i], key[i], value[i], self.params, step) for i in range(LAYERS)]
         torch.testing.assert_close(output, torch.stack(expected), atol=1e-5, rtol=1e-5)
         for buffer in (self.static, self.plain):
             buffer.end_step(tokens)
@@ -119,11 +119,11 @@ class Twins:
             self.settle()
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("params", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_growing_buffer(rule, seed):
+def test_equals_the_growing_buffer(params, seed):
     """Through rollbacks and moves to the front, whatever was held when the step was recorded."""
-    twins = Twins(rule, seed=seed)
+    twins = Twins(params, seed=seed)
     twins.live(300)
     assert sorted(twins.recorded) == [1, 2, 3, 5]
 
@@ -151,9 +151,9 @@ class BakedPlaces(StaticView):
 
 
 class BakedShape(StaticView):
-    def attend(self, layer, query, key, value, rule):
+    def attend(self, layer, query, key, value, params):
         buffer = self.buffers[0]
-        return buffer.attend(layer, query, key, value, rule)
+        return buffer.attend(layer, query, key, value, params)
 
 
 @pytest.mark.parametrize("view", [BakedLength, BakedMask, BakedDepths, BakedPlaces, BakedShape])
@@ -167,10 +167,10 @@ def test_each_layer_finds_its_buffer():
     """Full layers in one buffer, sliding ones in another that holds another number of tokens."""
     long, short = make_buffer(60), make_buffer(30)
     plain = make_buffer(60), make_buffer(30)
-    rules = ops.Rule(0.5), ops.Rule(0.5, window=7)
+    both = ops.AttentionParams(0.5), ops.AttentionParams(0.5, window=7)
 
-    def find(layer, rule):
-        return Held(None, long, layer) if rule.window is None else Held(None, short, layer - 1)
+    def find(layer, params):
+        return Held(None, long, layer) if params.window is None else Held(None, short, layer - 1)
 
     for buffer, held in zip((long, short, *plain), (33, 12, 33, 12), strict=True):
         torch.manual_seed(held)
@@ -179,10 +179,10 @@ def test_each_layer_finds_its_buffer():
         buffer.commit(held)
     view = StaticView([long, short], find, 4, 4)
     view.begin(torch.tensor(view.held()), torch.ones(4, 4).tril() > 0, torch.arange(4))
-    for layer, (rule, other) in enumerate(zip(rules, plain, strict=True)):
+    for layer, (params, other) in enumerate(zip(both, plain, strict=True)):
         query, (key, value) = torch.randn(HEADS * GROUPS, 4, DIM), torch.randn(2, HEADS, 4, DIM)
-        output = view.attend(layer, query, key, value, rule)
-        torch.testing.assert_close(output, other.attend(0, query, key, value, rule), atol=1e-5, rtol=1e-5)
+        output = view.attend(layer, query, key, value, params)
+        torch.testing.assert_close(output, other.attend(0, query, key, value, params), atol=1e-5, rtol=1e-5)
     assert torch.equal(long.kv[0, :, :, :37], plain[0].kv[0, :, :, :37])
     assert torch.equal(short.kv[0, :, :, :16], plain[1].kv[0, :, :, :16])
 
@@ -200,7 +200,7 @@ def test_chosen_chunks_count_as_far_as_the_device_says(bits, filled):
     def read(attention, depths, counts):
         store.attend_static(attention, 0, counts[0])
 
-    view = StaticView([buffer], lambda layer, rule: Held(read, buffer, 0), 2, 2, [lambda: filled * 3])
+    view = StaticView([buffer], lambda layer, params: Held(read, buffer, 0), 2, 2, [lambda: filled * 3])
     view.begin(torch.tensor(view.held()), torch.ones(2, 2).tril() > 0, torch.arange(2))
     output = view.attend(0, query, key, value, RULES["full"])
     attention = ops.RunningAttention()
@@ -226,5 +226,5 @@ def test_keys_of_another_dtype_are_stored_in_the_buffers():
     view = StaticView([buffer], lambda layer, _: Held(None, buffer, layer), 2, 2)
     view.begin(torch.tensor(view.held()), torch.ones(2, 2).tril() > 0, torch.arange(2))
     key, value = torch.randn(2, HEADS, 2, DIM)
-    view.attend(0, torch.randn(HEADS * GROUPS, 2, DIM), key, value, ops.Rule(1.0))
+    view.attend(0, torch.randn(HEADS * GROUPS, 2, DIM), key, value, ops.AttentionParams(1.0))
     assert torch.equal(buffer.kv[0, 0, :, :2], key.bfloat16())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.cache.window import WindowCache
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.layout import LayerShape, ModelLayout
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
@@ -78,7 +78,7 @@ class TargetRig:
             near = max(0, tokens - max(self.shape.recent, queries.shape[2]))
             for layer, window in enumerate(self.windows):
                 place, kv = caches.place[layer], kv_text.kv[layer]
-                caches.fill_layer(layer, kv, queries[layer], Rule(SCALING, window))
+                caches.fill_layer(layer, kv, queries[layer], AttentionParams(SCALING, window))
                 if window is None:
                     assert_best_choice(
                         caches.retrieval, place, queries[layer], kv, near, tokens, near >= self.shape.sink
@@ -122,7 +122,7 @@ class TargetRig:
             self.drafts[node] = kv[:, :, :, number : number + 1]
         before = length if not self.nested else length - len(self.target._nodes)  # the pass's own are not seen
         for layer, window in enumerate(self.windows):
-            output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
+            output = view.attend(layer, queries[layer], *kv[layer], AttentionParams(SCALING, window))
             held = kv_text.kv[layer][:, :, :before]
             if window is None and not self.nested:  # while a choice is being made, no list tells what is seen
                 held = held_tokens(caches.retrieval, caches.place[layer], held, length, self.refreshed)
@@ -204,7 +204,7 @@ class TargetRig:
         for layer, window in enumerate(self.windows):
             place, whole = caches.place[layer], kv_text.kv[layer]
             known = window is None and bool(caches.retrieval.chosen[place, 0, 0] >= 0)
-            output = view.attend(layer, queries[layer], *kv[layer], Rule(SCALING, window))
+            output = view.attend(layer, queries[layer], *kv[layer], AttentionParams(SCALING, window))
             self.compare(
                 output, queries[layer], whole[:, :, :length], layer, window, nodes, self.pending, length, positions
             )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.cache.window import WindowCache
-from offload_triforce.kernels.ops import Rule
+from offload_triforce.kernels.ops import AttentionParams
 from tests.cache.plain_text import CPU, SCALING, PlainText, Rig, assert_attends, many_operations, operations
 
 
@@ -21,7 +21,7 @@ class WindowRig(Rig):
 
     def attend(self, layer, query, key, value):
         window = self.windows[layer]
-        output = self.cache.attend(layer, query, key, value, Rule(SCALING, window))
+        output = self.cache.attend(layer, query, key, value, AttentionParams(SCALING, window))
         assert_attends(output, query, self.text.kv[layer], window)
 
     def check(self):

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.kernels import ops, reference, reference_codec
-from offload_triforce.kernels.reference import Newest, Rule
-from offload_triforce.kernels.reference_codec import CodedChunks, decode_keys, decode_values, pack, unpack
+from offload_triforce.kernels.reference_codec import decode_keys, decode_values, pack, unpack
+from offload_triforce.kernels.types import AttentionParams, CodedChunks, TreeMask
 
 # Tolerances of attention in each dtype: both twins round keys, values and weights to it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -155,14 +155,14 @@ def test_decode_keys(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=TOLERANCE[dtype])
 
 
-def attention_of(functions, update, packed, near, rule):
+def attention_of(functions, update, packed, near, params):
     """Attention over keys that come as they are, before and after packed ones: output [K, R, D] and log-sum-exp."""
     if functions is reference:
         state = reference.attention_start(packed)
     else:
         state = functions.attention_start(functions.state_buffers((), packed), packed)
     if near is not None:
-        state = functions.attention_update(state, packed, near[0], near[1], rule)
+        state = functions.attention_update(state, packed, near[0], near[1], params)
     state = update(state)
     logsumexp = functions.attention_logsumexp(state)
     return functions.attention_finish(state, packed.shape[0], torch.float32), logsumexp
@@ -177,7 +177,7 @@ def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows
     coded, _ = filled(device, heads, slots, chunk, dim, bits)
     packed = draw(device, heads, rows, dim, dtype=dtype, seed=2)
     near = draw(device, 2, heads, 11, dim, dtype=dtype, seed=3) if rows > 1 else None
-    rule = Rule(dim**-0.5, softcap=5.0 if chunk == 7 else None)
+    params = AttentionParams(dim**-0.5, softcap=5.0 if chunk == 7 else None)
     tokens = torch.tensor([slots * chunk - slots * chunk // 3], device=device)
     for count, length in ((slots, None), (max(1, slots - 1), None), (None, tokens)):
 
@@ -185,16 +185,16 @@ def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows
             key, value = (
                 x.to(dtype) for x in (decode_keys(coded, count or slots), decode_values(coded, count or slots))
             )
-            newest = None
+            tree_mask = None
             if length is not None:
-                newest = Newest(torch.ones(1, 1, dtype=torch.bool, device=device), length=length)
-            return reference.attention_update(state, packed, key, value, rule, newest)
+                tree_mask = TreeMask(torch.ones(1, 1, dtype=torch.bool, device=device), length=length)
+            return reference.attention_update(state, packed, key, value, params, tree_mask)
 
         def triton(state, count=count, length=length):
-            return kv_codec.attention_update(state, packed, coded, rule, count, length)
+            return kv_codec.attention_update(state, packed, coded, params, count, length)
 
-        actual = attention_of(verify_attention, triton, packed, near, rule)
-        expected = attention_of(reference, eager, packed, near, rule)
+        actual = attention_of(verify_attention, triton, packed, near, params)
+        expected = attention_of(reference, eager, packed, near, params)
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -206,10 +206,10 @@ def test_nothing_there_yet(kv_codec, device, slots):
 
     coded, _ = filled(device, 2, 5, 4, 32, 4)
     packed, near = draw(device, 2, 3, 32), draw(device, 2, 2, 6, 32, seed=1)
-    rule, tokens = Rule(0.2), torch.tensor([slots * 4], device=device)
+    params, tokens = AttentionParams(0.2), torch.tensor([slots * 4], device=device)
     state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-    state = kv_codec.attention_update(state, packed, coded, rule, tokens=tokens)
-    state = verify_attention.attention_update(state, packed, near[0], near[1], rule)
+    state = kv_codec.attention_update(state, packed, coded, params, tokens=tokens)
+    state = verify_attention.attention_update(state, packed, near[0], near[1], params)
     key = torch.cat([decode_keys(coded, 5)[:, : slots * 4], near[0]], 1)
     value = torch.cat([decode_values(coded, 5)[:, : slots * 4], near[1]], 1)
     expected = torch.softmax(packed @ key.mT * 0.2, -1) @ value
@@ -236,7 +236,7 @@ def test_offsets_past_two_to_the_31(kv_codec, device, arena):
         from offload_triforce.kernels import verify_attention
 
         state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-        state = kv_codec.attention_update(state, packed, coded, Rule(0.2), slots)
+        state = kv_codec.attention_update(state, packed, coded, AttentionParams(0.2), slots)
         outputs.append(verify_attention.attention_finish(state, heads, torch.float32))
     assert torch.equal(*outputs)
     assert torch.equal(
@@ -255,7 +255,7 @@ def test_any_shape(kv_codec, device, heads, slots, chunk, half, rows, bits, seed
     coded, _ = filled(device, heads, slots, chunk, 2 * half, bits)
     packed = draw(device, heads, rows, 2 * half, seed=seed)
     state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-    state = kv_codec.attention_update(state, packed, coded, Rule(0.3), slots)
+    state = kv_codec.attention_update(state, packed, coded, AttentionParams(0.3), slots)
     actual = verify_attention.attention_finish(state, heads, torch.float32)
     expected = torch.softmax(packed @ decode_keys(coded, slots).mT * 0.3, -1) @ decode_values(coded, slots)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -269,7 +269,7 @@ def test_operations_take_the_kernels(monkeypatch, device, kv_codec):
     for wanted in ("triton", "torch"):
         monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", wanted)
         attention = ops.RunningAttention()
-        attention.start(query, 2, Rule(0.2))
+        attention.start(query, 2, AttentionParams(0.2))
         attention.update_coded(coded, 6)
         outputs.append((attention.finish(), ops.decode_keys(coded, 6, torch.float32)))
         fresh = new_coded(device, 2, 6, 4, 32, 4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.kernels import reference as ops
-from offload_triforce.kernels.reference import Choice, Newest, Rule
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, TreeMask
 
 # (relative, absolute): online attention accumulates in float32 and rounds once, to the output's type.
 ONLINE = {torch.float32: (1e-6, 3e-6), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 1e-5)}
@@ -44,8 +44,8 @@ def tiled_attention(query, key, value, scaling, tile, window=None):
     state = ops.attention_start(packed)
     for start in range(0, key.shape[1], tile):
         part = slice(start, start + tile)
-        newest = Newest(mask[:, part])
-        state = ops.attention_update(state, packed, key[:, part], value[:, part], Rule(scaling), newest)
+        tree_mask = TreeMask(mask[:, part])
+        state = ops.attention_update(state, packed, key[:, part], value[:, part], AttentionParams(scaling), tree_mask)
     return ops.attention_finish(state, query.shape[0], query.dtype)
 
 
@@ -100,7 +100,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(order):
     state = ops.attention_start(packed)
     for start in range(0, 60, 7):
         part = slice(start, start + 7)
-        state = ops.attention_update(state, packed, key[:, part], value[:, part], Rule(1.0))
+        state = ops.attention_update(state, packed, key[:, part], value[:, part], AttentionParams(1.0))
     expected = (query.double() @ key.double().mT).softmax(-1) @ value.double()
     assert_near(ops.attention_finish(state, 1, torch.float32), expected, torch.float32)
 
@@ -109,8 +109,8 @@ def test_state_holds_log_sum_exp():
     """``maximum`` and ``total`` are what the retrieval baseline is made of."""
     query, key, value = draw(2, 3, 5, 37, 16)
     packed = ops.pack_queries(query, 2)
-    state = ops.attention_update(ops.attention_start(packed), packed, key[:, :20], value[:, :20], Rule(0.25))
-    state = ops.attention_update(state, packed, key[:, 20:], value[:, 20:], Rule(0.25))
+    state = ops.attention_update(ops.attention_start(packed), packed, key[:, :20], value[:, :20], AttentionParams(0.25))
+    state = ops.attention_update(state, packed, key[:, 20:], value[:, 20:], AttentionParams(0.25))
     scores = packed.double() @ key.double().mT * 0.25
     torch.testing.assert_close(state.maximum, scores.amax(-1).float())
     torch.testing.assert_close(ops.attention_logsumexp(state), scores.logsumexp(-1).float())
@@ -144,7 +144,7 @@ def test_causal_mask(tokens, total, window):
 def test_prefill_attention(tokens, total, groups, window, dtype):
     query, key, value = draw(2, groups, tokens, total, 80, dtype)
     expected = dense_attention(query, key, value, 0.1, window)
-    assert_near(ops.prefill_attention(query, key, value, Rule(0.1, window)), expected, dtype, FUSED)
+    assert_near(ops.prefill_attention(query, key, value, AttentionParams(0.1, window)), expected, dtype, FUSED)
 
 
 @pytest.mark.parametrize("window", [None, 7, 1500])
@@ -152,7 +152,7 @@ def test_prefill_attention_with_softcap(window):
     """More keys than go through at once."""
     query, key, value = draw(2, 3, 5, 2100, 16)
     expected = dense_attention(query, key, value, 0.5, window, softcap=1.5)
-    assert_near(ops.prefill_attention(query, key, value, Rule(0.5, window, 1.5)), expected, torch.float32)
+    assert_near(ops.prefill_attention(query, key, value, AttentionParams(0.5, window, 1.5)), expected, torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
@@ -163,8 +163,10 @@ def test_newest_tokens_window_and_length(tokens, total, room, window):
     key[:, total:], value[:, total:] = 9, 9
     length = torch.tensor([total]) if room else None
     packed = ops.pack_queries(query, 2)
-    newest = Newest(ops.causal_mask(tokens, tokens), length=length)
-    state = ops.attention_update(ops.attention_start(packed), packed, key, value, Rule(0.25, window, 2.0), newest)
+    tree_mask = TreeMask(ops.causal_mask(tokens, tokens), length=length)
+    state = ops.attention_update(
+        ops.attention_start(packed), packed, key, value, AttentionParams(0.25, window, 2.0), tree_mask
+    )
     expected = dense_attention(query, key[:, :total], value[:, :total], 0.25, window, softcap=2.0)
     assert_near(ops.attention_finish(state, 6, torch.float32), expected, torch.float32)
 
@@ -179,8 +181,8 @@ def test_tree_mask_and_positions():
     query, key, value = draw(1, 2, 5, 25, 16)
     packed = ops.pack_queries(query, 1)
     # On the axis of the keys, where a window of 6 before depth d begins at 20 + d - 5.
-    newest = Newest(mask, positions=torch.tensor([20 + depth for depth in depths]))
-    state = ops.attention_update(ops.attention_start(packed), packed, key, value, Rule(0.5, 6), newest)
+    tree_mask = TreeMask(mask, positions=torch.tensor([20 + depth for depth in depths]))
+    state = ops.attention_update(ops.attention_start(packed), packed, key, value, AttentionParams(0.5, 6), tree_mask)
     output = ops.attention_finish(state, 2, torch.float32)
     for node, depth in enumerate(depths):
         seen = [j for j in range(20) if j > 20 + depth - 6] + [20 + j for j in range(5) if mask[node, j]]
@@ -218,7 +220,7 @@ def offers(draw_):
 
 def empty_choice(heads, slots, chunks):
     scores = torch.full((heads, slots), -math.inf)
-    return Choice(scores, torch.full((heads, slots), -1), torch.zeros(heads, chunks + 1, dtype=torch.bool))
+    return ChunkSelection(scores, torch.full((heads, slots), -1), torch.zeros(heads, chunks + 1, dtype=torch.bool))
 
 
 @given(offers())
@@ -227,19 +229,19 @@ def test_streaming_top_k_is_the_global_one(case):
     """Whatever the tiles, the holding is each head's best so far, and what stays does not move."""
     scores, slots, tiles = case
     heads, chunks = scores.shape
-    choice = empty_choice(heads, slots, chunks)
+    selection = empty_choice(heads, slots, chunks)
     for start, stop in tiles:
-        before = choice.chunks.tolist()
-        source = ops.select_chunks(choice, scores[:, start:stop], start)
+        before = selection.chunks.tolist()
+        source = ops.select_chunks(selection, scores[:, start:stop], start)
         for head in range(heads):
             on_offer = [c for c in range(stop) if scores[head, c] > -math.inf]
             best = sorted(on_offer, key=lambda c: -scores[head, c])[:slots]
-            chosen = choice.chunks[head].tolist()
+            chosen = selection.chunks[head].tolist()
             taken = [c for c in chosen if c >= 0]
             assert sorted(taken) == sorted(best)
             assert all(c >= 0 for c in chosen[: len(taken)]), "empty slots fill from the lowest"
-            assert choice.scores[head].tolist() == [-math.inf if c < 0 else scores[head, c].item() for c in chosen]
-            assert [c for c in range(chunks) if choice.held[head, c]] == sorted(best)
+            assert selection.scores[head].tolist() == [-math.inf if c < 0 else scores[head, c].item() for c in chosen]
+            assert [c for c in range(chunks) if selection.held[head, c]] == sorted(best)
             for slot, (old, new) in enumerate(zip(before[head], chosen, strict=True)):
                 assert old not in best or new == old, "a chunk that stays keeps its slot"
                 assert source[head, slot] == (-1 if new == old else new - start)
@@ -247,13 +249,13 @@ def test_streaming_top_k_is_the_global_one(case):
 
 def test_equal_scores_change_nothing():
     """The held chunk wins; of those on offer, the earlier."""
-    choice = empty_choice(1, 3, 20)
-    ops.select_chunks(choice, torch.tensor([[1.0, 1.0]]), 0)
-    assert ops.select_chunks(choice, torch.tensor([[1.0, 1.0, 1.0]]), 7).tolist() == [[-1, -1, 0]]
-    assert choice.chunks.tolist() == [[0, 1, 7]]
-    assert ops.select_chunks(choice, torch.tensor([[1.0, -math.inf]]), 12).tolist() == [[-1, -1, -1]]
-    assert ops.select_chunks(choice, torch.tensor([[2.0, 3.0]]), 14).tolist() == [[-1, 0, 1]]
-    assert choice.chunks.tolist() == [[0, 14, 15]]
+    selection = empty_choice(1, 3, 20)
+    ops.select_chunks(selection, torch.tensor([[1.0, 1.0]]), 0)
+    assert ops.select_chunks(selection, torch.tensor([[1.0, 1.0, 1.0]]), 7).tolist() == [[-1, -1, 0]]
+    assert selection.chunks.tolist() == [[0, 1, 7]]
+    assert ops.select_chunks(selection, torch.tensor([[1.0, -math.inf]]), 12).tolist() == [[-1, -1, -1]]
+    assert ops.select_chunks(selection, torch.tensor([[2.0, 3.0]]), 14).tolist() == [[-1, 0, 1]]
+    assert selection.chunks.tolist() == [[0, 14, 15]]
 
 
 def test_gather_copies_what_enters_and_nothing_else():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from offload_triforce.kernels import ops, reference
-from offload_triforce.kernels.reference import Newest, Rule, causal_mask, pack_queries
+from offload_triforce.kernels.reference import causal_mask, pack_queries
+from offload_triforce.kernels.types import AttentionParams, TreeMask
 
 attention = pytest.importorskip("offload_triforce.kernels.verify_attention", reason="needs Triton")
 
@@ -34,7 +35,7 @@ def draw_tiles(device, kv_heads, sizes, dim, dtype=torch.float32):
     return tiles
 
 
-def assert_twins(query, steps, rule, kv_heads, behind=None):
+def assert_twins(query, steps, params, kv_heads, behind=None):
     """Run both over ``steps`` of (tile, newest); compare the log-sum-exp after each step, and the output.
 
     ``behind`` fills the twin's copy of a tile where the tile itself has NaN, which the kernel must not read.
@@ -43,10 +44,10 @@ def assert_twins(query, steps, rule, kv_heads, behind=None):
     (buffer,) = attention.state_buffers((), packed)
     state = attention.attention_start((buffer.fill_(math.nan),), packed)
     twin = reference.attention_start(packed)
-    for tile, newest in steps:
-        state = attention.attention_update(state, packed, *tile, rule, newest)
+    for tile, tree_mask in steps:
+        state = attention.attention_update(state, packed, *tile, params, tree_mask)
         clean = tile if behind is None else tile.nan_to_num(behind)
-        twin = reference.attention_update(twin, packed, *clean, rule, newest)
+        twin = reference.attention_update(twin, packed, *clean, params, tree_mask)
         actual, expected = attention.attention_logsumexp(state), reference.attention_logsumexp(twin)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     heads = query.shape[0]
@@ -66,16 +67,16 @@ def test_tiles_of_any_size(device, kv_heads, groups, tokens, dim, dtype):
     """Prefix tiles that all see, then the queries' own keys under a causal mask, then again a tile."""
     query = draw(device, kv_heads * groups, tokens, dim, dtype=dtype, seed=1)
     sizes = (123, 1, tokens + 2, 7)
-    newest = Newest(causal_mask(tokens, tokens + 2, device=device))
-    steps = zip(draw_tiles(device, kv_heads, sizes, dim, dtype), (None, None, newest, None), strict=True)
-    assert_twins(query, steps, Rule(dim**-0.5), kv_heads)
+    tree_mask = TreeMask(causal_mask(tokens, tokens + 2, device=device))
+    steps = zip(draw_tiles(device, kv_heads, sizes, dim, dtype), (None, None, tree_mask, None), strict=True)
+    assert_twins(query, steps, AttentionParams(dim**-0.5), kv_heads)
 
 
 def test_many_queries(device):
     query = draw(device, 1, 512, 64, dtype=torch.bfloat16, seed=1)
     first, last = draw_tiles(device, 1, (40, 512), 64, torch.bfloat16)
-    newest = Newest(causal_mask(512, 512, device=device))
-    assert_twins(query, [(first, None), (last, newest)], Rule(0.125), 1)
+    tree_mask = TreeMask(causal_mask(512, 512, device=device))
+    assert_twins(query, [(first, None), (last, tree_mask)], AttentionParams(0.125), 1)
 
 
 def tree(device, tokens, masked, seed=0):
@@ -86,22 +87,22 @@ def tree(device, tokens, masked, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "masked", "keys", "rule"),
+    ("tokens", "masked", "keys", "params"),
     [
-        (1, 1, 50, Rule(0.1)),
-        (5, 5, 5, Rule(0.1, 2)),
-        (5, 9, 123, Rule(0.1, 30)),
-        (5, 9, 123, Rule(0.1, 3, 5.0)),
-        (13, 40, 60, Rule(0.1, 20)),
-        (13, 40, 60, Rule(0.1, None, 2.0)),
-        (20, 20, 70, Rule(0.1, 60, 50.0)),
+        (1, 1, 50, AttentionParams(0.1)),
+        (5, 5, 5, AttentionParams(0.1, 2)),
+        (5, 9, 123, AttentionParams(0.1, 30)),
+        (5, 9, 123, AttentionParams(0.1, 3, 5.0)),
+        (13, 40, 60, AttentionParams(0.1, 20)),
+        (13, 40, 60, AttentionParams(0.1, None, 2.0)),
+        (20, 20, 70, AttentionParams(0.1, 60, 50.0)),
     ],
 )
-def test_tree_masks_windows_and_softcaps(device, tokens, masked, keys, rule):
+def test_tree_masks_windows_and_softcaps(device, tokens, masked, keys, params):
     """Small windows hide whole blocks of keys, soft-caps change every score, and the mask may cover older keys too."""
     query = draw(device, 6, tokens, 64, seed=1)
     first, last = draw_tiles(device, 2, (30, keys), 64)
-    assert_twins(query, [(first, None), (last, Newest(tree(device, tokens, masked)))], rule, 2)
+    assert_twins(query, [(first, None), (last, TreeMask(tree(device, tokens, masked)))], params, 2)
 
 
 @pytest.mark.parametrize("window", [1, 4, 40])
@@ -114,7 +115,7 @@ def test_positions_in_a_tree(device, window, length):
     query = draw(device, 3, tokens, 64, seed=1)
     first, last = draw_tiles(device, 1, (40, 90), 64)
     mask = tree(device, tokens, tokens) | torch.eye(tokens, dtype=torch.bool, device=device)
-    assert_twins(query, [(first, None), (last, Newest(mask, positions, length))], Rule(0.125, window), 1)
+    assert_twins(query, [(first, None), (last, TreeMask(mask, positions, length))], AttentionParams(0.125, window), 1)
 
 
 def test_masks_of_any_strides(device):
@@ -125,7 +126,7 @@ def test_masks_of_any_strides(device):
     within = torch.zeros(11, 30, dtype=torch.bool, device=device)[::2, 3:21:2][:5].copy_(mask)
     expanded = torch.ones(1, 1, dtype=torch.bool, device=device).expand(5, 9)
     for each in (mask, transposed, within, expanded):
-        assert_twins(query, [(first, None), (last, Newest(each))], Rule(0.125), 1)
+        assert_twins(query, [(first, None), (last, TreeMask(each))], AttentionParams(0.125), 1)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -135,9 +136,9 @@ def test_what_lies_behind_the_length_is_not_read(device, length, window):
     query = draw(device, 3, 5, 64, seed=1)
     first, last = draw_tiles(device, 1, (20, 123), 64)
     last[:, :, length:] = math.nan
-    newest = Newest(causal_mask(5, 5, device=device), None, torch.tensor([length], device=device))
-    for steps in ([(first, None), (last, newest)], [(last, newest), (first, None)]):
-        assert_twins(query, steps, Rule(0.125, window), 1, behind=0.0)
+    tree_mask = TreeMask(causal_mask(5, 5, device=device), None, torch.tensor([length], device=device))
+    for steps in ([(first, None), (last, tree_mask)], [(last, tree_mask), (first, None)]):
+        assert_twins(query, steps, AttentionParams(0.125, window), 1, behind=0.0)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
@@ -147,7 +148,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(device, order):
     tiles = draw_tiles(device, 1, (40, 50, 40), 64)
     for tile, middle in zip(tiles, (-280, 0, 280), strict=True):
         tile[0] = torch.linspace(middle - 20, middle + 20, tile.shape[2], device=device).round()[:, None] / 64
-    assert_twins(query, [(tiles[which], None) for which in order], Rule(1.0), 1)
+    assert_twins(query, [(tiles[which], None) for which in order], AttentionParams(1.0), 1)
 
 
 def test_queries_that_see_nothing(device):
@@ -155,14 +156,14 @@ def test_queries_that_see_nothing(device):
     query = draw(device, 2, 4, 64, seed=1)
     some = torch.tensor([True, False, True, False], device=device)[:, None].expand(4, 9)
     tiles = draw_tiles(device, 1, (9, 9, 9), 64)
-    everything = [(tiles[0], Newest(some)), (tiles[1], Newest(~some)), (tiles[2], Newest(some))]
-    assert_twins(query, everything, Rule(0.125), 1)
+    everything = [(tiles[0], TreeMask(some)), (tiles[1], TreeMask(~some)), (tiles[2], TreeMask(some))]
+    assert_twins(query, everything, AttentionParams(0.125), 1)
     packed = pack_queries(query, 1)
     state = attention.attention_start(attention.state_buffers((), packed), packed)
     assert attention.attention_logsumexp(state).isneginf().all()
     assert not attention.attention_finish(state, 2, torch.float32).any()
     for tile in tiles:
-        state = attention.attention_update(state, packed, *tile, Rule(0.125), Newest(some))
+        state = attention.attention_update(state, packed, *tile, AttentionParams(0.125), TreeMask(some))
     seen = attention.attention_logsumexp(state).view(2, 4)
     output = attention.attention_finish(state, 2, torch.float32)
     assert seen[:, [1, 3]].isneginf().all()
@@ -177,8 +178,8 @@ def test_any_number_of_splits(device, splits, monkeypatch):
     monkeypatch.setattr(attention, "state_layout", attention.state_layout.__wrapped__)
     query = draw(device, 6, 5, 80, seed=1)
     tiles = draw_tiles(device, 2, (1, 300, 7, 200), 80)
-    newest = (None, None, Newest(causal_mask(5, 5, device=device)), None)
-    assert_twins(query, zip(tiles, newest, strict=True), Rule(0.1), 2)
+    tree_mask = (None, None, TreeMask(causal_mask(5, 5, device=device)), None)
+    assert_twins(query, zip(tiles, tree_mask, strict=True), AttentionParams(0.1), 2)
 
 
 @pytest.mark.parametrize(("kv_heads", "rows"), [(1, 1), (2, 16), (8, 16), (8, 64), (8, 2048), (40, 1)])
@@ -204,8 +205,8 @@ def test_one_buffer_serves_all_smaller_blocks(device):
         packed = pack_queries(query, 2)
         assert attention.state_buffers(buffers, packed) is buffers
         state = attention.attention_start(buffers, packed)
-        state = attention.attention_update(state, packed, *tile, Rule(0.125))
-        twin = reference.attention_update(reference.attention_start(packed), packed, *tile, Rule(0.125))
+        state = attention.attention_update(state, packed, *tile, AttentionParams(0.125))
+        twin = reference.attention_update(reference.attention_start(packed), packed, *tile, AttentionParams(0.125))
         actual, expected = (m.attention_finish(s, 6, torch.float32) for m, s in ((attention, state), (reference, twin)))
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=3e-6)
     larger = pack_queries(draw(device, 6, 400, 64), 2)
@@ -226,35 +227,35 @@ def test_offsets_pass_two_to_the_31(device, arena, far):
     mask = tree(device, tokens, tokens)
     if far == "mask":
         mask = arena(mask, (step, 1))
-    assert_twins(query, [((key, value), Newest(mask))], Rule(0.125), heads)
+    assert_twins(query, [((key, value), TreeMask(mask))], AttentionParams(0.125), heads)
 
 
 def test_elements_that_are_not_neighbours_are_refused(device):
-    query, rule = draw(device, 2, 3, 64), Rule(0.125)
+    query, params = draw(device, 2, 3, 64), AttentionParams(0.125)
     key = draw(device, 2, 64, 9).mT
     with pytest.raises(ValueError, match="neighbours"):
         attention.attention_start((), query.mT.contiguous().mT)
     state = attention.attention_start(attention.state_buffers((), query), query)
     for pair in ((key, key.contiguous()), (key.contiguous(), key)):
         with pytest.raises(ValueError, match="neighbours"):
-            attention.attention_update(state, query, *pair, rule)
+            attention.attention_update(state, query, *pair, params)
 
 
 def test_running_attention_uses_the_kernels(device, monkeypatch):
     """One object for layer after layer, on the CPU too if asked."""
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
     running = ops.RunningAttention()
-    rule, newest = Rule(0.125, 20, 9.0), Newest(causal_mask(5, 5, device=device))
+    params, tree_mask = AttentionParams(0.125, 20, 9.0), TreeMask(causal_mask(5, 5, device=device))
     first, last = draw_tiles(device, 2, (30, 40), 64)
     for layer in range(2):
         query = draw(device, 6, 5, 64, seed=layer)
-        running.start(query, 2, rule)
+        running.start(query, 2, params)
         running.update(*first)
-        running.update(*last, newest)
+        running.update(*last, tree_mask)
         assert isinstance(running._state, attention.SplitAttention)
         twin = reference.attention_start(running.packed)
-        twin = reference.attention_update(twin, running.packed, *first, rule)
-        twin = reference.attention_update(twin, running.packed, *last, rule, newest)
+        twin = reference.attention_update(twin, running.packed, *first, params)
+        twin = reference.attention_update(twin, running.packed, *last, params, tree_mask)
         torch.testing.assert_close(running.logsumexp(), reference.attention_logsumexp(twin), rtol=1e-5, atol=1e-5)
         expected = reference.attention_finish(twin, 6, torch.float32)
         torch.testing.assert_close(running.finish(), expected, rtol=1e-5, atol=3e-6)

@@ -34,8 +34,8 @@ def run_prefill(model, chunk, queries=16, tokens=TOKENS, **kwargs):
     """What is handed on for each layer, (layer, KV, queries, rule, address of the KV)."""
     done = []
 
-    def layer_done(layer, kv, queries, rule):
-        done.append((layer, kv.clone(), queries, rule, kv.data_ptr()))
+    def layer_done(layer, kv, queries, params):
+        done.append((layer, kv.clone(), queries, params, kv.data_ptr()))
 
     with attached(model):
         prefill(model, probe(model), prompt_ids(TOKENS + 1)[0, :tokens], chunk, queries, layer_done, **kwargs)
@@ -63,9 +63,9 @@ def test_newest_queries():
     at_once = run_prefill(model_of("llama"), 1000, queries=5)
     for chunk in (2, 50, 145, 148):  # the last chunk may be shorter than what is wanted
         other = run_prefill(model_of("llama"), chunk, queries=5)
-        for (_, _, queries, rule, _), (_, _, expected, _, _) in zip(other, at_once, strict=True):
+        for (_, _, queries, params, _), (_, _, expected, _, _) in zip(other, at_once, strict=True):
             assert queries.shape == (5, 5, 12)
-            assert rule.scaling == pytest.approx(12**-0.5)
+            assert params.scaling == pytest.approx(12**-0.5)
             torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
 
 

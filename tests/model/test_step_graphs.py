@@ -49,8 +49,8 @@ class Toy:
         make_view = partial(static_view, self.cache)
         self.steps = StepGraphs(self.model, make_view, capture or ReplayCapture(), **{"most_tokens": 4, **limits})
 
-    def attend(self, layer, query, key, value, rule):
-        return self.cache.attend(layer, query, key, value, rule)
+    def attend(self, layer, query, key, value, params):
+        return self.cache.attend(layer, query, key, value, params)
 
     @torch.no_grad()
     def step(self, tokens, keep=1):

@@ -7,21 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_triforce.kernels import host, ops, reference
+from offload_triforce.kernels import cpu, ops, reference
 
 
 @pytest.mark.parametrize("dim", [5, 64, 80])
 @pytest.mark.parametrize("rows", [1, 5, 39, 123])
 @pytest.mark.parametrize("tiles", [(7,), (1, 123, 300), (64, 64)])
-@pytest.mark.parametrize("rule", [reference.Rule(0.3), reference.Rule(0.3, softcap=2.0)], ids=["plain", "softcap"])
-def test_attention(dim, rows, tiles, rule):
+@pytest.mark.parametrize(
+    "params", [reference.AttentionParams(0.3), reference.AttentionParams(0.3, softcap=2.0)], ids=["plain", "softcap"]
+)
+def test_attention(dim, rows, tiles, params):
     chance = torch.Generator().manual_seed(0)
     packed = 3 * torch.randn(3, rows, dim, generator=chance)
     states = [reference.attention_start(packed)] * 2
     for tokens in tiles:
         kv = torch.randn(2, 3, tokens + 5, dim, generator=chance)[:, :, 5:]  # strided
-        functions = (host.attention_update, reference.attention_update)
-        states = [f(state, packed, *kv, rule) for f, state in zip(functions, states, strict=True)]
+        functions = (cpu.attention_update, reference.attention_update)
+        states = [f(state, packed, *kv, params) for f, state in zip(functions, states, strict=True)]
         ours, theirs = (reference.attention_logsumexp(state) for state in states)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     ours, theirs = (reference.attention_finish(state, 3, torch.float32) for state in states)
@@ -33,7 +35,7 @@ def test_half_precision_rounds_once():
     chance = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, n, 16, generator=chance).bfloat16() for n in (2, 4000, 4000))
     attention = ops.RunningAttention()
-    attention.start(query, 1, ops.Rule(0.25))
+    attention.start(query, 1, ops.AttentionParams(0.25))
     for start in range(0, 4000, 4):
         attention.update(key[:, start : start + 4], value[:, start : start + 4])
     expected = (query.double() @ key.double().mT * 0.25).softmax(-1) @ value.double()
@@ -53,8 +55,8 @@ def test_select(slots, count, seed):
     held, offered = scores(slots).sort(dim=1, descending=True).values, scores(count)
     chunks = torch.arange(slots).repeat(2, 1).masked_fill(held.isinf(), -1)
     present = torch.zeros(2, 31, dtype=torch.bool).scatter_(1, chunks.where(chunks >= 0, 30), True)
-    choices = [reference.Choice(held.clone(), chunks.clone(), present.clone()) for _ in range(2)]
-    ours = host.select_chunks(choices[0], offered, 20)
+    choices = [reference.ChunkSelection(held.clone(), chunks.clone(), present.clone()) for _ in range(2)]
+    ours = cpu.select_chunks(choices[0], offered, 20)
     theirs = reference.select_chunks(choices[1], offered, 20)
     assert torch.equal(ours, theirs)
     for one, other in zip(choices[0][:2], choices[1][:2], strict=True):

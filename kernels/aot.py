@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, for a GPU that need not be there: ``python -m offload_triforce.kernels.compile``.
+"""Compile every kernel ahead of time, for a GPU that need not be there: ``python -m offload_triforce.kernels.aot``.
 
 It shows that the kernels build for a compute capability, and how much shared memory a block of each takes: RTX cards
 of the 30, 40 and 50 series give 99 KB, and refuse a kernel that wants more only when it is launched.
@@ -20,9 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from offload_triforce.kernels import kv_codec, retrieval, verify_attention
-from offload_triforce.kernels.reference import Choice, Newest, Rule
-from offload_triforce.kernels.reference_codec import CodedChunks
+from offload_triforce.kernels import chunk_selection, kv_codec, verify_attention
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
 
 SHARED_MEMORY = 101376
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -143,15 +142,15 @@ def _state(splits: int, rows: int, dim: int, started: bool) -> verify_attention.
 def _update_launch(dtype: torch.dtype, dim: int, rows: int, feature: str, first: bool) -> Launch:
     """One tile of 4096 keys, seen by ``rows`` packed rows of 8 KV heads."""
     key, value = _empty(2, 8, 4096, dim, dtype=dtype)
-    newest = None
+    tree_mask = None
     if feature not in ("plain", "softcap"):
         length = _empty(1, dtype=torch.long) if feature in ("length", "all") else None
         positions = _empty(rows, dtype=torch.long) if feature in ("positions", "all") else None
-        newest = Newest(_empty(rows, 64, dtype=torch.bool), positions, length)
+        tree_mask = TreeMask(_empty(rows, 64, dtype=torch.bool), positions, length)
     window = 1000 if feature in ("window", "positions", "all") else None
-    rule = Rule(0.125, window, 50.0 if feature in ("softcap", "all") else None)
+    params = AttentionParams(0.125, window, 50.0 if feature in ("softcap", "all") else None)
     state = _state(16, rows, dim, not first)
-    return verify_attention.update_arguments(state, _empty(8, rows, dim, dtype=dtype), key, value, rule, newest)
+    return verify_attention.update_arguments(state, _empty(8, rows, dim, dtype=dtype), key, value, params, tree_mask)
 
 
 def _score_cases(extent: str) -> Iterator[Case]:
@@ -163,21 +162,23 @@ def _score_cases(extent: str) -> Iterator[Case]:
         key, held = _empty(8, 24 * chunk, dim, dtype=dtype), _empty(8, 24, dtype=torch.bool)
         named = {"dtype": _name(dtype), "dim": dim, "chunk": chunk}
         tensors = _empty(8, 64, dim, dtype=dtype), key
-        launch = retrieval.score_arguments(*tensors, chunk, 0.125, _empty(8, 64), held, _empty(8, 24))
-        yield Case(retrieval._score_kernel, named, launch)
+        launch = chunk_selection.score_arguments(*tensors, chunk, 0.125, _empty(8, 64), held, _empty(8, 24))
+        yield Case(chunk_selection._score_kernel, named, launch)
         source, slots = _empty(8, 512, dtype=torch.long), _empty(2, 8, 512, chunk, dim, dtype=dtype)
-        launch = retrieval.gather_arguments(source, _empty(2, *key.shape, dtype=dtype), slots)
-        yield Case(retrieval._gather_kernel, named, launch)
+        launch = chunk_selection.gather_arguments(source, _empty(2, *key.shape, dtype=dtype), slots)
+        yield Case(chunk_selection._gather_kernel, named, launch)
 
 
 def _select_cases(extent: str) -> Iterator[Case]:
     """The choice: at the largest size, and at a usual one."""
     for slots, count in ((4096, 2048), (504, 256))[: 1 if extent == "few" else 2]:
         held = _empty(8, 16385, dtype=torch.bool)
-        choice = Choice(_empty(8, slots), _empty(8, slots, dtype=torch.long), held)
+        selection = ChunkSelection(_empty(8, slots), _empty(8, slots, dtype=torch.long), held)
         source, scratch = _empty(8, slots, dtype=torch.long), _empty(8, slots + 2 * count, dtype=torch.int32)
-        launches = retrieval.select_arguments(choice, _empty(8, count), 512, source, scratch)
-        for kernel, launch in zip((retrieval._rank_kernel, retrieval._assign_kernel), launches, strict=True):
+        launches = chunk_selection.select_arguments(selection, _empty(8, count), 512, source, scratch)
+        for kernel, launch in zip(
+            (chunk_selection._rank_kernel, chunk_selection._assign_kernel), launches, strict=True
+        ):
             yield Case(kernel, {"slots": slots, "count": count}, launch)
 
 
@@ -194,10 +195,10 @@ def _codec_cases(extent: str) -> Iterator[Case]:
         )
         yield Case(kv_codec._encode_kernel, named, launch)
         yield Case(kv_codec._decode_kernel, named, kv_codec.decode_arguments(coded, 512, _empty(8, 512 * chunk, dim)))
-        rule, tokens = Rule(0.125, None, 50.0), _empty(1, dtype=torch.long)
+        params, tokens = AttentionParams(0.125, None, 50.0), _empty(1, dtype=torch.long)
         for rows, first in ((96, True), (13, False)):
             packed, state = _empty(8, rows, dim, dtype=dtype), _state(16, rows, dim, not first)
-            launch = kv_codec.update_arguments(state, packed, coded, rule, None, tokens)
+            launch = kv_codec.update_arguments(state, packed, coded, params, None, tokens)
             yield Case(kv_codec._update_kernel, named | {"rows": rows, "first": first}, launch)
 
 

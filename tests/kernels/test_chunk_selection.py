@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.kernels import ops, reference
-from offload_triforce.kernels.reference import Choice
+from offload_triforce.kernels.types import ChunkSelection
 
-retrieval = pytest.importorskip("offload_triforce.kernels.retrieval", reason="needs Triton")
+chunk_selection = pytest.importorskip("offload_triforce.kernels.chunk_selection", reason="needs Triton")
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -26,7 +26,7 @@ def draw(device, *shape, dtype=torch.float32, seed=0):
 
 def assert_scores(packed, key, chunk, baseline, held):
     """Arithmetic is float32 whatever the dtype, hence one tolerance."""
-    actual = retrieval.chunk_scores(packed, key, chunk, 0.125, baseline, held)
+    actual = chunk_selection.chunk_scores(packed, key, chunk, 0.125, baseline, held)
     expected = reference.chunk_scores(packed, key, chunk, 0.125, baseline, held)
     assert actual.shape == (key.shape[0], key.shape[1] // chunk)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -72,7 +72,7 @@ def test_baselines_of_any_size(device):
 def new_choice(device, heads, slots, chunks):
     """Nothing chosen, out of ``chunks``. The held set is part of a larger table, as in a cache of many layers."""
     table = torch.zeros(heads, 3, chunks + 1, dtype=torch.bool, device=device)
-    return Choice(
+    return ChunkSelection(
         torch.full((heads, slots), -math.inf, device=device),
         torch.full((heads, slots), -1, dtype=torch.long, device=device),
         table[:, 1],
@@ -82,17 +82,17 @@ def new_choice(device, heads, slots, chunks):
 def assert_choices(device, offers, slots):
     """Offer tile after tile to both. They must agree exactly; returns the choice."""
     heads, chunks = offers[0].shape[0], sum(offer.shape[1] for offer in offers)
-    choice, twin = new_choice(device, heads, slots, chunks), new_choice(device, heads, slots, chunks)
+    selection, twin = new_choice(device, heads, slots, chunks), new_choice(device, heads, slots, chunks)
     first = 0
     for offer in offers:
-        source = retrieval.select_chunks(choice, offer, first)
+        source = chunk_selection.select_chunks(selection, offer, first)
         assert source.dtype == torch.long
         assert torch.equal(source, reference.select_chunks(twin, offer, first))
-        assert torch.equal(choice.scores, twin.scores)
-        assert torch.equal(choice.chunks, twin.chunks)
-        assert torch.equal(choice.held[:, :-1], twin.held[:, :-1])
+        assert torch.equal(selection.scores, twin.scores)
+        assert torch.equal(selection.chunks, twin.chunks)
+        assert torch.equal(selection.held[:, :-1], twin.held[:, :-1])
         first += offer.shape[1]
-    return choice
+    return selection
 
 
 @st.composite
@@ -109,22 +109,22 @@ def tiles_of_scores(draw_):
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_streaming_top_k_is_the_global_one(device, offers, slots):
     """Whatever the tiles, each head holds the best of all; what it holds is what the numbers say."""
-    choice = assert_choices(device, [offer.to(device) for offer in offers], slots)
+    selection = assert_choices(device, [offer.to(device) for offer in offers], slots)
     everything = torch.cat(offers, dim=1)
     for head, scores in enumerate(everything.tolist()):
         best = sorted((score for score in scores if score > -math.inf), reverse=True)[:slots]
-        numbers = choice.chunks[head].tolist()
+        numbers = selection.chunks[head].tolist()
         taken = [number for number in numbers if number >= 0]
         assert len(set(taken)) == len(taken) == len(best)
         assert sorted((scores[number] for number in taken), reverse=True) == best
-        assert choice.scores[head].tolist() == [scores[n] if n >= 0 else -math.inf for n in numbers]
-        assert choice.held[head, :-1].nonzero().flatten().tolist() == sorted(taken)
+        assert selection.scores[head].tolist() == [scores[n] if n >= 0 else -math.inf for n in numbers]
+        assert selection.held[head, :-1].nonzero().flatten().tolist() == sorted(taken)
 
 
 def test_of_equal_scores_the_held_chunk_wins_then_the_earlier(device):
     offers = [torch.tensor([[1.0, 1.0, 0.0, 1.0]]), torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[2.0, 2.0, 2.0]])]
-    choice = assert_choices(device, [offer.to(device) for offer in offers], 3)
-    assert choice.chunks.tolist() == [[7, 8, 5]]
+    selection = assert_choices(device, [offer.to(device) for offer in offers], 3)
+    assert selection.chunks.tolist() == [[7, 8, 5]]
 
 
 @pytest.mark.parametrize(("slots", "count"), [(70, 200), (300, 64), (130, 129)])
@@ -142,15 +142,15 @@ def test_a_large_budget(device):
 
 def test_what_is_held_may_be_offered_again_as_minus_infinity(device):
     """A refresh scores what is held anew, then sees all chunks go by once more."""
-    choice, twin = new_choice(device, 2, 6, 40), new_choice(device, 2, 6, 40)
+    selection, twin = new_choice(device, 2, 6, 40), new_choice(device, 2, 6, 40)
     for round_ in range(3):
         for first in range(0, 40, 8):
-            for each, backend in ((choice, retrieval), (twin, reference)):
+            for each, backend in ((selection, chunk_selection), (twin, reference)):
                 offered = draw(device, 2, 8, seed=40 * round_ + first)
                 offered = offered.masked_fill(each.held[:, first : first + 8], -math.inf)
                 backend.select_chunks(each, offered, first)
-            assert torch.equal(choice.chunks, twin.chunks)
-            assert torch.equal(choice.held[:, :-1], twin.held[:, :-1])
+            assert torch.equal(selection.chunks, twin.chunks)
+            assert torch.equal(selection.held[:, :-1], twin.held[:, :-1])
 
 
 @DTYPES
@@ -161,7 +161,7 @@ def test_gather_chunks(device, chunk, dim, dtype):
     cache = draw(device, 2, 3, 4 + 6 * chunk, dim, dtype=dtype, seed=1)
     twin = cache.clone()
     source = torch.tensor([[0, -1, 8, 3, -1, 2], [-1] * 6, [5, 4, 3, 2, 1, 0]], device=device)
-    for backend, buffer in ((retrieval, cache), (reference, twin)):
+    for backend, buffer in ((chunk_selection, cache), (reference, twin)):
         backend.gather_chunks(source, tile, buffer[:, :, 4:].unflatten(2, (6, chunk)))
     assert torch.equal(cache, twin)
 
@@ -183,16 +183,16 @@ def test_offsets_of_scores_pass_two_to_the_31(device, arena, far, chunk):
 
 @pytest.mark.parametrize("far", ["scores", "chunks", "held", "offered"])
 def test_offsets_of_choices_pass_two_to_the_31(device, arena, far):
-    choice, twin = new_choice(device, 9, 3, 8), new_choice(device, 9, 3, 8)
+    selection, twin = new_choice(device, 9, 3, 8), new_choice(device, 9, 3, 8)
     offers, strides = [draw(device, 9, 4, seed=seed) for seed in range(2)], (1 << 28, 1)
     if far == "offered":
         offers = [arena(offer, strides) for offer in offers]
     else:
-        choice = choice._replace(**{far: arena(getattr(choice, far), strides)})
+        selection = selection._replace(**{far: arena(getattr(selection, far), strides)})
     for first, offer in zip((0, 4), offers, strict=True):
-        source = retrieval.select_chunks(choice, offer, first)
+        source = chunk_selection.select_chunks(selection, offer, first)
         assert torch.equal(source, reference.select_chunks(twin, offer, first))
-    for actual, expected in zip(choice, twin, strict=True):
+    for actual, expected in zip(selection, twin, strict=True):
         assert torch.equal(actual[:, :3], expected[:, :3])
 
 
@@ -210,29 +210,33 @@ def test_offsets_of_copies_pass_two_to_the_31(device, arena, far):
         cache = arena(cache, (1280, 64, step, 64, 1))
     else:
         kv = arena(kv, (1280, step, 64, 1) if far == "heads" else (1280, 320, step, 1))
-    for backend, buffer in ((retrieval, cache), (reference, twin)):
+    for backend, buffer in ((chunk_selection, cache), (reference, twin)):
         backend.gather_chunks(source, kv, buffer)
     assert torch.equal(cache, twin)
 
 
 def test_rows_that_are_not_contiguous_are_refused(device):
-    choice = new_choice(device, 2, 3, 8)
+    selection = new_choice(device, 2, 3, 8)
     with pytest.raises(ValueError, match="stride"):
-        retrieval.select_chunks(choice, draw(device, 4, 2).t(), 0)
+        chunk_selection.select_chunks(selection, draw(device, 4, 2).t(), 0)
     with pytest.raises(ValueError, match="stride"):
-        retrieval.chunk_scores(draw(device, 2, 3, 64), draw(device, 2, 64, 8).mT, 4, 1.0, choice.scores, choice.held)
+        chunk_selection.chunk_scores(
+            draw(device, 2, 3, 64), draw(device, 2, 64, 8).mT, 4, 1.0, selection.scores, selection.held
+        )
     with pytest.raises(ValueError, match="stride"):
-        retrieval.gather_chunks(choice.chunks, draw(device, 2, 2, 64, 8).mT, draw(device, 2, 2, 3, 4, 64))
+        chunk_selection.gather_chunks(selection.chunks, draw(device, 2, 2, 64, 8).mT, draw(device, 2, 2, 3, 4, 64))
 
 
 def test_ops_use_the_kernels(device, monkeypatch):
     """On the CPU too, if asked."""
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
     used = []
-    for name, backend in itertools.product(("chunk_scores", "select_chunks", "gather_chunks"), (retrieval, reference)):
+    for name, backend in itertools.product(
+        ("chunk_scores", "select_chunks", "gather_chunks"), (chunk_selection, reference)
+    ):
         monkeypatch.setattr(backend, name, lambda *_, which=(backend, name): used.append(which))
     tensor = draw(device, 1)
     ops.chunk_scores(tensor, tensor, 8, 1.0, tensor, tensor)
-    ops.select_chunks(Choice(tensor, tensor, tensor), tensor, 0)
+    ops.select_chunks(ChunkSelection(tensor, tensor, tensor), tensor, 0)
     ops.gather_chunks(tensor, tensor, tensor)
-    assert used == [(retrieval, name) for name in ("chunk_scores", "select_chunks", "gather_chunks")]
+    assert used == [(chunk_selection, name) for name in ("chunk_scores", "select_chunks", "gather_chunks")]

@@ -18,7 +18,7 @@ SHARED_MEMORY = 99 * 1024
 def compile_kernels(*arguments, **environment):
     """Run the compiler in a process of its own: in this one the kernels may belong to the interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "offload_triforce.kernels.compile", *arguments]
+    command = [sys.executable, "-m", "offload_triforce.kernels.aot", *arguments]
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=500)
 
 
@@ -33,7 +33,7 @@ def test_kernels_compile_and_fit(cc, extent):
     names = {kernel["name"] for kernel in kernels}
     assert names == {
         *(f"verify_attention._{name}_kernel" for name in ("update", "combine")),
-        *(f"retrieval._{name}_kernel" for name in ("score", "rank", "assign", "gather")),
+        *(f"chunk_selection._{name}_kernel" for name in ("score", "rank", "assign", "gather")),
         *(f"kv_codec._{name}_kernel" for name in ("encode", "decode", "update")),
     }
     assert all(kernel["cc"] == cc and kernel["shared"] <= SHARED_MEMORY for kernel in kernels)

@@ -12,16 +12,13 @@ from torch import Tensor
 
 from offload_triforce.kernels import reference
 from offload_triforce.kernels.reference import (
-    Choice,
-    Newest,
-    PartialAttention,
-    Rule,
     attention_finish,
     attention_logsumexp,
     attention_start,
     chunk_scores,
     gather_chunks,
 )
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, PartialAttention, TreeMask
 
 __all__ = [
     "attention_finish",
@@ -35,17 +32,22 @@ __all__ = [
 
 
 def attention_update(
-    state: PartialAttention, packed: Tensor, key: Tensor, value: Tensor, rule: Rule, newest: Newest | None = None
+    state: PartialAttention,
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    tree_mask: TreeMask | None = None,
 ) -> PartialAttention:
     """See ``reference.attention_update``. Tiles that all queries see go through torch's fused CPU attention.
 
     It returns each query's normalised output and log-sum-exp: the state of a softmax with all mass at one score.
     In half precision it would round every tile's output, so the eager twin, which rounds once, stays.
     """
-    if newest is not None or rule.softcap is not None or packed.dtype != torch.float32:
-        return reference.attention_update(state, packed, key, value, rule, newest)
+    if tree_mask is not None or params.softcap is not None or packed.dtype != torch.float32:
+        return reference.attention_update(state, packed, key, value, params, tree_mask)
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        packed[None], key[None], value[None], 0.0, False, attn_mask=None, scale=rule.scaling
+        packed[None], key[None], value[None], 0.0, False, attn_mask=None, scale=params.scaling
     )
     maximum = torch.maximum(state.maximum, logsumexp[0])
     decay, weight = torch.exp(state.maximum - maximum), torch.exp(logsumexp[0] - maximum)
@@ -56,8 +58,8 @@ def attention_update(
     )
 
 
-def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
+def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
     """See ``reference.select_chunks``. Where no offered chunk beats a held one, there is nothing to sort."""
-    if bool((offered.amax(dim=1) > choice.scores.amin(dim=1)).any()):
-        return reference.select_chunks(choice, offered, first)
-    return torch.full_like(choice.chunks, -1)
+    if bool((offered.amax(dim=1) > selection.scores.amin(dim=1)).any()):
+        return reference.select_chunks(selection, offered, first)
+    return torch.full_like(selection.chunks, -1)

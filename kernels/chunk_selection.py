@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_triforce.kernels.reference import Choice
+from offload_triforce.kernels.types import ChunkSelection
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -48,26 +48,26 @@ def score_arguments(
     return (-(-chunks // 16), heads), arguments, {"num_warps": 8, "num_stages": 1}
 
 
-def select_chunks(choice: Choice, offered: Tensor, first: int) -> Tensor:
+def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
     """One step of a streaming top-k, in place. Returns which offered chunk enters each slot, or -1: int64 [K, k]."""
-    _check_rows(*choice, offered)
-    heads, slots = choice.scores.shape
+    _check_rows(*selection, offered)
+    heads, slots = selection.scores.shape
     source = torch.empty(heads, slots, dtype=torch.long, device=offered.device)
     scratch = torch.empty(heads, slots + 2 * offered.shape[1], dtype=torch.int32, device=offered.device)
-    ranking, assigning = select_arguments(choice, offered, first, source, scratch)
+    ranking, assigning = select_arguments(selection, offered, first, source, scratch)
     _rank_kernel[ranking[0]](*ranking[1], **ranking[2])
     _assign_kernel[assigning[0]](*assigning[1], **assigning[2])
     return source
 
 
 def select_arguments(
-    choice: Choice, offered: Tensor, first: int, source: Tensor, scratch: Tensor
+    selection: ChunkSelection, offered: Tensor, first: int, source: Tensor, scratch: Tensor
 ) -> tuple[Launch, Launch]:
     """What ``select_chunks`` launches: marking the best, then giving those that enter a slot.
 
     ``scratch`` [K, k + 2C] holds a mark for each held and offered chunk, then the list of those that enter.
     """
-    scores, chunks, held = choice
+    scores, chunks, held = selection
     (heads, slots), count = scores.shape, offered.shape[1]
     sizes = (slots, count, scores.stride(0), offered.stride(0))
     ranking = (scores, offered, scratch, *sizes, 64, 128)

@@ -30,7 +30,7 @@ from offload_triforce.errors import MemoryLimitError
 from offload_triforce.host_memory import free_on_host
 from offload_triforce.memory import work_out
 from offload_triforce.model.layout import probe
-from offload_triforce.runtime import make_plan, make_shape
+from offload_triforce.planner.sizes import make_plan, make_shape
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 1000}
@@ -123,7 +123,7 @@ class Parts:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
-    known = ["llama-2-7b", "llama-3.1-8b", "qwen2.5-7b"]
+    known = ["llama-2-7b-128k", "llama-3.1-8b", "qwen2.5-7b-1m"]
     parser.add_argument("--shapes", nargs="+", default=known, help="model shapes")
     parser.add_argument("--contexts", nargs="+", type=int, default=[32768, 131072], help="tokens")
     parser.add_argument("--budget", type=int, default=4096, help="tokens in the retrieval cache")

@@ -22,8 +22,8 @@ from torch import Tensor
 from offload_triforce import TriForce
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.demo import demo_prompt
-from offload_triforce.fetch import fetch_smollm2
 from offload_triforce.model.adapter import attached, run
+from offload_triforce.model.fetch import fetch_model
 from offload_triforce.model.rotary import KeyTurner
 
 SINK = 4
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=256)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    engine = TriForce.load(fetch_smollm2())
+    engine = TriForce.load(fetch_model("smollm2"))
     model, prompt = engine.model, demo_prompt(engine, options.prompt_tokens)
     answer = engine.generate(prompt, max_new_tokens=options.answer_tokens, temperature=1.0, seed=1).token_ids
     tokens, start = prompt + answer, len(prompt) - 1

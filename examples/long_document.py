@@ -3,14 +3,13 @@
 import sys
 
 from offload_triforce import TriForce
-from offload_triforce.fetch import fetch_model
 from offload_triforce.prompt import build_prompt, read_text
 
 path = sys.argv[1] if len(sys.argv) > 1 else __file__
-model = sys.argv[2] if len(sys.argv) > 2 else fetch_model("smollm2")
+model = sys.argv[2] if len(sys.argv) > 2 else "smollm2"
 
 with TriForce.load(model, draft="ngram") as engine:
-    prompt = build_prompt(engine.tokenizer, read_text(path), "What is this text about?", chat=True)
+    prompt = build_prompt(engine.tokenizer, read_text(path), "What is this text about?")
     result = engine.generate(prompt, max_new_tokens=48, temperature=0.6, top_p=0.9, seed=0)
     stats = result.stats
     print(result.text)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload_triforce import Settings, triforce_generate
-from offload_triforce.fetch import fetch_model
+from offload_triforce.model.fetch import fetch_model
 
 source = Path(sys.argv[1] if len(sys.argv) > 1 else fetch_model("smollm2"))
 where = {"gguf_file": source.name} if source.suffix == ".gguf" else {}

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from offload_triforce.answer import Generation, TextStream
     from offload_triforce.config import Settings
     from offload_triforce.engine import TriForce
-    from offload_triforce.errors import InputError, MemoryLimitError, TriForceError, UnsupportedModelError
+    from offload_triforce.errors import BusyError, InputError, MemoryLimitError, TriForceError, UnsupportedModelError
     from offload_triforce.hf import triforce_generate
+    from offload_triforce.speculation.grammar import GrammarProcessor
+    from offload_triforce.speculation.processors import forkable, stateless
 
 # Imported on first use, so that `offload-triforce --help` does not wait for torch.
 _HOMES = {
@@ -24,15 +26,21 @@ _HOMES = {
     "Generation": "answer",
     "TextStream": "answer",
     "TriForce": "engine",
+    "BusyError": "errors",
     "InputError": "errors",
     "MemoryLimitError": "errors",
     "TriForceError": "errors",
     "UnsupportedModelError": "errors",
     "triforce_generate": "hf",
+    "GrammarProcessor": "speculation.grammar",
+    "forkable": "speculation.processors",
+    "stateless": "speculation.processors",
 }
 
 __all__ = [
+    "BusyError",
     "Generation",
+    "GrammarProcessor",
     "InputError",
     "MemoryLimitError",
     "Settings",
@@ -41,11 +49,19 @@ __all__ = [
     "TriForceError",
     "UnsupportedModelError",
     "__version__",
+    "forkable",
+    "stateless",
     "triforce_generate",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker knows the names from above, and shall complain of any other
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload_triforce.chat import Message, chat_ids, is_chat
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.model.layout import ModelLayout
+
+Prompt = str | Sequence[int] | Sequence[Message] | Tensor
+
+
+def encode_prompt(prompt: Prompt, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """A text, messages of a chat, token ids, or a tensor (n,) or (1, n) of them, as ids on the CPU.
+
+    Raises:
+        InputError: why it is no prompt for this model.
+    """
+    if is_chat(prompt):
+        prompt = chat_ids(tokenizer, prompt)
+    elif isinstance(prompt, str):
+        if tokenizer is None:
+            raise InputError("a text prompt needs a tokenizer; pass token ids, or load one with the model")
+        if not prompt.strip():
+            raise InputError("the prompt is empty; give at least one word")
+        prompt = tokenizer(prompt, return_tensors="pt").input_ids
+    try:
+        ids = torch.as_tensor(prompt, dtype=torch.long, device="cpu")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the prompt is neither text nor one list of token ids ({error})") from error
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
+    return ids
 
 
 def check_context(context: int, positions: int | None) -> None:
@@ -27,27 +58,33 @@ def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     draft: PreTrainedModel,
     draft_tokenizer: PreTrainedTokenizerBase | None,
+    told: bool = False,
 ) -> None:
-    """A draft has to speak the target's tokens.
+    """A draft has to speak the target's tokens. Their tokenizers show it; without them, vocabularies of one size do.
+
+    ``told``: the user says so.
 
     Raises:
         InputError: says how the two differ.
     """
+    if told:
+        return
     if tokenizer is not None and draft_tokenizer is not None:
         ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
         differing = sum(theirs.get(token) != number for token, number in ours.items())
         if differing or len(ours) != len(theirs):
             raise InputError(
                 f"the draft's tokenizer is not the target's: {max(differing, abs(len(ours) - len(theirs))):,} of "
-                f"{len(ours):,} tokens differ; take a draft of the same model family, or draft 'ngram'"
+                f"{len(ours):,} tokens differ; take a draft of the same model family, or draft 'ngram', or set "
+                "same_tokens=True if these are few and rare"
             )
-    elif draft is not model:
-        sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the draft's vocabulary of {sizes[1]:,} tokens is not the target's of {sizes[0]:,}; take a draft of "
-                "the same model family, or draft 'ngram'"
-            )
+        return
+    sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the draft's vocabulary of {sizes[1]:,} tokens is not the target's of {sizes[0]:,}; take a draft of the "
+            "same model family, or draft 'ngram', or set same_tokens=True if only their padding differs"
+        )
 
 
 def check_draft(layout: ModelLayout, target: ModelLayout, settings: Settings) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from offload_triforce.errors import InputError
+from offload_triforce.machine.units import MOST_TOKENS, parse_speed, parse_tokens
 
 DEFAULT_BUDGET = 8192
 RULES = ("coupled", "resampled")
 BITS = (4, 8, 16)
+# What is larger is a slip, and would be looped over.
+_MOST = {"gamma": 4096, "gamma1": 4096, "branches": 4096, "width": 65_536, "tree": 65_536}
+_CHOSEN = ("context", "budget", "tree", "tile", "ring")  # None: for the machine and the text
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Settings:
         sink: tokens at the start of the text that are always attended; a multiple of the chunk.
         recent: newest tokens that are always attended.
         draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
+        same_tokens: take it as given that a draft model numbers its tokens as the target does, whatever the sizes of
+            their (padded) vocabularies or their tokenizers say. Where that is wrong, drafts are, and nothing else.
         tile: tokens per transfer, a multiple of the chunk; None is about 16 MB.
         ring: tiles in flight: staging buffers on the device; None is about 128 MB.
         resident: share of the full cache's tiles that stays on the device, 0 to 1; None is what a GPU has room for, and
@@ -66,6 +73,7 @@ class Settings:
     recent: int = 64
     draft_cache: int = 256
     draft_sink: int = 4
+    same_tokens: bool = False
     tile: int | None = None
     ring: int | None = None
     resident: float | None = None
@@ -78,26 +86,30 @@ class Settings:
         least |= {"tree": 0, "branches": 1, "width": 1}
         least |= {"draft_cache": 4, "draft_sink": 0, "tile": 1, "ring": 1, "prefill_chunk": 1}
         for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
+            value, highest = getattr(self, name), _MOST.get(name, MOST_TOKENS)
+            if value is None and name in _CHOSEN:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise InputError(f"{name} must be a whole number of at least {lowest}, not {value!r}")
-        for name in ("graphs", "adaptive", "refresh", "ahead"):
+            if value > highest:
+                raise InputError(f"{name} must be at most {highest:,}, not {value:,}")
+        for name in ("graphs", "adaptive", "refresh", "ahead", "same_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.bits not in BITS:
             raise InputError(f"bits must be 4, 8 or 16, not {self.bits!r}")
         if self.rule not in RULES:
             raise InputError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
-        if self.draft_cost is not None and not self.draft_cost > 0:
-            raise InputError(f"draft_cost must be greater than 0, not {self.draft_cost}")
+        for name in ("draft_cost", "link_gbps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be greater than 0 and finite, not {value}")
         if self.tree is not None and self.tree < self.gamma:
             raise InputError(
                 f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it"
             )
         if self.resident is not None and not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
-        if self.link_gbps is not None and not self.link_gbps > 0:
-            raise InputError(f"link_gbps must be greater than 0, not {self.link_gbps}")
         for name in ("sink", "tile"):
             if (getattr(self, name) or 0) % self.chunk:
                 raise InputError(f"{name} must be a multiple of the chunk of {self.chunk}, not {getattr(self, name)}")
@@ -151,10 +163,27 @@ class Settings:
 
     def budget_for(self, context: int) -> int:
         """The budget at a context of that many tokens: as set, but no more than the context can use."""
-        least = self.sink + self.recent + self.chunk
         if self.budget is None:
-            return max(least, min(DEFAULT_BUDGET, context // 4))
-        return min(self.budget, max(least, context))
+            return max(self.least_budget, min(DEFAULT_BUDGET, context // 4))
+        return min(self.budget, max(self.least_budget, context))
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget, with room for a single chunk."""
+        return self.sink + self.recent + self.chunk
+
+
+# Settings that count tokens: they may be given as text too, as 128K or 131,072.
+IN_TOKENS = ("context", "budget", "sink", "recent", "draft_cache", "draft_sink", "tile", "prefill_chunk")
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting's value, given as text where it has a unit: on the command line, in a file or from Python alike."""
+    if not isinstance(value, str):
+        return value
+    if name in IN_TOKENS:
+        return parse_tokens(value, name)
+    return parse_speed(value, name, bare=True) if name == "link_gbps" else value
 
 
 def replace_settings(settings: Settings, values: Mapping[str, Any]) -> Settings:
@@ -166,6 +195,6 @@ def replace_settings(settings: Settings, values: Mapping[str, Any]) -> Settings:
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
             raise InputError(f"unknown setting {key!r}; {hint}")
     try:
-        return replace(settings, **values)
+        return replace(settings, **{name: _read(name, value) for name, value in values.items()})
     except TypeError as error:
         raise InputError(f"a setting has a value of the wrong type: {error}") from error

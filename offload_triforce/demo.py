@@ -13,7 +13,7 @@ from offload_triforce.answer import Generation
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
-from offload_triforce.fetch import fetch_model
+from offload_triforce.model.fetch import fetch_model
 from offload_triforce.prompt import build_prompt
 from offload_triforce.report import bars, comparison
 
@@ -24,7 +24,7 @@ def demo_prompt(engine: TriForce, tokens: int) -> list[int]:
     """About that many tokens of standard-library source, and a question about it."""
     source = "\n\n".join(inspect.getsource(module) for module in (textwrap, argparse, optparse))
     ids = engine.tokenizer(source, add_special_tokens=False).input_ids[: tokens - 64]
-    return build_prompt(engine.tokenizer, engine.tokenizer.decode(ids), QUESTION, chat=True)
+    return build_prompt(engine.tokenizer, engine.tokenizer.decode(ids), QUESTION)
 
 
 def run_demo(
@@ -51,7 +51,7 @@ def run_demo(
     prompt = demo_prompt(plain, prompt_tokens)
     link = f"an emulated link of {settings.link_gbps:g} GB/s" if settings.link_gbps else "the link"
     console.print(f"{len(prompt):,} tokens of Python's standard library; KV cache in host memory behind {link}.")
-    console.print(f"[bold]{QUESTION}[/bold]\n")
+    console.print(f"{QUESTION}\n", style="bold")
     runs = {}
     for name, engine in (
         ("plain", plain),
@@ -74,7 +74,7 @@ def _judge(console: Console, runs: dict[str, Generation]) -> None:
     plain, hierarchy = runs["plain"], runs["hierarchy"]
     faster = plain.stats.ms_per_token / hierarchy.stats.ms_per_token if hierarchy.stats.ms_per_token else 0.0
     if plain.token_ids == hierarchy.token_ids:
-        console.print(f"[bold green]Identical tokens[/bold green], {faster:.1f}x the speed.")
+        console.print(f"Identical tokens, {faster:.1f}x the speed.", style="bold green", highlight=False)
     else:
         pairs = enumerate(zip(plain.token_ids, hierarchy.token_ids, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(plain.token_ids), len(hierarchy.token_ids)))

@@ -216,9 +216,12 @@ def measure() -> tuple[dict[str, Any], list[str]]:
     properties = torch.cuda.get_device_properties(0)
     when = time.strftime("%Y-%m-%d")
     measured = Measured(properties.name, properties.total_memory, link["h2d_gbps"], link["d2h_gbps"], memory, when)
-    keep_measured(measured)
+    try:
+        kept = f"and kept for `plan` in {keep_measured(measured)}"
+    except OSError as error:
+        kept = f"but not kept for `plan` ({error.filename}: {error.strerror})"
     line = (
-        f"Measured, and kept for `plan`: {measured.h2d_gbps:.1f} GB/s to the card, {measured.d2h_gbps:.1f} GB/s back, "
+        f"Measured, {kept}: {measured.h2d_gbps:.1f} GB/s to the card, {measured.d2h_gbps:.1f} GB/s back, "
         f"{measured.memory_gbps:.0f} GB/s within it."
     )
     return asdict(measured), [line]

@@ -20,7 +20,6 @@ from offload_triforce.speculation.rules import Rule
 
 # "ngram", "self", "none", a loaded model, or look-up and a model together: "ngram+self", ("ngram", model).
 DraftChoice = PreTrainedModel | str | Sequence[PreTrainedModel | str] | None
-BOTH = "ngram+"
 
 
 class Drafts:
@@ -40,7 +39,9 @@ class Drafts:
         Raises:
             InputError: not a draft, or one that does not fit the target.
         """
-        self.settings, self._vocabulary = settings, layout.vocabulary
+        # What the target can say, and read again.
+        self._vocabulary = min(layout.vocabulary, target.get_input_embeddings().num_embeddings)
+        self.settings = settings
         parts = _parts(chosen)
         models = [target if part == "self" else part for part in parts if part != "ngram"]
         if len(models) > 1 or len(parts) - len(models) > 1:
@@ -50,7 +51,7 @@ class Drafts:
         self._small: tuple[StreamingCache, StepGraphs | None] | None = None
         if self.model is not None:
             self._layout = layout if self.model is target else probe(self.model)
-            check_same_tokens(target, tokenizer, self.model, draft_tokenizer)
+            check_same_tokens(target, tokenizer, self.model, draft_tokenizer, settings.same_tokens)
             check_draft(self._layout, layout, settings)
             self._turner = KeyTurner(self.model)
 

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from offload_triforce.answer import Generation, TextStream
-from offload_triforce.checks import check_context, check_length
+from offload_triforce.async_stream import AsyncTextStream
+from offload_triforce.checks import Prompt, check_context, check_length, encode_prompt
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.drafts import BOTH, DraftChoice, Drafts
-from offload_triforce.errors import InputError, MemoryLimitError
-from offload_triforce.model.adapter import attached
+from offload_triforce.decoding import Task, decode_answer
+from offload_triforce.drafts import DraftChoice, Drafts
+from offload_triforce.model.fetch import check_source, draft_model
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
+from offload_triforce.model.local_files import find_gguf
+from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.prefill import Progress
+from offload_triforce.options import check_call
 from offload_triforce.planner.choose import choose_for_loaded
 from offload_triforce.request import Request, interpret
 from offload_triforce.runtime import Runtime, on
-from offload_triforce.speculation.rules import Coupling, Noise, Resampling, Rule
-from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.stats import DecodeStats
-
-Prompt = str | Sequence[int] | Tensor
+from offload_triforce.turn import Answer, Closing, Turns
 
 
 class TriForce:
     """A target model with its draft, caches and settings.
 
-    >>> engine = TriForce.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+    >>> engine = TriForce.load("smollm2")
     >>> for piece in engine.stream("Once upon a time"):
     ...     print(piece, end="")
+
+    It may be used by several threads and tasks. It gives one answer at a time, since it has one set of caches; others
+    wait for their turn (``turn.py`` says who does, and who gives way). Engines of one model take turns step by step
+    (``model/lock.py``). The model can be used beside them: in other threads it is what it always was
+    (``model/attach.py``).
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class TriForce:
         settings: Settings | None = None,
         **changes: Any,
     ) -> None:
-        """Wrap a loaded model. It stays as it is: our attention is attached only while it decodes.
+        """Wrap a loaded model. It stays as it is: our attention is attached only in our threads, while they decode.
 
         Args:
             model: a transformers decoder, on one device. tokenizer: of both models.
@@ -69,7 +74,7 @@ class TriForce:
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
-        self._ticket: object = None  # of the answer that the caches belong to
+        self._turns = Turns()  # of the answers that the caches belong to
 
     @classmethod
     def load(
@@ -82,14 +87,14 @@ class TriForce:
         settings: Settings | None = None,
         **changes: Any,
     ) -> TriForce:
-        """Load by name: hub id, folder, or GGUF file.
+        """Load by name: one that ``offload-triforce models`` lists, a hub id, a folder, or a GGUF file.
 
         Args:
             model: the target. draft: likewise, or "ngram", "self", "none"; "ngram+" before a model takes both.
             dtype: "auto", "float32", "bfloat16" or "float16"; of the weights and of the KV cache.
             device: "auto", "cuda", "cuda:N" or "cpu".
             quantize: "nf4" or "int8" weights (bitsandbytes); the KV cache keeps ``dtype``.
-            settings: how to run; single ones may be given by name.
+            settings: how to run; single ones may be given by name, lengths also as text: context="128K".
 
         Raises:
             InputError, UnsupportedModelError: one sentence each.
@@ -97,13 +102,17 @@ class TriForce:
         settings = replace_settings(settings or Settings(), changes)  # refused before the weights are read
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
+        small = draft_model(draft)
+        if small is not None:
+            check_source(small)
+            find_gguf(small)
         if settings.context is not None:
             check_context(settings.context, max_positions(model))
         target, tokenizer = load_model(model, kind, where, quantize)
-        if draft in ("ngram", "self", "none", f"{BOTH}self"):
+        if small is None:
             return cls(target, tokenizer, draft, settings=settings)
-        small, draft_tokenizer = load_model(draft.removeprefix(BOTH), kind, where)
-        return cls(target, tokenizer, ("ngram", small) if draft.startswith(BOTH) else small, draft_tokenizer, settings)
+        loaded, draft_tokenizer = load_model(small, kind, where)
+        return cls(target, tokenizer, ("ngram", loaded) if draft != small else loaded, draft_tokenizer, settings)
 
     def generate(
         self,
@@ -114,14 +123,15 @@ class TriForce:
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
         pinning: Progress | None = None,
+        wait: bool = True,
         **options: Any,
     ) -> Generation:
         """Continue a text; see ``stream`` for the arguments. Returns the answer with its statistics."""
-        told = {"progress": progress, "pinning": pinning}
-        stream = self.stream(prompt, generation_config, seed=seed, streamer=streamer, **told, **options)
-        for _ in stream:
-            pass
-        return stream.result
+        told = {"progress": progress, "pinning": pinning, "wait": wait}
+        with self.stream(prompt, generation_config, seed=seed, streamer=streamer, **told, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result
 
     def stream(
         self,
@@ -132,28 +142,59 @@ class TriForce:
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
         pinning: Progress | None = None,
+        wait: bool = True,
         **options: Any,
     ) -> TextStream:
         """Continue a text, piece by piece.
 
         Args:
-            prompt: text, token ids, or a tensor (n,) or (1, n) of them.
+            prompt: text, token ids, a tensor (n,) or (1, n) of them, or the messages of a chat, each with a "role" and
+                a "content", which the model's chat template puts together.
             generation_config: transformers' own. Its keywords may be given directly too: max_new_tokens,
-                temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, stop_strings,
+                temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty, stop_strings (or stop),
                 logits_processor, stopping_criteria and so on; the model's defaults fill the rest.
             seed: of the draws; None takes one from torch's global generator.
             streamer: a transformers streamer. It gets the prompt, then every token.
             progress: called with (done, total) during the prefill.
             pinning: called with (done, total) bytes while host memory is pinned in the background (CUDA).
+            wait: until the answer of another thread is over, if there is one. False: a ``BusyError`` instead.
 
         Returns:
             An iterator of text. Its ``result`` is what has been generated so far.
 
         Raises:
-            InputError, MemoryLimitError: before the work starts.
+            InputError, MemoryLimitError, BusyError: before the work starts.
         """
-        request = interpret(self.model, self._encode(prompt), generation_config, self.tokenizer, options)
-        return self.run(request, seed, streamer, progress, pinning)
+        how = {"seed": seed, "streamer": streamer, "progress": progress, "pinning": pinning, "wait": wait}
+        return self._stream(Answer(), prompt, generation_config, options, how)
+
+    def astream(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        progress: Progress | None = None,
+        pinning: Progress | None = None,
+        wait: bool = True,
+        **options: Any,
+    ) -> AsyncTextStream:
+        """The same for ``async for``, decoded on a thread of its own; see ``stream`` for the arguments.
+
+        Callbacks are called on that thread. What ``stream`` raises comes with the first piece.
+        """
+        how = {"seed": seed, "streamer": streamer, "progress": progress, "pinning": pinning, "wait": wait}
+        return AsyncTextStream(lambda answer: self._stream(answer, prompt, generation_config, options, how))
+
+    async def agenerate(
+        self, prompt: Prompt, generation_config: GenerationConfig | None = None, **options: Any
+    ) -> Generation:
+        """Continue a text without blocking the event loop; see ``astream`` for the arguments."""
+        async with self.astream(prompt, generation_config, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
 
     def run(
         self,
@@ -162,37 +203,41 @@ class TriForce:
         streamer: BaseStreamer | None = None,
         progress: Progress | None = None,
         pinning: Progress | None = None,
+        wait: bool = True,
     ) -> TextStream:
         """Decode a request that has been interpreted already."""
-        needed = len(request.prompt) + request.max_new_tokens
-        check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
-        runtime = self._ensure_runtime(needed, pinning)
-        ticket = self._ticket = object()
-        seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
-        with torch.inference_mode(False):
-            text, stats = TokenText(request.prompt, needed + 1), DecodeStats()
-        tokens = self._decode(runtime, ticket, request, seed, text, stats, progress)
-        return TextStream(tokens, request.prompt, self.tokenizer, stats, streamer)
+        return self._run(Answer(), request, seed, streamer, progress, pinning, wait)
 
     def resume(self, runtime: Runtime, prompt: Prompt, seed: int, **options: Any) -> TextStream:
         """Continue a text that a runtime's caches hold already, all but its last token. For measurements.
 
         ``options``: as for ``stream``.
         """
-        request = interpret(self.model, self._encode(prompt), None, self.tokenizer, options)
-        text, stats = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1), DecodeStats()
-        ticket = self._ticket = object()
-        tokens = self._decode(runtime, ticket, request, seed, text, stats, None, filled=True)
-        return TextStream(tokens, request.prompt, self.tokenizer, stats, None)
+        request = interpret(
+            self.model, encode_prompt(prompt, self.model, self.tokenizer), None, self.tokenizer, options
+        )
+        answer = Answer()
+        try:
+            self._turns.take(answer, wait=True)
+            return self._begin(answer, runtime, request, seed, None, filled=True)
+        except BaseException:
+            self._turns.release(answer)
+            raise
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """The caches of the latest request, and the settings that were chosen for them; None before the first."""
+        return self._runtime
 
     def close(self) -> None:
-        """Give the caches back."""
-        self._drafts.close()
-        if self._runtime is not None:
-            self._runtime.close()
-            self._runtime = self._ticket = None
-            if self.layout.device.type == "cuda":
-                torch.cuda.empty_cache()  # so that what was freed counts as free
+        """Give the caches back. An answer that is still being read is given up, at the end of its present step."""
+        closing = Closing()
+
+        def work() -> None:
+            self._turns.close(closing)
+            self._give_back()
+
+        do_and_undo(work, lambda: self._turns.release(closing))
 
     def __enter__(self) -> TriForce:
         return self
@@ -200,95 +245,73 @@ class TriForce:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> Tensor:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError("a text prompt needs a tokenizer; pass token ids, or load one with the model")
-            if not prompt.strip():
-                raise InputError("the prompt is empty; give at least one word")
-            prompt = self.tokenizer(prompt, return_tensors="pt").input_ids
-        try:
-            ids = torch.as_tensor(prompt, dtype=torch.long, device="cpu")
-        except (ValueError, TypeError) as error:
-            raise InputError(f"the prompt is neither text nor one list of token ids ({error})") from error
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise InputError(f"the prompt holds token ids outside of the vocabulary of {vocabulary}")
-        return ids
+    def _give_back(self) -> None:
+        """For whoever has the turn."""
+        self._drafts.close()
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+            if self.layout.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that what was freed counts as free
 
     def _ensure_runtime(self, needed: int, pinning: Progress | None = None) -> Runtime:
         if self._runtime is not None and self._runtime.context < needed:
-            self.close()
+            self._give_back()
         if self._runtime is None:
             context = self.settings.context or needed
             settings = choose_for_loaded(self.model, self.layout, self.settings, context, self._drafts.bytes_to_come)
-            with torch.inference_mode(False):  # the lanes' threads could not write to tensors made in that mode
+            with on(self.layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
                 self._runtime = Runtime(self.model, self.layout, settings, context, pinning)
         return self._runtime
 
-    def _make_rule(self, kind: str, request: Request, seed: int) -> Rule:
-        sampler = Sampler(request.processors, request.do_sample, self.layout.vocabulary)
-        device = self.layout.device
-        if not request.do_sample:
-            return Coupling(sampler, None)
-        if kind == "resampled":
-            return Resampling(sampler, RandomChoices(seed, device))
-        return Coupling(sampler, Noise(seed, len(request.prompt), sampler.vocabulary, device))
-
-    def _check_ticket(self, ticket: object) -> None:
-        if self._ticket is not ticket:
-            raise InputError("this answer was given up: its engine has been closed or asked for another since")
-
-    def _decode(
+    def _stream(
         self,
+        answer: Answer,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None,
+        options: dict[str, Any],
+        how: dict[str, Any],
+    ) -> TextStream:
+        ids = encode_prompt(prompt, self.model, self.tokenizer)
+        return self._run(answer, interpret(self.model, ids, generation_config, self.tokenizer, options), **how)
+
+    def _run(
+        self,
+        answer: Answer,
+        request: Request,
+        seed: int | None,
+        streamer: BaseStreamer | None,
+        progress: Progress | None,
+        pinning: Progress | None,
+        wait: bool,
+    ) -> TextStream:
+        check_call(seed, streamer)
+        check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
+        try:
+            self._turns.take(answer, wait)
+            runtime = self._ensure_runtime(len(request.prompt) + request.max_new_tokens, pinning)
+            seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
+            return self._begin(answer, runtime, request, seed, streamer, progress=progress, wait=wait)
+        except BaseException:
+            self._turns.release(answer)
+            raise
+
+    def _begin(
+        self,
+        answer: Answer,
         runtime: Runtime,
-        ticket: object,
         request: Request,
         seed: int,
-        text: TokenText,
-        stats: DecodeStats,
-        progress: Progress | None,
-        filled: bool = False,
-    ) -> Iterator[list[int]]:
-        self._check_ticket(ticket)  # before the draft's cache is touched
-        rule = self._make_rule(runtime.settings.rule, request, seed)
-        steps = runtime.decode(
-            text,
-            request.max_new_tokens,
-            self._drafts.make(rule),
-            rule,
-            stats,
-            stop=lambda text, start: request.cut(text.ids, start),
-            ended=request.eos.__contains__,
-            progress=progress,
-            filled=filled,
-        )
-        with contextlib.closing(steps):
-            while True:
-                self._check_ticket(ticket)
-                with (
-                    on(self.layout.device),
-                    attached(self.model, self._drafts.model),
-                    torch.inference_mode(False),
-                    torch.no_grad(),
-                ):
-                    tokens = self._next(steps)
-                if tokens is None:
-                    return
-                yield tokens
-
-    def _next(self, steps: Iterator[list[int]]) -> list[int] | None:
-        """The next tokens; None at the end. Where memory runs out, the caches are given back: what comes may fit.
-
-        Raises:
-            MemoryLimitError: the device is full, or host memory cannot be pinned.
-        """
-        try:
-            return next(steps, None)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            reason += "; take a shorter context, a smaller budget or a smaller resident share"
-        except MemoryLimitError as error:
-            reason = str(error)
-        self.close()  # outside of the handlers, where the error would keep alive what it saw
-        raise MemoryLimitError(f"memory ran out while decoding: {reason}")
+        streamer: BaseStreamer | None,
+        **how: Any,
+    ) -> TextStream:
+        """An answer whose turn it is. It keeps the turn until it is over, or until nobody refers to it any more."""
+        with torch.inference_mode(False):
+            text = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1)
+        task = Task(self.model, self._drafts, runtime, request, seed, text, DecodeStats(), **how)
+        tokens = decode_answer(task, self._turns, answer, self._give_back)
+        release = partial(self._turns.release, answer)
+        stream = TextStream(tokens, request.prompt, self.tokenizer, task.stats, streamer, answer.cancel, release)
+        weakref.finalize(stream, release).atexit = False
+        self._turns.pause(answer)
+        return stream

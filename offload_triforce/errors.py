@@ -17,3 +17,7 @@ class UnsupportedModelError(TriForceError):
 
 class MemoryLimitError(TriForceError):
     """The request needs more host or device memory than there is."""
+
+
+class BusyError(TriForceError):
+    """An engine or a model is in use, and the caller does not want to wait, or could wait for ever."""

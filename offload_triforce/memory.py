@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from transformers import PretrainedConfig
 
-from offload_triforce.cache.full import FullCache
-from offload_triforce.cache.retrieval import RetrievalShape
-from offload_triforce.cache.window import WindowCache
+from offload_triforce.cache.sizes import RetrievalShape, tail_capacity, window_room
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.host_memory import free_on_host
-from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.outline import ModelLayout
 from offload_triforce.scheduler.plan import TilePlan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Configured(Protocol):
@@ -58,14 +58,14 @@ def work_out(
     config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.block
     caches, host = {}, 0
     if layout.sliding:
-        room = WindowCache.room_for([layout.layers[i].window for i in layout.sliding], context, block) + settings.drafts
+        room = window_room([layout.layers[i].window for i in layout.sliding], context, block) + settings.drafts
         caches["sliding windows"] = room * sum(layout.token_bytes(i) for i in layout.sliding)
     if plan is not None:
         token = plan.token_bytes * plan.layers
         caches["resident tiles"] = plan.resident_bytes
         caches["ring"] = plan.ring_bytes
         keep = shape.tail_needed(settings.news)
-        caches["tail"] = FullCache.tail_capacity(plan, keep, block, settings.news) * token
+        caches["tail"] = tail_capacity(plan, keep, block, settings.news) * token
         near = shape.near(settings.news, settings.drafts)
         chosen = plan.layers * plan.kv_heads * shape.chosen_bytes(plan.head_dim, itemsize)
         caches["retrieval cache"] = chosen + near * token

@@ -7,6 +7,7 @@ so that transformers itself interprets every argument, merges the model's defaul
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,13 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from offload_triforce.config import Settings
+from offload_triforce.ending import ending
 from offload_triforce.errors import InputError
+from offload_triforce.options import check_config, check_ranges, stop_list, tidy, token_ids
+from offload_triforce.speculation.processors import check_forks, target_only
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -40,7 +42,8 @@ class Request:
 
     Attributes:
         prompt: token ids (n,), on the CPU.
-        processors: applied to the scores of every level. do_sample: draw, or take the best.
+        processors: applied to the target's scores, and to those of drafts as ``speculation.processors`` says.
+        do_sample: draw, or take the best.
         criteria: looked at after every token. eos: ids that end a text.
         max_new_tokens: limit of the answer.
     """
@@ -52,12 +55,22 @@ class Request:
     eos: frozenset[int]
     max_new_tokens: int
 
-    def cut(self, ids: Tensor, start: int) -> int | None:
-        """Length after the first token, of those from ``start`` on, that a criterion stops at. ``ids``: (n,)."""
-        for length in range(start + 1, len(ids) + 1):
-            if bool(self.criteria(ids[None, :length], None).all()):
-                return length
-        return None
+    def ending(self, ids: Tensor) -> str | None:
+        """Why the text ends after its newest token, see ``ending``. To be asked after each one. ``ids``: (n,)."""
+        return ending(self.criteria, ids)
+
+    def target_only(self, settings: Settings) -> tuple[str, ...]:
+        """The processors that drafts have to do without, if there are drafts; and a warning that they do."""
+        names = target_only(self.processors) if settings.gamma else ()
+        if names:
+            warnings.warn(
+                f"drafts are made without {', '.join(names)}: nobody has said that ids and scores are all it looks at, "
+                "so only the target calls it; the answer is exact, but more drafts may be rejected than if "
+                "offload_triforce.stateless or forkable declared it (docs/processors.md)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return names
 
 
 def interpret(
@@ -86,27 +99,25 @@ def interpret(
         raise InputError(f"one text at a time: got a batch of {prompt.shape[0]}; call generate once for each")
     if prompt.shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token")
-    options = _plain_options(model, generation_config, dict(options))
-    for name in ("num_beams", "num_return_sequences"):  # generate() would multiply the prompt before it asks us
-        value = options.get(name) or getattr(generation_config, name, None) or 1
-        if value != 1:
-            raise InputError(f"{name}={value} is not supported; only 1 is")
+    options = tidy(options, generation_config, model.generation_config)
+    if generation_config is not None:
+        check_ranges(generation_config)
+    options = _plain_options(model, generation_config, options)
     if options.get("assistant_model") is not None:
         raise InputError("assistant_model is not supported: give the draft when the engine is made")
     generation_config = _take_stop_strings(model, generation_config, options, tokenizer)
     options.setdefault("attention_mask", torch.ones_like(prompt))  # else generate guesses padding from token ids
-    defaults, model.generation_config = model.generation_config, copy.deepcopy(model.generation_config)
-    model.generation_config.stop_strings = None  # they are among the criteria by now
+    asked = copy.copy(model)  # shares all but this with the model, which others may be using right now
+    asked.generation_config = copy.deepcopy(model.generation_config)
+    asked.generation_config.stop_strings = None  # they are among the criteria by now
     try:
-        return model.generate(
+        return asked.generate(
             prompt.to(model.device), generation_config=generation_config, custom_generate=capture, **options
         )
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(" ".join(str(error).split())) from error
-    finally:
-        model.generation_config = defaults
 
 
 def capture(
@@ -129,7 +140,7 @@ def capture(
         processors=logits_processor,
         criteria=stopping_criteria,
         do_sample=bool(generation_config.do_sample),
-        eos=frozenset([eos] if isinstance(eos, int) else eos or []),
+        eos=frozenset() if eos is None else frozenset(token_ids("eos_token_id", eos)),
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
     )
 
@@ -140,8 +151,6 @@ def _plain_options(
     """Fill in what people mean by a temperature alone, and a length where none was given."""
     temperature = options.get("temperature")
     if temperature is not None and options.get("do_sample") is None:
-        if not isinstance(temperature, (int, float)) or temperature < 0:
-            raise InputError(f"temperature must be a number that is not negative, got {temperature!r}")
         options["do_sample"] = temperature > 0
         if temperature > 0 and generation_config is None:
             options.setdefault("top_k", 0)
@@ -150,8 +159,6 @@ def _plain_options(
             options.pop(name, None)
     lengths = ("max_new_tokens", "max_length")
     given = [source for source in (generation_config, model.generation_config) if source is not None]
-    if options.get("max_new_tokens") is not None and options["max_new_tokens"] < 1:
-        raise InputError(f"max_new_tokens must be at least 1, not {options['max_new_tokens']}")
     if not any(options.get(n) for n in lengths) and not any(getattr(s, n, None) for s in given for n in lengths):
         options["max_new_tokens"] = DEFAULT_NEW_TOKENS
     return options
@@ -166,14 +173,15 @@ def _take_stop_strings(
     """Turn stop strings into a criterion: ``generate`` forgets the tokenizer it would need when given a callable."""
     strings = options.pop("stop_strings", None)
     for source in (config, model.generation_config):
-        strings = strings or getattr(source, "stop_strings", None)
-    if not strings:
-        return config
-    if tokenizer is None:
-        raise InputError("stop strings need a tokenizer; load one with the model")
-    if config is not None:
+        strings = getattr(source, "stop_strings", None) if strings is None else strings
+    if config is not None and config.stop_strings is not None:
         config = copy.deepcopy(config)
         config.stop_strings = None
+    if not strings:
+        return config
+    strings = stop_list(strings)
+    if tokenizer is None:
+        raise InputError("stop strings need a tokenizer; load one with the model")
     given = options.get("stopping_criteria") or []
     options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
     return config
@@ -186,11 +194,9 @@ def _refuse(
     model_kwargs: dict[str, Any],
     processors: LogitsProcessorList,
 ) -> None:
+    check_config(config)  # first: beams have multiplied the prompt by now
     if input_ids.shape[0] != 1:
         raise InputError(f"one text at a time: got a batch of {input_ids.shape[0]}; call generate once for each")
-    for name in ("num_beams", "num_return_sequences"):
-        if (getattr(config, name, None) or 1) != 1:
-            raise InputError(f"{name}={getattr(config, name)} is not supported; only 1 is")
     for name in ("cache_implementation", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers"):
         value = getattr(config, name, None)
         if value and value != getattr(defaults, name, None):
@@ -200,8 +206,7 @@ def _refuse(
             raise InputError(f"{name} is not supported; leave it out")
     if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
         raise InputError("guidance_scale is not supported: it runs the model a second time for every token")
-    if any(isinstance(p, SynthIDTextWatermarkLogitsProcessor) for p in processors):
-        raise InputError("SynthID watermarks are not supported: they count calls, and guesses would count too")
+    check_forks(processors)
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
         raise InputError("the attention mask hides some tokens (padding); pass the text without them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.full import FullCache
-from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
+from offload_triforce.cache.retrieval import RetrievalCache
+from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
@@ -22,10 +22,11 @@ from offload_triforce.memory import check_memory, work_out
 from offload_triforce.model.graphs import make_graphs
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress, prefill
+from offload_triforce.planner.sizes import make_plan, make_shape
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStore, TileStream
-from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
+from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.speculation.draft import Draft
 from offload_triforce.speculation.drafting import Drafting
 from offload_triforce.speculation.economy import History, Pace
@@ -38,40 +39,6 @@ from offload_triforce.stats import DecodeStats
 
 # Newest queries of the prompt that make the first choice of chunks: about as many as a pass verifies later.
 PREFILL_QUERIES = 16
-
-
-def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
-    """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window.
-
-    Raises:
-        InputError: the ring that the settings ask for is larger than it may be.
-    """
-    if not layout.full:
-        return None
-    shape = layout.layers[layout.full[0]]
-    token_bytes = layout.token_bytes(layout.full[0])
-    tile = settings.tile or choose_tile(token_bytes, context, math.lcm(settings.chunk, settings.sink or 1))
-    ring = settings.ring or choose_ring(tile * token_bytes)
-    if ring * tile * token_bytes > RING_LIMIT:
-        raise InputError(
-            f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, "
-            f"more than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
-        )
-    return TilePlan(
-        layers=len(layout.full),
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        itemsize=layout.dtype.itemsize,
-        tile_tokens=tile,
-        tiles=-(-context // tile),
-        ring=ring,
-        resident=settings.resident or 0.0,
-    )
-
-
-def make_shape(settings: Settings, context: int) -> RetrievalShape:
-    """How the retrieval cache's budget is spent at a context of that many tokens."""
-    return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent, settings.bits)
 
 
 def choosing(settings: Settings) -> Choosing:
@@ -117,7 +84,7 @@ class Runtime:
         if settings.link_gbps is not None and layout.device.type == "cuda":
             raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
         _check_kernels(layout.device)
-        plan = make_plan(layout, settings, context)
+        self.plan = plan = make_plan(layout, settings, context)
         shape = make_shape(settings, context)
         self.needs = work_out(model, layout, settings, shape, plan, context)
         check_memory(self.needs, layout.device, context)
@@ -189,7 +156,7 @@ class Runtime:
         drafts: Sequence[Draft],
         rule: Rule,
         stats: DecodeStats,
-        stop: Callable[[TokenText, int], int | None],
+        stop: Callable[[TokenText], bool],
         ended: Callable[[int], bool],
         progress: Progress | None,
         filled: bool = False,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+INTERRUPTED = "interrupted"
 
 
 @dataclass
@@ -33,6 +34,8 @@ class DecodeStats:
 
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``nodes``: guesses that the target read, over all passes.
+    ``target_only``: logits processors that drafts were made without.
+    ``ending``: why the answer ended, if it was not interrupted; None until it has.
     """
 
     prompt_tokens: int = 0
@@ -53,6 +56,13 @@ class DecodeStats:
     step_tokens: int = 0
     nodes: int = 0
     interrupted: bool = False
+    target_only: tuple[str, ...] = ()
+    ending: str | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended, see ``Generation``; None until it has."""
+        return INTERRUPTED if self.interrupted else self.ending
 
     def add_step(self, tokens: int, seconds: float, hidden: bool) -> None:
         """A step of the retrieval level read so many tokens; ``hidden``: during a pass."""
@@ -62,15 +72,17 @@ class DecodeStats:
         self.steps_ahead += hidden
         self.ahead_s += seconds if hidden else 0.0
 
-    def add_pass(self, nodes: Sequence[Any], path: Sequence[Any], new_tokens: int) -> None:
-        """A pass read the root and guesses ``nodes``, accepted those on the ``path``, and brought new tokens."""
+    def add_pass(self, drafted: int, accepted: int, rejected: bool, new_tokens: int) -> None:
+        """A pass read so many draft tokens, accepted some along a path, and brought new tokens.
+
+        ``rejected``: whether there were draft tokens where the path ended, all of them wrong.
+        """
         self.passes += 1
         self.new_tokens += new_tokens
-        self.nodes += len(nodes) - 1
-        judged = any(node.parent is path[-1] for node in nodes)  # the guesses at the end of the path were all wrong
-        self.retrieval.proposed += len(nodes) - 1
-        self.retrieval.accepted += len(path) - 1
-        self.retrieval.judged += len(path) - 1 + judged
+        self.nodes += drafted
+        self.retrieval.proposed += drafted
+        self.retrieval.accepted += accepted
+        self.retrieval.judged += accepted + rejected
 
     @property
     def tokens_per_pass(self) -> float:
@@ -117,4 +129,6 @@ class DecodeStats:
             "step_tokens": self.step_tokens,
             "ms_per_token": self.ms_per_token,
             "interrupted": self.interrupted,
+            "target_only": list(self.target_only),
+            "finish_reason": self.finish_reason,
         }

@@ -17,7 +17,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct with its tokenizer: (model, tokenizer). Brought once per machine."""
-    from offload_triforce.fetch import fetch_model
+    from offload_triforce.model.fetch import fetch_model
     from offload_triforce.model.loader import load_model
 
     return load_model(fetch_model("smollm2", hub=False), torch.float32, torch.device("cpu"))

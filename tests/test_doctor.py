@@ -91,6 +91,10 @@ def test_on_a_card_it_measures_and_keeps(tmp_path, monkeypatch):
     assert measured["memory_gbps"] > 0
     assert read_measured() == Measured(**measured)
     assert "24.5 GB/s to the card" in lines[0]
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_CACHE", "/proc/nowhere/models")
+    measured, lines = doctor.measure()
+    assert measured["h2d_gbps"] == 24.5
+    assert "but not kept for `plan` (/proc/nowhere: " in lines[0]
 
 
 def test_a_card_whose_link_cannot_be_measured(monkeypatch):

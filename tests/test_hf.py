@@ -4,7 +4,15 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextIteratorStreamer,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
@@ -137,13 +145,38 @@ def test_streamer(model):
     assert streamer.ended == 1
 
 
-def test_text_iterator_streamer():
+def test_streamer_of_generate(model):
+    """``generate`` shows it the prompt and then forgets it: ours goes on from there, as transformers does."""
+    ours, theirs = Recorder(), Recorder()
+    options = {"max_new_tokens": 20, "do_sample": False}
+    model.generate(PROMPT, **options, streamer=theirs)
+    model.generate(PROMPT, **options, streamer=ours, custom_generate=triforce_generate, triforce_settings=SETTINGS)
+    assert ours.seen == theirs.seen
+    assert ours.ended == theirs.ended == 1
+
+
+def test_streamer_by_both_names(model):
+    with pytest.raises(InputError, match="streamer and triforce_streamer are the same; give one of them"):
+        both(model, streamer=Recorder(), ours={"triforce_streamer": Recorder()})
+
+
+def test_streamer_of_some_other_caller(model):
+    """Only that of ``generate`` counts, not a variable that happens to have the name."""
+    streamer = Recorder()
+    config, stop = GenerationConfig(max_length=155), StoppingCriteriaList([MaxLengthCriteria(155)])
+    sequences = triforce_generate(model, PROMPT, LogitsProcessorList(), stop, config, triforce_settings=SETTINGS)
+    assert sequences.shape[1] == 155
+    assert streamer.seen == []
+
+
+@pytest.mark.parametrize("name", ["streamer", "triforce_streamer"])
+def test_text_iterator_streamer(name):
     """As people use it: generate in a thread, read in another. It ends, since ours calls end()."""
     model, tokenizer = tiny_model("qwen2", calm=True, vocab_size=259), byte_tokenizer()
     prompt = tokenizer("It was the best of times, it was the worst of times", return_tensors="pt").input_ids
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     options = {"max_new_tokens": 30, "do_sample": False}
-    ours = {"custom_generate": triforce_generate, "triforce_settings": SETTINGS, "triforce_streamer": streamer}
+    ours = {"custom_generate": triforce_generate, "triforce_settings": SETTINGS, name: streamer}
     thread = threading.Thread(target=lambda: model.generate(prompt, **options, **ours))
     thread.start()
     pieces = list(streamer)
@@ -231,7 +264,10 @@ def test_stop_strings():
         (PROMPT, {"attention_mask": torch.tensor([[0] * 50 + [1] * 100])}, "hides some tokens"),
         (PROMPT, {"cache_implementation": "static"}, "cache_implementation is not supported"),
         (PROMPT, {"guidance_scale": 1.5}, "guidance_scale is not supported"),
-        (PROMPT, {"num_beams": 2}, "num_beams|a batch of 2"),  # generate() has multiplied the prompt by then
+        (PROMPT, {"num_beams": 2}, "num_beams=2 is not supported; only 1 is"),
+        (PROMPT, {"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2 is not supported; only 1 is"),
+        (PROMPT, {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2 is not supported"),
+        (PROMPT, {"top_p": 2.0, "do_sample": True}, "top_p must be a number from 0 to 1, not 2"),
         (PROMPT, {"output_scores": True}, "output_scores is not supported"),
     ],
 )

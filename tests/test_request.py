@@ -1,12 +1,14 @@
 """What is asked for is read as transformers reads it; what cannot be decoded exactly is refused in one sentence."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, WatermarkingConfig
 from transformers.generation import EosTokenCriteria
 
-from offload_triforce import InputError, TriForce
-from offload_triforce.request import DEFAULT_NEW_TOKENS, Request, interpret
+from offload_triforce import InputError, Settings, TriForce, stateless
+from offload_triforce.request import DEFAULT_NEW_TOKENS, Request, capture, interpret
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import prompt_ids, tiny_model
 
@@ -167,15 +169,14 @@ REFUSED = [
     ({"config": GenerationConfig(num_beams=3)}, "num_beams=3 is not supported; only 1 is"),
     ({"assistant_model": tiny_model("llama", seed=3)}, "assistant_model is not supported"),
     ({"max_new_tokns": 3}, "max_new_tokns"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-    ({"max_new_tokens": -3}, "max_new_tokens must be at least 1, not -3"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
+    ({"max_new_tokens": -3}, "max_new_tokens must be a whole number of at least 1, not -3"),
     ({"max_length": 10}, "max_length"),
     ({"max_length": 4}, "max_length"),
-    ({"temperature": -0.1}, "temperature must be a number that is not negative, got -0.1"),
-    ({"temperature": "hot"}, "temperature must be a number that is not negative, got 'hot'"),
-    ({"temperature": -0.1, "do_sample": True}, "temperature"),
-    ({"temperature": 1.0, "top_k": -1}, "top_k"),
-    ({"temperature": 1.0, "min_p": 2.0}, "min_p"),
+    ({"temperature": -0.1, "do_sample": True}, "temperature must be a number of at least 0, not -0.1"),
+    ({"config": GenerationConfig(top_p=2.0, do_sample=True)}, "top_p must be a number from 0 to 1, not 2.0"),
+    ({"config": GenerationConfig(stop_strings=["a", ""])}, "a stop string is empty"),
+    ({"stop": "a"}, "stop strings need a tokenizer"),
 ]
 
 
@@ -196,12 +197,47 @@ def test_stop_strings_of_the_model(model):
         read(model)
 
 
-def test_beams_of_the_model(model):
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+def test_beams_of_the_model(model, name):
     """Summarisers come with them in their generation config."""
-    model.generation_config.num_beams = 4
-    with pytest.raises(InputError):
+    setattr(model.generation_config, name, 4)
+    with pytest.raises(InputError, match=f"{name}=4 is not supported; only 1 is"):
         read(model)
+    model.generation_config.do_sample = True  # transformers itself refuses several greedy answers
+    with pytest.raises(InputError, match=f"{name}=4 is not supported; only 1 is"):
+        model.generate(PROMPT, custom_generate=capture)
+
+
+def test_no_beams_instead_of_the_model_s(model):
+    model.generation_config.num_beams = 4
     assert read(model, num_beams=1).max_new_tokens == DEFAULT_NEW_TOKENS
+    assert read(model, GenerationConfig(num_beams=1)).max_new_tokens == DEFAULT_NEW_TOKENS
+
+
+def test_ranges_of_the_model_s_own_defaults(model):
+    """Where they are in use; those of sampling are not by greedy decoding."""
+    model.generation_config.top_p, model.generation_config.do_sample = 2.0, True
+    with pytest.raises(InputError, match="top_p must be a number from 0 to 1, not 2"):
+        read(model)
+    assert not read(model, temperature=0).do_sample
+
+
+def test_no_stop_strings_instead_of_the_model_s(model):
+    model.generation_config.stop_strings = ["a"]
+    assert names(read(model, stop=[]).criteria) == ["MaxLengthCriteria"]
+    assert names(read(model, GenerationConfig(stop_strings=[])).criteria) == ["MaxLengthCriteria"]
+
+
+@pytest.mark.parametrize("source", ["options", "config", "model"])
+@pytest.mark.parametrize("eos", [7, [7, 8], torch.tensor(7), torch.tensor([7, 8]), [torch.tensor(7), 8]], ids=repr)
+def test_end_of_text_ids(model, source, eos):
+    """As a number, a list, a tensor: from wherever they come."""
+    config = GenerationConfig(eos_token_id=eos) if source == "config" else None
+    if source == "model":
+        model.generation_config.eos_token_id = eos
+    request = read(model, config, **({"eos_token_id": eos} if source == "options" else {}))
+    assert request.eos == ({7, 8} if "8" in repr(eos) else {7})
+    assert [request.ending(torch.tensor(ids)) for ids in ([7, 5], [7, 5, 7])] == [None, "stop"]
 
 
 def test_filled_cache_is_refused(model):
@@ -244,17 +280,16 @@ def test_empty_text(prompt):
         TriForce(tiny_model(vocab_size=259), byte_tokenizer()).generate(prompt)
 
 
-@pytest.mark.parametrize(
-    ("stops", "start", "expected"),
-    [([5], 0, 3), ([5], 2, 3), ([5], 3, 6), ([5], 6, None), ([9], 0, None), ([9, 8], 1, 4), ([3, 5], 0, 1)],
-)
-def test_cut(stops, start, expected):
-    """The length after the first stopping token among the new ones; tokens before ``start`` do not count."""
+@pytest.mark.parametrize("stops", [[5], [9], [9, 8], [3, 5]])
+def test_stops(stops):
+    """Asked after each token, about the text that ends with it."""
     request = Request(PROMPT[0], [], StoppingCriteriaList([EosTokenCriteria(stops)]), False, frozenset(stops), 5)
-    assert request.cut(torch.tensor([3, 4, 5, 8, 4, 5, 7]), start) == expected
+    ids = torch.tensor([3, 4, 5, 8, 4, 5, 7])
+    endings = [request.ending(ids[:end]) for end in range(1, 8)]
+    assert endings == ["stop" if int(token) in stops else None for token in ids]
 
 
-def test_cut_shows_criteria_one_prefix_at_a_time():
+def test_criteria_see_the_whole_text():
     seen = []
 
     def criterion(input_ids, scores, **kwargs):
@@ -262,5 +297,33 @@ def test_cut_shows_criteria_one_prefix_at_a_time():
         return torch.tensor([False])
 
     request = Request(PROMPT[0], [], StoppingCriteriaList([criterion]), False, frozenset(), 5)
-    assert request.cut(torch.tensor([3, 4, 5, 8]), 2) is None
-    assert seen == [[[3, 4, 5]], [[3, 4, 5, 8]]]
+    assert request.ending(torch.tensor([3, 4, 5, 8])) is None
+    assert seen == [[[3, 4, 5, 8]]]
+
+
+def test_processors_that_only_the_target_may_call(model):
+    """Named in the statistics, and in a warning that says what would help; without drafts there is nothing to say."""
+
+    def mine(input_ids, scores):
+        return scores
+
+    request = read(model, logits_processor=[mine], repetition_penalty=1.2)
+    with pytest.warns(RuntimeWarning, match="drafts are made without mine: .* the answer is exact") as caught:
+        assert request.target_only(Settings()) == ("mine",)
+    assert "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert request.target_only(Settings(gamma=0)) == ()
+        assert read(model, logits_processor=[stateless(mine)], temperature=0.5).target_only(Settings()) == ()
+
+
+def test_a_fork_that_is_none_is_refused_before_the_work(model):
+    class Itself:
+        def __call__(self, input_ids, scores):
+            return scores
+
+        def fork(self):
+            return self
+
+    with pytest.raises(InputError, match=r"Itself cannot be forked .its fork is itself."):
+        read(model, logits_processor=[Itself()])

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from offload_triforce import TriForce
 from offload_triforce.cache.chunks import PackedChunks
 from offload_triforce.cache.retrieval import RetrievalCache
+from tests.stateful import Counting, Forking, Fussy, Moody
 from tests.tiny import greedy, prompt_ids, tiny_model
 
-PROMPT, NEW = 180, 50
+PROMPT, NEW = 179, 50
 FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3-moe")
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "prefill_chunk": 100}
 
@@ -23,13 +24,21 @@ def model_of(family):
     return tiny_model(family, seed=1, calm=True)
 
 
+# Logits processors that a user may bring along: with a state, without a copy of it or with one, and declared.
+BROUGHT = {"none": None, "counts": Counting, "forks": Forking, "by scores": Moody, "rejects": lambda: Fussy("raises")}
+
+
+def brought_by(name):
+    return {} if BROUGHT[name] is None else {"logits_processor": [BROUGHT[name]()]}
+
+
 @cache
-def plain(family, temperature, seed):
+def plain(family, temperature, seed, brought="none"):
     """Transformers' own where it is greedy; else our decoding without any guesses."""
     if temperature == 0:
-        return greedy(model_of(family), prompt_ids(PROMPT), NEW)
+        return greedy(model_of(family), prompt_ids(PROMPT), NEW, **brought_by(brought))
     with TriForce(model_of(family), draft="none", gamma=0, **SMALL) as engine:
-        options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed}
+        options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed, **brought_by(brought)}
         return engine.generate(prompt_ids(PROMPT), **options).token_ids
 
 
@@ -60,12 +69,14 @@ def ways(draw):
     st.sampled_from(["ngram", "self", "ngram+self", "none"]),
     st.sampled_from([0.0, 0.7, 1.3]),
     st.integers(0, 2),
+    st.sampled_from(list(BROUGHT)),
 )
-def test_any_way_is_plain_decoding(family, way, draft, temperature, seed):
+@pytest.mark.filterwarnings("ignore:drafts are made without")
+def test_any_way_is_plain_decoding(family, way, draft, temperature, seed, brought):
     with TriForce(model_of(family), draft=draft, **{**SMALL, **way}) as engine:
-        options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed}
+        options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed, **brought_by(brought)}
         result = engine.generate(prompt_ids(PROMPT), **options)
-    assert result.token_ids == plain(family, temperature, seed)
+    assert result.token_ids == plain(family, temperature, seed, brought)
 
 
 def counts(family="llama", **way):

@@ -19,7 +19,8 @@ from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.planner.choose import choose_for_loaded
-from offload_triforce.runtime import Runtime, make_plan, make_shape
+from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.runtime import Runtime
 from offload_triforce.scheduler.cost import predict_prefill
 from offload_triforce.scheduler.device import Device
 

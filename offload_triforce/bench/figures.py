@@ -35,7 +35,10 @@ def check_pictures(path: Path | None) -> None:
     """Where a picture is wanted, refuse before the work starts what would be refused after it.
 
     Raises:
-        InputError: matplotlib is not there.
+        InputError: matplotlib is not there, or draws no files of that name.
     """
-    if path is not None:
-        new_figure(1, 1)
+    if path is None:
+        return
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InputError(f"{path} is no picture's name; let it end in .png, .svg or .pdf")

@@ -15,10 +15,10 @@ from offload_triforce.config import Settings
 from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import fetch_model
+from offload_triforce.model.fetch import fetch_model
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
-MODELS = ("smollm2", "llama-1b")
+MODELS = {"smollm2": 8192, "llama-1b": 131_072}  # and their positions
 # The link dominates when its time is a multiple of the computation's: these many times.
 DOMINANCE = (3.0, 6.0, 12.0)
 
@@ -27,10 +27,9 @@ def make_subject(model: str, tokens: int, settings: Settings) -> Subject:
     """A target on the emulated device: SmolLM2 with real text, read for real, or a shape with random weights.
 
     Raises:
-        InputError: no such model.
+        InputError: no such model, or more tokens than it has positions.
     """
-    if model not in MODELS:
-        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    check(model, tokens)
     device = EmulatedDevice()
     if model == "smollm2":
         engine = TriForce.load(fetch_model("smollm2"), dtype="float32", device="cpu")
@@ -41,6 +40,23 @@ def make_subject(model: str, tokens: int, settings: Settings) -> Subject:
         subject = Subject(target, settings, torch.arange(tokens) % 1000, device)
         subject.fill()
     return subject
+
+
+def check(model: str, tokens: int, queries: int = 1, settings: Settings | None = None) -> None:
+    """What can be refused before anything is read.
+
+    Args:
+        model: of MODELS. tokens: of text. queries: of a pass with these ``settings``.
+
+    Raises:
+        InputError: what does not fit, and what would.
+    """
+    if model not in MODELS:
+        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    if tokens > MODELS[model]:
+        raise InputError(f"{tokens:,} tokens are more than the {MODELS[model]:,} positions of {model}; take fewer")
+    if settings is not None and queries > settings.block:
+        raise InputError(f"a pass of {queries:,} queries is larger than passes are, {settings.block:,}; take fewer")
 
 
 def bench_pipeline(
@@ -66,6 +82,8 @@ def bench_pipeline(
         over seconds of its bytes at the bandwidth) and ``bytes_over_needed`` (bytes moved over bytes of all streamed
         tiles; 1 is each byte once).
     """
+    for model in models:
+        check(model, tokens, queries, settings)
     results = []
     for model in models:
         say(f"{model}: filling {tokens:,} tokens of KV cache")

@@ -28,9 +28,9 @@ from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
-from offload_triforce.fetch import find_source
+from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import max_positions
-from offload_triforce.runtime import make_plan
+from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.cost import LinkSpeed, RoundTime, chain, predict_pass, rounds
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice

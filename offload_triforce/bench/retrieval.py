@@ -14,14 +14,14 @@ from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.retrieval_figures import Tally, Target, make_row
 from offload_triforce.bench.retrieval_level import ChosenLevel, FullText
 from offload_triforce.bench.retrieval_ways import BLOCK, LEAST_BUDGET, MULTIPLES, make_ways
-from offload_triforce.bench.speculation import MODELS, SHARE
+from offload_triforce.bench.speculation import SHARE, find_bench_model
 from offload_triforce.bench.tasks import find_task, loops, prompts
 from offload_triforce.checks import check_length
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import fetch_model
 from offload_triforce.model.adapter import attached
+from offload_triforce.model.fetch import find_source
 from offload_triforce.runtime import on
 from offload_triforce.speculation.rules import GAP
 
@@ -58,9 +58,8 @@ def check_request(model: str, tokens: int | None, measured: int, budget: int | N
     Raises:
         InputError: one of them cannot be.
     """
-    if model not in MODELS:
-        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
-    tokens = MODELS[model].tokens if tokens is None else tokens
+    asked = find_bench_model(model)
+    tokens = asked.tokens if tokens is None else tokens
     if measured < BLOCK or measured % BLOCK:
         raise InputError(f"tokens are measured in blocks of {BLOCK}: ask for a multiple of it, not for {measured}")
     budget = max(LEAST_BUDGET, tokens // SHARE) if budget is None else budget
@@ -89,7 +88,7 @@ def bench_retrieval(
     """Compare all ways on a text of Python's own.
 
     Args:
-        model: of MODELS. tokens: length of the text that is read first; None takes the model's own.
+        model: a name, hub id or path. tokens: length of the text that is read first; None takes the model's own.
         measured: tokens after it that are gone through, a multiple of BLOCK.
         budget: the smallest memory, as tokens in 16 bits; None is 1/SHARE of the text.
         task: of ``bench.tasks``. The text itself goes on, or else the model answers, drawing at WARMTH.
@@ -106,7 +105,7 @@ def bench_retrieval(
     tokens, budget = check_request(model, tokens, measured, budget)
     asked = find_task(task)
     say(f"{model}: loading")
-    engine = TriForce.load(fetch_model(model), dtype="float32", context=tokens + measured)
+    engine = TriForce.load(find_source(model), dtype="float32", context=tokens + measured)
     given = measured if asked.ask is None else 1  # of the tokens gone through, those that need not be drawn
     ids = prompts(engine.tokenizer, [asked], tokens + given - 1)[asked]
     if asked.ask is None:

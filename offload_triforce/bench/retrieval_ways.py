@@ -10,8 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from offload_triforce.cache.chunks import slot_bytes
-from offload_triforce.cache.retrieval import RetrievalShape
+from offload_triforce.cache.sizes import RetrievalShape, slot_bytes
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops

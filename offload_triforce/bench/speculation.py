@@ -10,11 +10,11 @@ from typing import Any
 from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.tasks import Task, common_start, loops, prompts
-from offload_triforce.cache.chunks import slot_bytes
+from offload_triforce.cache.sizes import slot_bytes
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import fetch_model
+from offload_triforce.model.fetch import check_source, find_source
 from offload_triforce.runtime import Runtime
 from offload_triforce.stats import DecodeStats
 
@@ -50,6 +50,19 @@ class BenchModel:
 
 
 MODELS = {"smollm2": BenchModel("smollm2", 6000), "qwen-coder": BenchModel("qwen-coder", 24_000)}
+OTHERS = 6000  # tokens of the texts of other models
+
+
+def find_bench_model(name: str) -> BenchModel:
+    """A model and the length of its texts: of MODELS, or any other that can be had.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    check_source(name)
+    return BenchModel(name, OTHERS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ def bench_speculation(
     """Run the matrix.
 
     Args:
-        models: of MODELS. plan: what is run. settings: our way; its budget is set to equal memory.
+        models: names, hub ids or paths. plan: what is run. settings: our way; its budget is set to equal memory.
         say: told what is going on. keep: given the report so far after each text.
 
     Returns:
@@ -127,14 +140,12 @@ def bench_speculation(
         InputError: before anything is read.
     """
     for name in models:
-        if name not in MODELS:
-            raise InputError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
-        tokens = plan.tokens or MODELS[name].tokens
+        tokens = plan.tokens or find_bench_model(name).tokens
         if yardstick(tokens).budget < 2 * settings.recent:
             raise InputError(f"texts of {tokens:,} tokens are too short to compare on; take at least {LEAST:,}")
     report: dict[str, Any] = {"machine": describe_machine(), "draft_cost": settings.draft_cost, "cells": []}
     for name in models:
-        _run_model(MODELS[name], plan, settings, say, lambda: keep(report), report)
+        _run_model(find_bench_model(name), plan, settings, say, lambda: keep(report), report)
     return report
 
 
@@ -142,7 +153,7 @@ def _run_model(
     model: BenchModel, plan: Plan, settings: Settings, say: Say, keep: Callable[[], None], report: dict[str, Any]
 ) -> None:
     say(f"{model.name}: loading")
-    engine, tokens = TriForce.load(fetch_model(model.name), dtype="float32"), plan.tokens or model.tokens
+    engine, tokens = TriForce.load(find_source(model.name), dtype="float32"), plan.tokens or model.tokens
     asked = prompts(engine.tokenizer, plan.tasks, tokens)
     head_dim = engine.layout.layers[0].head_dim
     ways = make_ways(settings, yardstick(tokens, draft_cost=settings.draft_cost), head_dim, plan.levers)

@@ -15,7 +15,7 @@ from offload_triforce.bench.slow_motion import SlowMotion
 from offload_triforce.checks import check_context
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import find_source
+from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions
 from offload_triforce.planner.machine import Machine, find_machine
 from offload_triforce.scheduler.device import CudaDevice, Device

@@ -52,7 +52,7 @@ def bench_throughput(asked: Question, say: Say = lambda line: None, keep: Keep =
     cases = {}
     for context in asked.lengths:
         text = long_text("code", engine.tokenizer, context)
-        prompt = build_prompt(engine.tokenizer, text, find_task("explain").ask, chat=True)
+        prompt = build_prompt(engine.tokenizer, text, find_task("explain").ask)
         check_length(engine.layout, engine.settings, len(prompt), asked.new_tokens)
         cases[context] = Case(prompt, asked.new_tokens)
     if asked.card is not None:

@@ -45,13 +45,6 @@ def make_store(
     return PackedChunks(layers, kv_heads, slots, chunk, head_dim, bits, dtype, device)
 
 
-def slot_bytes(chunk: int, head_dim: int, bits: int, itemsize: int) -> int:
-    """Bytes of one slot of one layer and KV head; ``itemsize`` of the model's dtype."""
-    if bits == 16:
-        return 2 * chunk * head_dim * itemsize
-    return 2 * chunk * head_dim * bits // 8 + 2 * head_dim + 2 * chunk * 2
-
-
 class PlainChunks:
     """In the dtype of the model: ``kv`` [layers, 2, K, slots, chunk, D]."""
 

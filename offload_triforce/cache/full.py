@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.cache.sizes import tail_capacity
 from offload_triforce.kernels import ops
 from offload_triforce.scheduler.pipeline import Leaving, Tile, TileStream
-from offload_triforce.scheduler.plan import TilePlan
 
 
 class TileObserver(Protocol):
@@ -45,16 +45,11 @@ class FullCache:
         self.stream = stream
         self.keep = keep
         self.tail = GrowingBuffer(
-            plan.layers, plan.kv_heads, self.tail_capacity(plan, keep, block, news), plan.head_dim, dtype, device
+            plan.layers, plan.kv_heads, tail_capacity(plan, keep, block, news), plan.head_dim, dtype, device
         )
         self.tiles = 0
         self._attention = ops.RunningAttention()
         self._leaving, self._left = Leaving(), 0  # copies of the first so many tiles of the tail
-
-    @staticmethod
-    def tail_capacity(plan: TilePlan, keep: int, block: int, news: int) -> int:
-        """Tokens that the tail makes room for, per layer: what a commit brings, and what the next pass has pending."""
-        return plan.tile_tokens + keep + news + block
 
     @property
     def tiled(self) -> int:

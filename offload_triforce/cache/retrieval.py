@@ -2,69 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
-from offload_triforce.cache.chunks import make_store, slot_bytes
-from offload_triforce.errors import InputError
+from offload_triforce.cache.chunks import make_store
+from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.kernels import ops
-
-
-@dataclass(frozen=True)
-class RetrievalShape:
-    """How a budget is spent, in tokens: sink chunks, chosen chunks, recent window. Validated on construction.
-
-    ``bits``: of a number in a chosen chunk, see ``make_store``.
-    """
-
-    budget: int
-    chunk: int
-    sink: int
-    recent: int
-    bits: int = 16
-
-    def __post_init__(self) -> None:
-        if self.sink % self.chunk:
-            raise InputError(f"sink must be a multiple of the chunk of {self.chunk} tokens, not {self.sink}")
-        if self.slots < 1:
-            least = self.sink + self.recent + self.chunk
-            raise InputError(
-                f"budget {self.budget} leaves no room for a single chunk: sink {self.sink}, recent window "
-                f"{self.recent} and one chunk of {self.chunk} need at least {least} tokens"
-            )
-
-    @property
-    def slots(self) -> int:
-        """Chunks to choose per KV head and layer."""
-        return (self.budget - self.sink - self.recent) // self.chunk
-
-    def recent_start(self, length: int) -> int:
-        """Where the recent window of ``length`` tokens begins: at a chunk, or at 0 while there is no pool yet."""
-        start = max(0, length - self.recent) // self.chunk * self.chunk
-        return start if start > self.sink else 0
-
-    def tail_needed(self, news: int) -> int:
-        """Newest tokens that a full cache must have on the device, for ``sync`` to find the recent window there.
-
-        ``news``: most tokens that one pass commits.
-        """
-        return self.recent + self.chunk + news
-
-    def near(self, news: int, drafts: int) -> int:
-        """Tokens to make room for beside the chosen chunks, per KV head and layer; ``drafts``: most guesses held."""
-        return self.sink + self.recent + self.chunk + news + drafts
-
-    def chosen_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Bytes of all chosen chunks, per KV head and layer; ``itemsize`` of the model's dtype."""
-        return self.slots * slot_bytes(self.chunk, head_dim, self.bits, itemsize)
-
-    def pool(self, length: int) -> range:
-        """Chunk numbers to choose from: all between the sink and the recent window."""
-        first = self.sink // self.chunk
-        return range(first, max(first, self.recent_start(length) // self.chunk))
 
 
 class RetrievalCache(GrowingBuffer):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.cache.sizes import window_room
 from offload_triforce.kernels import ops
 
 
@@ -34,14 +35,8 @@ class WindowCache(GrowingBuffer):
         self.windows = windows
         self.reach = max(windows)
         self.block = block
-        super().__init__(len(windows), kv_heads, self.room_for(windows, context, block), head_dim, dtype, device)
+        super().__init__(len(windows), kv_heads, window_room(windows, context, block), head_dim, dtype, device)
         self.drafts = GrowingBuffer(len(windows), kv_heads, drafts, head_dim, dtype, device)
-
-    @staticmethod
-    def room_for(windows: list[int], context: int, block: int) -> int:
-        """Tokens to make room for, per layer, beside the drafts."""
-        held = min(max(windows), context)
-        return held + max(held // 4, block) + block  # a quarter more, so that moving to the front is rare
 
     def attend_draft(
         self,

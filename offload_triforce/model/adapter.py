@@ -3,29 +3,59 @@
 The function is registered under a name that has no mask function, so transformers builds no mask. The cache
 to attend over travels with each call as a keyword of our own, down to the attention function, and the model is told
 ``use_cache=False``: it keeps nothing itself.
+
+What a model tells its attention function beyond queries, keys and values says how it attends. We honour scaling, window
+and soft-capping; whatever else arrives is refused, unless it is known to change nothing. The probe reads two tokens, so
+that this happens before any work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import AttentionParams
+from offload_triforce.model.attach import ATTENTION_NAME, Attachment, attached
+from offload_triforce.model.windows import limiting_window
 from offload_triforce.scheduler.device import to_device
 
-ATTENTION_NAME = "offload_triforce"
+__all__ = ["ATTENTION_NAME", "Attachment", "View", "attached", "forward", "run"]
 
 # What other models pass to their attention, by the name that users know it under.
 _UNSUPPORTED = {
     "s_aux": "learned attention sinks",
+    "sinks": "learned attention sinks",
     "position_bias": "additive position biases",
+    "indices": "attention to chosen tokens alone (sparse attention)",
+    "block_indices": "attention to chosen tokens alone (sparse attention)",
+    "cu_seq_lens_q": "attention within parts of the text (packed sequences)",
+    "cu_seq_lens_k": "attention within parts of the text (packed sequences)",
+    "encoder_hidden_states": "attention to another text (cross-attention)",
 }
+# What says nothing about the attention: what a step was called with, and what it is to return.
+_HARMLESS = {
+    "position_ids",  # of flash attention, which finds packed sequences by them; ours follow each other
+    "cache_position",
+    "position_embeddings",
+    "past_key_values",
+    "cache",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "logits_to_keep",
+    "labels",
+}
+
+
+class DetachedError(UnsupportedModelError):
+    """An attention that was not told which cache to attend over."""
 
 
 class View(Protocol):
@@ -50,39 +80,50 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The registered attention function: batch 1, [1, H, T, D] in, [1, T, H, D] out."""
     if triforce is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} was called without a cache of offload-triforce: either from elsewhere while it "
-            "decodes, or by a model that does not hand keywords down to its attention"
+        raise DetachedError(
+            f"{type(module).__name__} was called without a cache of offload-triforce: either by a callback in the "
+            "middle of a step, or by a model that does not hand keywords down to its attention"
         )
-    for name, feature in _UNSUPPORTED.items():
-        if others.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {feature}, which is not supported")
+    _refuse(module, query, key, attention_mask, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     params = AttentionParams(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap)
     output = triforce.attend(module.layer_idx, query[0], key[0], value[0], params)
     return output.transpose(0, 1)[None].contiguous(), None
 
 
-def limiting_window(window: int | None, config: PretrainedConfig | None) -> int | None:
-    """A sliding window, if some text that the model can read is longer; else None: the layer sees everything."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if window is not None and positions is not None and window >= positions else window
+def _refuse(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, others: dict[str, Any]) -> None:
+    """Refuse by name whatever would make this attention another than the causal one of one text.
+
+    Raises:
+        UnsupportedModelError: what it is.
+    """
+    name, tokens = type(module).__name__, query.shape[2]
+    if mask is not None:
+        raise UnsupportedModelError(f"{name} brings an attention mask of its own, which is not supported")
+    # The keyword counts, as it does for transformers' own functions; of a single token it says nothing.
+    causal = others.pop("is_causal", None)
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if not causal and tokens > 1:
+        raise UnsupportedModelError(f"{name} attends to later tokens too (is_causal=False), which is not supported")
+    dropout = others.pop("dropout", None)
+    if dropout:
+        raise UnsupportedModelError(
+            f"{name} drops {dropout:.0%} of its attention at random; call the model's eval() before"
+        )
+    if query.shape[0] != 1:
+        raise UnsupportedModelError(f"{name} reads {query.shape[0]} texts at a time, which is not supported")
+    if key.shape[2] != tokens:
+        raise UnsupportedModelError(f"{name} makes {key.shape[2]} keys of {tokens} tokens, which is not supported")
+    for keyword, value in others.items():
+        if value is None or value is False or keyword in _HARMLESS:
+            continue
+        if keyword not in _UNSUPPORTED:
+            raise UnsupportedModelError(f"{name} calls its attention with {keyword!r}, whose meaning is not known here")
+        raise UnsupportedModelError(f"{name} uses {_UNSUPPORTED[keyword]}, which is not supported")
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
-
-
-@contextmanager
-def attached(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Run the given models with our attention; give each its own back afterwards."""
-    before = [(m, m.config._attn_implementation) for m in dict.fromkeys(models) if m is not None]
-    try:
-        for model, _ in before:
-            model.set_attn_implementation(ATTENTION_NAME)
-        yield
-    finally:
-        for model, implementation in before:
-            model.set_attn_implementation(implementation)
 
 
 def run(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int], view: View, keep: int) -> Tensor:

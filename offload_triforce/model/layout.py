@@ -1,9 +1,9 @@
-"""What a model's attention looks like from outside: found out by running one token through it."""
+"""What a model's attention looks like from outside: found out by running a few tokens through it."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,43 +12,19 @@ from transformers import PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import AttentionParams
-from offload_triforce.model.adapter import attached, limiting_window, run
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One layer's attention: KV heads, head dimension, and the sliding window if it has one."""
-
-    kv_heads: int
-    head_dim: int
-    window: int | None
-
-
-@dataclass(frozen=True)
-class ModelLayout:
-    """The attention of a whole model. ``full`` and ``sliding`` list the layers without and with a window."""
-
-    layers: tuple[LayerShape, ...]
-    dtype: torch.dtype
-    device: torch.device
-    vocabulary: int  # number of logits
-    max_positions: int | None
-    longrope_switch: int | None  # text length above which longrope uses its long frequencies
-
-    @property
-    def full(self) -> list[int]:
-        """Layers that attend to the whole context."""
-        return [i for i, layer in enumerate(self.layers) if layer.window is None]
-
-    @property
-    def sliding(self) -> list[int]:
-        """Layers with a sliding window."""
-        return [i for i, layer in enumerate(self.layers) if layer.window is not None]
-
-    def token_bytes(self, layer: int) -> int:
-        """Bytes of one token's K and V in one layer."""
-        shape = self.layers[layer]
-        return 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+from offload_triforce.model.adapter import ATTENTION_NAME, Attachment, DetachedError, run
+from offload_triforce.model.outline import LayerShape, ModelLayout
+from offload_triforce.model.refusals import refuse, rope_parameters
+from offload_triforce.model.watch import (
+    PROBE_NAME,
+    PROBE_TOKENS,
+    LayerWatch,
+    MaskFunction,
+    decoder_inputs,
+    masks_asked_for,
+    window_of,
+)
+from offload_triforce.model.windows import limiting_window
 
 
 class _Probe:
@@ -66,40 +42,42 @@ class _Probe:
         return torch.zeros_like(query)
 
 
+class WeightsNeededError(Exception):
+    """A model without weights (on the meta device) whose steps depend on what they compute."""
+
+
 def probe(model: PreTrainedModel) -> ModelLayout:
     """Find the layout out, and refuse by name what this runtime cannot decode exactly.
 
+    A model on the meta device will do: all that is looked at are shapes, apart from its masks.
+
     Raises:
         UnsupportedModelError: says which feature is the reason.
+        WeightsNeededError: only for a model on the meta device.
     """
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are supported")
-    _refuse_dynamic_rope(name, config)
+    name, config = type(model).__name__, model.config.get_text_config()
+    refuse(model.config, name)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} does not predict tokens; load it with AutoModelForCausalLM")
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None or len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} does not keep its decoder layers in a list that the prefill can drive")
-    view = _Probe()
-    try:
-        with attached(model), torch.no_grad():
-            vocabulary = run(model, [0], [0], view, keep=1).shape[-1]
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name}: {error}") from error
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedModelError(
-            f"{name} does not run through the transformers attention registry ({reason})"
-        ) from error
-    missing = sorted(set(range(config.num_hidden_layers)) - set(view.seen))
-    if missing:
-        raise UnsupportedModelError(
-            f"{len(missing)} of {config.num_hidden_layers} layers of {name} keep a state other than keys and values "
-            f"(the first is layer {missing[0]}); only attention layers are supported"
-        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(f"{name} counts positions by itself and cannot be told where a token stands")
+    view, watch = _Probe(), LayerWatch(layers)
+    try:
+        vocabulary, masks = _one_step(model, view, watch)
+    except DetachedError as error:
+        raise UnsupportedModelError(
+            f"{name} does not hand keywords down to its attention, so that cannot be told which cache to attend over"
+        ) from error
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
+    _refuse_missing(name, model, view)
+    if watch.problem is not None:
+        raise UnsupportedModelError(f"{name} {watch.problem}, so the prefill cannot drive them")
     _refuse_hidden_windows(name, config, view.seen)
+    _refuse_other_masks(name, config, view.seen, masks)
     shapes, dtypes, devices = zip(*(view.seen[i] for i in sorted(view.seen)), strict=True)
     positions = getattr(config, "max_position_embeddings", None)
     layout = ModelLayout(shapes, dtypes[0], devices[0], vocabulary, positions, _longrope_switch(config))
@@ -111,16 +89,64 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     return layout
 
 
+def _one_step(model: PreTrainedModel, view: _Probe, watch: LayerWatch) -> tuple[int, list[MaskFunction]]:
+    """Run some tokens through: the number of logits, and the masks that the model would build.
+
+    On the meta device none are asked for: transformers looks into position_ids for them.
+    """
+    blank = model.device.type == "meta"
+    attachment = Attachment(model, name=ATTENTION_NAME if blank else PROBE_NAME)
+    try:
+        return attachment.call(partial(_look_on, model, view, watch, blank))
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model that nobody has tried may raise
+        if blank and isinstance(error, (RuntimeError, NotImplementedError)):
+            raise WeightsNeededError from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"it does not run through the transformers attention registry ({reason})"
+        ) from error
+
+
+@torch.no_grad()
+def _look_on(model: PreTrainedModel, view: _Probe, watch: LayerWatch, blank: bool) -> tuple[int, list[MaskFunction]]:
+    with masks_asked_for() as masks:
+        with watch.looking():
+            vocabulary = run(model, range(PROBE_TOKENS), range(PROBE_TOKENS), view, keep=1).shape[-1]
+        if not blank and not _same(watch.inputs, decoder_inputs(model)):
+            raise UnsupportedModelError("its decoder alone does not read tokens as the whole model does")
+    return vocabulary, masks
+
+
+def _same(these: list[Tensor], those: list[Tensor]) -> bool:
+    return len(these) == len(those) and all(map(torch.equal, these, those))
+
+
+def _refuse_missing(name: str, model: PreTrainedModel, view: _Probe) -> None:
+    """Every layer has to have handed its keys and values on."""
+    count = model.config.get_text_config().num_hidden_layers
+    missing = sorted(set(range(count)) - set(view.seen))
+    if len(view.seen) + len(missing) > count:
+        raise UnsupportedModelError(f"{name} does not number its {count} layers of attention from 0 to {count - 1}")
+    if len(missing) == count:
+        raise UnsupportedModelError(
+            f"{name} computes its attention by itself and not through the transformers attention registry"
+        )
+    if missing:
+        raise UnsupportedModelError(
+            f"{len(missing)} of {count} layers of {name} keep a state other than keys and values (the first is layer "
+            f"{missing[0]}); only attention layers are supported"
+        )
+
+
 def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerShape, Any, Any]]) -> None:
     """Some models put their window (or chunking) into the mask alone, which is not built here."""
-    count = config.num_hidden_layers
     types = getattr(config, "layer_types", None)
     if types is None:
         slides = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-        types = ["sliding_attention" if slides else "full_attention"] * count
+        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
     for layer, kind in enumerate(types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModelError(f"{name} has layers of type {kind!r}; only full and sliding ones are known")
         expected = limiting_window(config.sliding_window, config) if kind == "sliding_attention" else None
         if seen[layer][0].window != expected:
             raise UnsupportedModelError(
@@ -129,24 +155,26 @@ def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerSh
             )
 
 
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """All rotary settings of a config: one, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        return [parameters]
-    return [value for value in parameters.values() if isinstance(value, dict)]
-
-
-def _refuse_dynamic_rope(name: str, config: Any) -> None:
-    if any(p.get("rope_type") == "dynamic" for p in _rope_parameters(config)):
+def _refuse_other_masks(
+    name: str, config: Any, seen: dict[int, tuple[LayerShape, Any, Any]], masks: list[MaskFunction]
+) -> None:
+    """What the masks say must be what the layers said: causal, or a sliding window of theirs."""
+    told = {layer.window for layer, _, _ in seen.values()}
+    known = {None, getattr(config, "sliding_window", None), *told}
+    try:
+        found = {limiting_window(window_of(mask, known), config) for mask in masks}
+    except ValueError as error:
         raise UnsupportedModelError(
-            f"{name} uses dynamic NTK rotary scaling: its frequencies change as the text grows, so cached keys go "
-            "stale; set rope_type to 'yarn' or 'linear' with a fixed factor"
-        )
+            f"{name} masks its attention by a rule of its own, which is neither causal nor a sliding window that its "
+            "layers tell of"
+        ) from error
+    # Where the configuration names a kind for each layer, some models build masks of kinds that no layer has.
+    if masks and found != told and getattr(config, "layer_types", None) is None:
+        raise UnsupportedModelError(f"{name} has a sliding window in its mask that its attention function is not told")
 
 
 def _longrope_switch(config: Any) -> int | None:
-    for parameters in _rope_parameters(config):
+    for parameters in rope_parameters(config):
         if parameters.get("rope_type") == "longrope":
             fallback = getattr(config, "original_max_position_embeddings", None)
             return parameters.get("original_max_position_embeddings") or fallback

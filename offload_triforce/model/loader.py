@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,10 +16,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from offload_triforce.errors import InputError, MemoryLimitError, UnsupportedModelError
+from offload_triforce.errors import InputError, MemoryLimitError, TriForceError, UnsupportedModelError
+from offload_triforce.model.blank import layout_of
+from offload_triforce.model.counts import check_quantization
+from offload_triforce.model.fetch import find_source
+from offload_triforce.model.gguf_header import GGUFHeader
+from offload_triforce.model.gguf_skim import skimming
+from offload_triforce.model.hub import access, bounded, is_here
+from offload_triforce.model.local_files import check_files, locate
+from offload_triforce.model.quantize import check_room, pack
+from offload_triforce.model.weights import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZATIONS = ("nf4", "int8")
+# Let transformers say which weights did not fit, instead of pointing to its log.
+_REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+# Where a GGUF file names tokens that end an answer: of a text, a turn, a message. transformers reads the first alone.
+_ENDS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,35 +73,58 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: hub id, folder in transformers' format, GGUF file, or folder with one GGUF file in it.
+        source: a name of ``model.names``, hub id, folder in transformers' format, GGUF file, or folder with one in it.
         dtype: of weights and KV. device: where the weights go.
-        quantize: "nf4" or "int8" (bitsandbytes), or None.
+        quantize: "nf4" or "int8" (bitsandbytes), or None. A GGUF file is unpacked first, in host memory.
 
     Raises:
         InputError: not found, or not a model.
+        MemoryLimitError: not enough memory for the weights.
         UnsupportedModelError: a model that transformers cannot decode with.
     """
-    folder, gguf = _locate(source)
+    check_quantization(quantize)
+    source = find_source(source)
+    with access(source):
+        model, tokenizer = _load(source, dtype, device, quantize)
+    return model.eval(), tokenizer
+
+
+def _load(
+    source: str, dtype: torch.dtype, device: torch.device, quantize: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder, gguf = locate(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    packing = _quantization(quantize, dtype) if quantize else None
+    header = check_files(folder, gguf)
     if gguf:
-        if quantize:
-            raise InputError(f"{source} is a GGUF file, which is quantised already; leave --quantize out")
+        check_room(Path(folder) / gguf, dtype, device, quantize)
         options |= {"gguf_file": gguf, "attn_implementation": "sdpa"} | _unpacked()
-    if quantize:
-        options["quantization_config"] = _quantization(quantize, dtype)
+    if packing is not None:
+        # transformers does not quantise what it unpacks from a GGUF file: it is packed from host memory.
+        options |= {"device_map": {"": torch.device("cpu")}} if gguf else {"quantization_config": packing}
+    part = "configuration"
     try:
-        if not gguf and AutoConfig.from_pretrained(folder).is_encoder_decoder:
-            raise UnsupportedModelError(f"{source} is not a decoder-only language model but an encoder-decoder")
+        if not gguf:  # a model that is refused is refused before its weights are read
+            layout_of(AutoConfig.from_pretrained(folder), dtype)
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        part = "weights"
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **_REPORTING, **options)
+        _check_all_found(source, found)
+        if gguf and packing is not None:
+            model = pack(model, packing, device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MemoryLimitError(
             f"the weights of {source} do not fit on {device} as {str(dtype)[6:]}; take --quantize nf4 "
             "or a smaller model"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _explain(source, error) from error
-    return model.eval(), tokenizer
+    except TriForceError:
+        raise
+    except Exception as error:  # whatever a file that somebody wrote makes of transformers and tokenizers
+        raise _explain(source, part, error) from error
+    if header is not None:
+        _end_answers(model, header)
+    return model, tokenizer
 
 
 def max_positions(source: str) -> int | None:
@@ -99,34 +133,44 @@ def max_positions(source: str) -> int | None:
     Raises:
         InputError: as ``load_model``.
     """
-    folder, gguf = _locate(source)
+    source = find_source(source)
+    folder, gguf = locate(source)
+    check_files(folder, gguf)
     try:
-        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-    except (OSError, ValueError, KeyError) as error:
-        raise _explain(source, error) from error
+        with access(source), skimming():
+            config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except Exception as error:  # as in ``load_model``
+        raise _explain(source, "configuration", error) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _locate(source: str) -> tuple[str, str | None]:
-    """Folder or hub id, and the GGUF file's name if it is one."""
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"no such file: {source}")
-        return str(path.parent), path.name
-    if path.is_dir():
-        if (path / "config.json").exists():
-            return str(path), None
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return str(path), files[0].name
-        held = f"{len(files)} GGUF files; name one" if files else "neither config.json nor a GGUF file"
-        raise InputError(f"folder {source} holds {held}")
-    if path.is_file():
-        raise InputError(f"{source} is a file but not a .gguf file; give a model folder, a GGUF file or a hub id")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
-        raise InputError(f"no such file or folder: {source}")
-    return source, None
+def _check_all_found(source: str, found: dict[str, Any]) -> None:
+    """Refuse a model in which transformers has made up weights that the files do not hold.
+
+    ``found``: its own account.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"the files of {source} lack {len(missing):,} of the weights that its configuration asks for, such as "
+            f"{missing[0]}; get them again"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise InputError(
+            f"{len(mismatched):,} weights of {source} have other shapes than its configuration asks for, such as "
+            f"{name}: {list(stored)}, not {list(wanted)}; get configuration and weights from one place"
+        )
+
+
+def _end_answers(model: PreTrainedModel, header: GGUFHeader) -> None:
+    """Let every token that a GGUF file says ends an answer do so: chat models end their turns with another one."""
+    known = model.generation_config.eos_token_id
+    ends = list(known) if isinstance(known, (list, tuple)) else [] if known is None else [known]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    named = [header.values.get(key) for key in _ENDS]
+    ends += [token for token in named if isinstance(token, int) and 0 <= token < vocabulary]
+    ends = list(dict.fromkeys(ends))
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
 def _unpacked() -> dict[str, Any]:
@@ -138,10 +182,12 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
-    if quantize not in QUANTIZATIONS:
-        raise InputError(f"unknown quantisation {quantize!r}; use {' or '.join(QUANTIZATIONS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"--quantize {quantize} needs bitsandbytes; pip install 'offload-triforce[bnb]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns anew in each matrix product
+    if importlib.util.find_spec("kernels") is not None:
+        with bounded():  # importing it asks the hub for a kernel then
+            importlib.import_module("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
@@ -149,12 +195,24 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _explain(source: str, error: Exception) -> Exception:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _explain(source: str, part: str, error: Exception) -> TriForceError:
+    reason = shorten(str(error))
+    if type(error) is not Exception and not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        reason = f"{type(error).__name__}: {reason}".rstrip(": ")
     if "Unrecognized configuration class" in reason or "does not recognize this architecture" in str(error):
         return UnsupportedModelError(f"{source} is not a decoder-only language model that transformers knows: {reason}")
-    if isinstance(error, OSError) and not Path(source).expanduser().exists():
+    if "instantiate the backend tokenizer" in reason:
+        return InputError(f"{source} comes without a tokenizer (tokenizer.json); get the whole model")
+    if "GGUF" in reason and "architecture" in reason:
+        return UnsupportedModelError(f"{source} holds a model that transformers does not read from GGUF: {reason}")
+    if isinstance(error, OSError) and not is_here(source):
         return InputError(
             f"{source!r} is neither a local folder or GGUF file nor a model that the hub gives out from here ({reason})"
         )
-    return InputError(f"{source} could not be loaded: {reason}")
+    return InputError(f"the {part} of {source} could not be loaded: {reason}")
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """The first two sentences of what another library says, which may be a page, on one line."""
+    line = ". ".join(" ".join(text.split()).split(". ")[:2]).rstrip(".:")
+    return line if len(line) <= most else f"{line[:most].rpartition(' ')[0]} ..."

@@ -7,8 +7,7 @@ by an identity that records its arguments, and the layers are then replayed in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.kernels import ops
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.lock import do_and_undo
 from offload_triforce.scheduler.pipeline import Leaving
 
 Progress = Callable[[int, int], None]
@@ -109,37 +109,49 @@ def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: s
         # longrope takes its frequencies from the largest position of a call: let every chunk have the text's.
         ids = torch.cat([ids, ids[:1]])
         positions = torch.cat([positions, positions.new_tensor([len(tokens)])])
-    calls: list[_Call] = []
-    inputs: list[Tensor] = []
-
-    def recorder(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not inputs:
-            inputs.append(states)
-        calls.append(_Call(args, kwargs))
-        return states
-
-    with _replaced_forward(decoder.layers, recorder):
-        decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-    states, length = inputs[0], part.stop - part.start
+    states, calls = _run_recording(decoder, ids[None], positions[None])
+    length = part.stop - part.start
     if states.shape[1] == length:
         return states, calls
     return states[:, :length], [_Call(_shorten(c.args, length), _shorten(c.kwargs, length)) for c in calls]
 
 
-@contextmanager
-def _replaced_forward(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Give every layer another ``forward``; afterwards, whatever was there before (accelerate sets its own)."""
+def _run_recording(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[_Call]]:
+    """Run a decoder without its layers: what the first was given [1, T, hidden], and each layer's other arguments.
+
+    Layers have another ``forward`` meanwhile. Calls of other threads go on to the one before; ours are known by their
+    keyword. Afterwards they have what they had: accelerate sets one of its own.
+    """
+    layers, ours = decoder.layers, object()
     before = [vars(layer).get("forward") for layer in layers]
-    try:
+    inputs: list[Tensor] = []
+    calls: list[_Call] = []
+
+    def recording(own: Callable[..., Any]) -> Callable[..., Any]:
+        def recorder(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("triforce") is not ours:
+                return own(*args, **kwargs)
+            if not inputs:
+                inputs.append(args[0])
+            calls.append(_Call(args[1:], kwargs))
+            return args[0]
+
+        return recorder
+
+    def run() -> None:
         for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
+            layer.forward = recording(layer.forward)
+        decoder(input_ids=ids, position_ids=positions, use_cache=False, triforce=ours)
+
+    def put_back() -> None:
         for layer, own in zip(layers, before, strict=True):
             if own is None:
                 vars(layer).pop("forward", None)
             else:
                 layer.forward = own
+
+    do_and_undo(run, put_back)
+    return inputs[0], calls
 
 
 def _shorten(value: Any, length: int) -> Any:

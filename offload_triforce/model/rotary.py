@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
-from offload_triforce.model.adapter import attached, run
+from offload_triforce.model.adapter import Attachment, run
 
 
 class KeyTurner:
@@ -59,11 +60,10 @@ class KeyTurner:
     @torch.no_grad()
     def _turns(self) -> bool:
         """A single token sees only itself, so its keys at two positions differ by the rotation alone."""
-        keys = []
+        attachment, keys = Attachment(self.model), []
         for position in (0, 7):
             view = _KeyRecorder()
-            with attached(self.model):
-                run(self.model, [0], [position], view, keep=1)
+            attachment.call(partial(run, self.model, [0], [position], view, keep=1))
             keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
         try:
             error = (self.turn(keys[1], 7) - keys[0]).abs().max()

@@ -2,69 +2,90 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from offload_triforce.config import Settings
+from offload_triforce.config import Settings, replace_settings
 from offload_triforce.planner.choose import assume
 from offload_triforce.planner.fit import Footprint, footprint, missing
-from offload_triforce.planner.predict import Prediction, predict
+from offload_triforce.planner.predict import Prediction, predict, predict_target
 from offload_triforce.planner.question import Question
 from offload_triforce.planner.suggest import suggest
+
+# Texts beyond this are not looked at.
+LONGEST = 1 << 20
+# Where nothing crosses the link, drafting has to gain this much before it is recommended: predictions are no better.
+WORTH = 1.1
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode: its settings, what they take, and what of that is not there."""
+
+    settings: Settings
+    used: Footprint
+    missing: list[dict[str, int | str]]
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the whole KV cache stays on the card: nothing crosses the link."""
+        return self.used.plan is None or self.used.plan.host_bytes == 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``prediction`` is None where it does not fit."""
+    """Two ways to decode compared, each with its own split of the memory.
+
+    Attributes:
+        hierarchy, plain: the two ways; one and the same where gamma is given as 0.
+        way: the one to take, "hierarchy" or "plain": what fits and is faster, or what was asked for.
+        suggestions: what would fit, where nothing does.
+        prediction: of both ways; None where the one to take does not fit.
+        pays_from: where plain decoding is the way to take, the length of text from which the hierarchy is faster, in
+            steps of 1,024 tokens; None if there is none that fits.
+        packed_fits: where the cache has to be streamed, the quantisation under which all of it would stay on the card.
+    """
 
     question: Question
-    settings: Settings
-    used: Footprint
-    missing: list[dict[str, int | str]]
+    hierarchy: Way
+    plain: Way
+    way: str
     suggestions: list[dict[str, str]]
     prediction: Prediction | None
+    pays_from: int | None
+    packed_fits: str | None
     assumptions: list[str]
-    notes: list[str]
 
     @property
-    def options(self) -> str:
-        """The settings as options of ``generate``."""
-        names = ("budget", "gamma", "gamma1", "tile", "ring", "resident")
-        given = {"context": self.question.context} | {name: getattr(self.settings, name) for name in names}
-        given["quantize"] = self.question.model.quantize
-        return " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    def chosen(self) -> Way:
+        """The way to take."""
+        return self.plain if self.way == "plain" else self.hierarchy
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON. Sizes in bytes; times in the unit of their name; null where it does not fit."""
-        asked, told = self.question, self.prediction
-        return {
-            "fits": not self.missing,
-            "model": asked.model.name,
-            "parameters": asked.model.weights.parameters,
-            "quantize": asked.model.quantize,
-            "context": asked.context,
-            "machine": asked.machine.name,
-            "vram_bytes": self.used.vram_bytes,
-            "vram_limit": asked.machine.memory,
-            "host_bytes": self.used.host_bytes,
-            "host_limit": asked.machine.host,
-            "ms_per_token": told and told.round.ms_per_token,
-            "ms_per_token_plain": told and told.plain_ms,
-            "prefill_s": told and told.prefill_s,
-            "tokens_per_pass": told and told.round.tokens,
-            "pass_s": told and told.passing.seconds,
-            "pass_link_s": told and told.passing.link,
-            "step_ms": told and 1e3 * told.round.step_s,
-            "steps_per_pass": told and told.round.steps,
-            "missing": self.missing,
-            "suggestions": self.suggestions,
-            "settings": {name: value for name, value in vars(self.settings).items() if name != "link_gbps"},
-            "options": self.options,
-            "device": self.used.device,
-            "host": self.used.host,
-            "assumptions": self.assumptions,
-            "notes": self.notes,
-        }
+    @property
+    def settings(self) -> Settings:
+        """Of the way to take."""
+        return self.chosen.settings
+
+    @property
+    def used(self) -> Footprint:
+        """By the way to take."""
+        return self.chosen.used
+
+    @property
+    def missing(self) -> list[dict[str, int | str]]:
+        """For the way to take."""
+        return self.chosen.missing
+
+    @property
+    def drafting(self) -> Prediction | None:
+        """The prediction, where the hierarchy fits and drafts at all."""
+        return None if self.hierarchy.missing or not self.hierarchy.settings.gamma else self.prediction
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Of the way to take; None where it does not fit."""
+        told = self.prediction
+        return told and (told.plain_ms if self.way == "plain" else told.round.ms_per_token)
 
 
 def answer(question: Question) -> Answer:
@@ -73,37 +94,108 @@ def answer(question: Question) -> Answer:
     Raises:
         InputError: settings that contradict each other.
     """
+    hierarchy = _way(question)
+    plain = _plain(question) if hierarchy.settings.gamma else hierarchy
+    told = None if hierarchy.missing and plain.missing else _predict(question, hierarchy, plain)
+    way = _better(question, hierarchy, plain, told)
+    chosen = plain if way == "plain" else hierarchy
+    return Answer(
+        question,
+        hierarchy,
+        plain,
+        way,
+        suggest(question) if chosen.missing else [],
+        None if chosen.missing else told,
+        _pays_from(question) if way == "plain" and "gamma" not in question.fixed else None,
+        None if chosen.missing or chosen.on_card else _packed_fits(question),
+        _assumptions(question, None if hierarchy is plain or hierarchy.missing or chosen.used.plan is None else told),
+    )
+
+
+def _way(question: Question, **changes: Any) -> Way:
+    """The best settings for a question, some of them given."""
+    settings = question.choose(**changes)
+    used = footprint(question.model, settings, question.context, question.draft)
+    return Way(settings, used, missing(used, question.machine.memory, question.machine.host))
+
+
+def _plain(question: Question) -> Way:
+    """Plain decoding: no draft model, no retrieval cache to speak of, and all the more resident tiles."""
+    fixed = tuple(name for name in question.fixed if name != "budget")
+    settings = replace_settings(question.settings, {"budget": None})
+    return _way(replace(question, settings=settings, fixed=fixed, draft=None, draft_kind="none"), gamma=0)
+
+
+def _predict(question: Question, hierarchy: Way, plain: Way) -> Prediction:
+    """Each way by its own settings; the prefill by the hierarchy's, which takes about as long as plain decoding's."""
     asked, machine = question, question.machine
-    settings = asked.choose()
-    used = footprint(asked.model, settings, asked.context, asked.draft)
-    gaps = missing(used, machine.memory, machine.host)
-    rates = assume(settings, asked.context, asked.draft_kind, asked.retrieval, asked.drafted)
-    told = None if gaps else predict(asked.model, settings, asked.context, machine, rates, asked.draft)
-    said = list(machine.said)
-    if told is not None and used.plan is not None:
-        said += [
-            f"the target accepts {rates.retrieval:.1%} of the retrieval level's guesses"
-            + (
-                " (as given)"
-                if asked.retrieval is not None
-                else ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
-            ),
-            f"the retrieval level accepts {rates.draft:.0%} of the draft's guesses ({asked.draft_kind})",
-            "one path of guesses at a time: branches, and guessing that passes hide, are left out; both help",
-            "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out",
-        ]
-    return Answer(question, settings, used, gaps, suggest(asked) if gaps else [], told, said, _notes(asked))
+    rates = assume(hierarchy.settings, asked.context, asked.draft_kind, asked.retrieval, asked.drafted)
+    told = predict(asked.model, hierarchy.settings, asked.context, machine, rates, asked.draft)
+    alone = predict_target(asked.model, plain.settings, asked.context, machine, 1, refresh=False)
+    return replace(told, plain=alone)
 
 
-def _notes(asked: Question) -> list[str]:
-    layout, notes = asked.model.layout, []
-    if layout.max_positions is not None and asked.context > layout.max_positions:
-        notes.append(
-            f"{asked.context:,} tokens are more than the model's {layout.max_positions:,} positions: `generate` "
-            "refuses them until its config.json has a longer rotary scaling, such as YaRN"
-        )
-    if not layout.full:
-        notes.append("all layers have a sliding window, which stays on the card: nothing is streamed")
-    if asked.model.quantize and asked.model.weights.experts:
-        notes.append("bitsandbytes leaves the experts in 16 bits")
-    return notes
+def _better(question: Question, hierarchy: Way, plain: Way, told: Prediction | None) -> str:
+    if hierarchy is plain:
+        return "plain"
+    if told is None or "gamma" in question.fixed:
+        return "hierarchy"
+    if hierarchy.missing or plain.missing:
+        return "plain" if hierarchy.missing else "hierarchy"
+    return "hierarchy" if _gains(plain, told) else "plain"
+
+
+def _gains(plain: Way, told: Prediction) -> bool:
+    """Whether drafting pays."""
+    return told.plain_ms > told.round.ms_per_token * (WORTH if plain.on_card else 1.0)
+
+
+def _pays_from(question: Question) -> int | None:
+    """The shortest longer text, in steps of 1,024 tokens, at which the hierarchy fits and is faster."""
+    most = min(question.model.layout.max_positions or LONGEST, LONGEST) // 1024
+    low = high = -(-question.context // 1024)
+    while not _pays(question, high * 1024):
+        if high >= most:
+            return None
+        low, high = high, min(most, high + high // 2 + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _pays(question, middle * 1024) else (middle, high)
+    return high * 1024
+
+
+def _pays(question: Question, context: int) -> bool:
+    longer = replace(question, context=context)
+    hierarchy = _way(longer)
+    if hierarchy.missing:
+        return False
+    plain = _plain(longer)
+    told = _predict(longer, hierarchy, plain)
+    return bool(plain.missing) or _gains(plain, told)
+
+
+def _packed_fits(question: Question) -> str | None:
+    """The quantisation that makes room for the whole KV cache on the card, the one that changes least first."""
+    for model in sorted(question.variants, key=lambda model: -model.weights.total):
+        way = _plain(replace(question, model=model))
+        if not way.missing and way.on_card:
+            return model.quantize
+    return None
+
+
+def _assumptions(question: Question, told: Prediction | None) -> list[str]:
+    """Of the machine, and of drafting where that is predicted."""
+    said = list(question.machine.said)
+    if told is None:
+        return said
+    rates = told.assumed
+    given = ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
+    if question.retrieval is not None:
+        given = " (as given)"
+    return [
+        *said,
+        f"the target accepts {rates.retrieval:.1%} of the retrieval level's draft tokens{given}",
+        f"the retrieval level accepts {rates.draft:.0%} of the draft's tokens ({question.draft_kind})",
+        "one path of draft tokens at a time: branches, and drafting that passes hide, are left out; both help",
+        "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out",
+    ]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.memory import free_on
-from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.shape import ModelShape, shape_of_loaded
+from offload_triforce.model.outline import ModelLayout, ModelShape
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.machine import Machine, this_machine
 from offload_triforce.planner.predict import (
@@ -22,8 +20,11 @@ from offload_triforce.planner.predict import (
     round_time,
     step_seconds,
 )
-from offload_triforce.runtime import make_plan
+from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.plan import TilePlan, choose_ring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEAST_BUDGET = 1024
 GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -65,12 +66,22 @@ def choose_settings(
     if not model.layout.full:
         return settings
     if "budget" not in fixed:
-        settings = replace_settings(settings, {"budget": _budget(model, settings, context, machine, draft)})
+        # Plain decoding asks no retrieval cache: it gets the smallest that there is.
+        plain = settings.gamma == 0 and "gamma" in fixed
+        budget = settings.least_budget if plain else _budget(model, settings, context, machine, draft)
+        settings = replace_settings(settings, {"budget": budget})
     rates = assume(settings, context, draft_kind, retrieval, drafted)
+    if "resident" not in fixed:  # what does not cross the link makes passes cheap, and long chains less worth while
+        share = resident_share(model, settings, context, machine, draft)
+        settings = replace_settings(settings, {"resident": share})
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
     plan = make_plan(model.layout, settings, context)
-    ring = _ring(model, settings, context, machine, draft, plan)
-    settings = replace_settings(settings, {"tile": plan.tile_tokens, "ring": ring})
+    settings = replace_settings(settings, {"tile": plan.tile_tokens})
+    if settings.ring is None and "resident" not in fixed:
+        whole = replace_settings(settings, {"ring": 1})  # nothing crosses the link where every tile is resident
+        if resident_share(model, whole, context, machine, draft) == 1.0:
+            return replace_settings(whole, {"resident": 1.0})
+    settings = replace_settings(settings, {"ring": _ring(model, settings, context, machine, draft, plan)})
     if "resident" not in fixed:
         settings = replace_settings(settings, {"resident": resident_share(model, settings, context, machine, draft)})
     return settings
@@ -88,6 +99,8 @@ def choose_for_loaded(
     """
     if layout.device.type != "cuda":
         return settings
+    from offload_triforce.model.shape import shape_of_loaded  # imports transformers, which is there then
+
     shape = shape_of_loaded(model, layout)
     taken = shape.weights.total + DEVICE_OVERHEAD  # what is free is free of these
     machine = this_machine(device=layout.device.index or 0)
@@ -136,6 +149,8 @@ def _gammas(
     gammas = (
         (settings.gamma,) if "gamma" in fixed else [g for g in GAMMAS if g <= (settings.tree or g)] or [settings.tree]
     )
+    if gammas == (0,):
+        return settings
     gamma1s = (settings.gamma1,) if "gamma1" in fixed else GAMMA1S if draft_kind != "none" else (0,)
     if draft is not None:  # see check_draft
         gamma1s = [g for g in gamma1s if settings.draft_cache >= 2 * (settings.draft_sink + g + 2)] or gamma1s[:1]
@@ -143,7 +158,6 @@ def _gammas(
     if len(gammas) * len(gamma1s) == 1:
         return best
     for gamma in gammas:
-        # How much is resident hardly moves the best gammas, so they are sought before.
         tried = replace_settings(settings, {"gamma": gamma})
         passing = predict_target(model, tried, context, machine, tried.block, settings.refresh)
         for gamma1 in gamma1s:

@@ -6,11 +6,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from offload_triforce.errors import InputError
-from offload_triforce.fetch import cache_folder
 from offload_triforce.host_memory import free_on_host
+from offload_triforce.model.fetch import cache_folder
 from offload_triforce.planner.cards import Card, find_card, slot_gbps
 from offload_triforce.scheduler.cost import Speeds
 
@@ -112,6 +110,8 @@ def this_machine(host: int | None = None, device: int = 0) -> Machine:
     Raises:
         InputError: there is no GPU.
     """
+    import torch
+
     if not torch.cuda.is_available():
         raise InputError('there is no GPU here to plan for; name a card, as in --gpu "RTX 4090", or give --vram 24GB')
     host = free_on_host() if host is None else host

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from offload_triforce.config import Settings
-from offload_triforce.model.shape import ModelShape
+from offload_triforce.model.outline import ModelShape
 from offload_triforce.planner.machine import Machine
-from offload_triforce.runtime import make_plan, make_shape
+from offload_triforce.planner.sizes import make_plan, make_shape
 from offload_triforce.scheduler.cost import (
     LinkSpeed,
     PassTime,

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.model.shape import ModelShape
+from offload_triforce.model.outline import ModelShape
 from offload_triforce.planner.choose import choose_settings
 from offload_triforce.planner.machine import Machine
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. ``variants``: the same model under other quantisations, for suggestions.
+    """What is asked.
 
-    ``settings`` with the names of those in ``fixed`` that are not to be chosen; ``draft_kind``: ngram, none, self or
-    model; ``retrieval`` and ``drafted``: acceptance, None where it is to be assumed.
+    Attributes:
+        settings: as given so far. fixed: the names of those that are not to be chosen.
+        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        retrieval, drafted: acceptance, None where it is to be assumed.
+        variants: the same model under other quantisations, for suggestions.
+        source, draft_source: what the user called the two, as ``generate`` takes them.
     """
 
     model: ModelShape
@@ -30,6 +34,8 @@ class Question:
     retrieval: float | None = None
     drafted: float | None = None
     variants: tuple[ModelShape, ...] = ()
+    source: str = "MODEL"
+    draft_source: str = "ngram"
 
     def choose(self, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Settings:
         """Settings for this question, or for one that differs."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from offload_triforce.model.shape import ModelShape
+from offload_triforce.machine.units import gigabytes
+from offload_triforce.model.outline import ModelShape
 from offload_triforce.planner.cards import CARDS
 from offload_triforce.planner.choose import LEAST_BUDGET, resident_share
 from offload_triforce.planner.fit import Footprint, footprint, missing
 from offload_triforce.planner.question import Question
-from offload_triforce.planner.units import gigabytes
 
 DEVICE, HOST = "device memory", "host memory"
 

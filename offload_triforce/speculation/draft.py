@@ -14,7 +14,8 @@ from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import run
 from offload_triforce.model.graphs import StepGraphs
-from offload_triforce.speculation.rules import Guess, Place, Rule
+from offload_triforce.speculation.place import PathState, Place
+from offload_triforce.speculation.rules import Guess, Rule
 from offload_triforce.speculation.text import TokenText
 
 
@@ -24,8 +25,11 @@ class Draft(Protocol):
     def offer(self, text: TokenText) -> str | None:
         """The kind of guess that can be made about this text, by how sure it is; None if none can."""
 
-    def guess(self, text: TokenText, count: int) -> list[Guess]:
-        """Up to ``count`` guesses about the text that ``offer`` has just seen. The text stays as it is."""
+    def guess(self, text: TokenText, count: int, before: PathState | None = None) -> list[Guess]:
+        """Up to ``count`` guesses about the text that ``offer`` has just seen. The text stays as it is.
+
+        ``before``: of forkable logits processors, at the place before the text's last token; None where the target was.
+        """
 
 
 class NgramDraft:
@@ -49,7 +53,7 @@ class NgramDraft:
             return None
         return f"ngram {next((n for n in self.LENGTHS if matched <= n), self.LENGTHS[-1])}"
 
-    def guess(self, text: TokenText, count: int) -> list[Guess]:
+    def guess(self, text: TokenText, count: int, before: PathState | None = None) -> list[Guess]:
         """See ``Draft``."""
         follow = text[self._next : self._next + count]
         # A prompt may hold ids that a model reads but never says.
@@ -75,13 +79,19 @@ def longest_match(ids: np.ndarray, shortest: int, longest: int) -> tuple[int, in
 
 
 class ModelDraft:
-    """A small transformers model over a streaming cache."""
+    """A small transformers model over a streaming cache.
+
+    The text may hold ids that this model has no embedding for (the target's vocabulary is padded further, or holds ids
+    of images). Nothing is drafted right after one; later it reads another token in its place.
+    """
 
     def __init__(
         self, model: PreTrainedModel, cache: StreamingCache, rule: Rule, graphs: StepGraphs | None = None
     ) -> None:
         """``cache`` must be empty. ``rule``: how it takes a token from its logits."""
         self.model, self.cache, self.rule, self.graphs = model, cache, rule, graphs
+        self._readable = model.get_input_embeddings().num_embeddings
+        self._stand_in = _stand_in(model, self._readable)
         self._read: list[int] = []  # tokens of the text that have been read or left out, from ``_first`` on
         self._first = 0
 
@@ -94,16 +104,22 @@ class ModelDraft:
         return self.cache.capacity // 2 - self.cache.sink - 1 - (len(text) - text.decided)
 
     def offer(self, text: TokenText) -> str | None:
-        """See ``Draft``: a model can always guess, as long as there is room."""
-        return "model" if self._room(text) > 0 else None
+        """See ``Draft``: a model can always guess, as long as there is room, and it knows the last token."""
+        return "model" if self._room(text) > 0 and text[-1:][0] < self._readable else None
 
-    def guess(self, text: TokenText, count: int) -> list[Guess]:
+    def guess(self, text: TokenText, count: int, before: PathState | None = None) -> list[Guess]:
         """See ``Draft``: drawn one by one."""
         start, guesses = len(text), []
+        state = PathState(before)
         for _ in range(min(count, self._room(text))):
-            guess = self.rule.draft(self._logits(text), Place(text.ids_on, len(text)))
+            guess = self.rule.draft(self._logits(text), Place(text.ids_on, len(text), state))
+            if guess is None:
+                break
             guesses.append(guess)
+            if guess.token >= self._readable:
+                break
             text.append([guess.token])
+            state = PathState(state)
         text.truncate(start)
         return guesses
 
@@ -117,7 +133,8 @@ class ModelDraft:
         else:  # at the beginning, or when nobody has asked for so long that little of what is held would stay
             parts = cache.begin(len(text))
             self._first = len(text) - 1
-        tokens = [token for part in parts for token in text[part.start : part.stop]]
+        ids = [token for part in parts for token in text[part.start : part.stop]]
+        tokens = [token if token < self._readable else self._stand_in for token in ids]
         guesses = cache.text - (text.decided - 1)  # and the newest decided token, which may be asked about again
         cache.settle(cache.pending - min(cache.pending, max(0, guesses)))
         cache.make_room(len(tokens))
@@ -140,6 +157,13 @@ class ModelDraft:
                 break
             same += 1
         self.cache.keep_pending(self.cache.pending - max(0, self.cache.text - self._first - same))
+
+
+def _stand_in(model: PreTrainedModel, readable: int) -> int:
+    """What a model reads for ids that it does not know: the end of a text, if it knows that; else token 0."""
+    ends = model.config.get_text_config().eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return next((end for end in ends if end is not None and 0 <= end < readable), 0)
 
 
 def static_view(cache: StreamingCache, tokens: int) -> StaticView:

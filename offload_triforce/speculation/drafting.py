@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from offload_triforce.speculation.draft import Draft
 from offload_triforce.speculation.economy import Costs
+from offload_triforce.speculation.place import PathState
 from offload_triforce.speculation.rules import Guess
 from offload_triforce.speculation.text import TokenText
 
@@ -32,10 +33,18 @@ class Drafting:
         self._costs = [Costs() for _ in drafts]
         self._kind = ""
 
-    def guess(self, text: TokenText, limit: int, step_cost: Callable[[int], float] | None) -> list[Guess]:
+    def guess(
+        self,
+        text: TokenText,
+        limit: int,
+        step_cost: Callable[[int], float] | None,
+        before: PathState | None = None,
+    ) -> list[Guess]:
         """Up to ``limit`` guesses of the draft that serves best here.
 
-        ``step_cost``: what a step of the retrieval level costs with so many guesses to read; None if it is not known.
+        Args:
+            text, before: see ``Draft.guess``. limit: most guesses.
+            step_cost: what a step of the retrieval level costs with so many guesses to read; None if it is not known.
         """
         limit = min(limit, self._most)
         if limit < 1:
@@ -57,7 +66,7 @@ class Drafting:
         if not count:
             return []
         started = time.perf_counter()
-        guesses = self._drafts[index].guess(text, count)
+        guesses = self._drafts[index].guess(text, count, before)
         if self._timed:
             self._costs[index].add(len(guesses), time.perf_counter() - started)
         return guesses

@@ -190,7 +190,7 @@ class Middle:
         text.append(tokens_of(leaf.line()[1:]))
         known = self.pace.known
         cost = (lambda more: self.pace.step_cost(len(leaves) + more)) if known else None
-        guesses = self.drafting.guess(text, count, cost)
+        guesses = self.drafting.guess(text, count, cost, leaf.state.before)
         text.truncate(start)
         return guesses
 

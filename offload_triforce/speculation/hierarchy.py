@@ -16,7 +16,8 @@ from typing import Protocol
 from torch import Tensor
 
 from offload_triforce.scheduler.pipeline import Slack
-from offload_triforce.speculation.rules import Rule, place_after
+from offload_triforce.speculation.place import Place
+from offload_triforce.speculation.rules import Rule
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node
 from offload_triforce.stats import DecodeStats
@@ -35,7 +36,7 @@ class Target(Protocol):
         """What the last step, whose logits have been looked at, left time for."""
 
     def commit(self, kept: Sequence[int]) -> None:
-        """Accept these of the tokens read (their numbers, ascending), and forget the others."""
+        """Accept these of the tokens read (their numbers, ascending), and forget the others; all, if there are none."""
 
 
 class Proposer(Protocol):
@@ -64,7 +65,7 @@ def decode(
     text: TokenText,
     limit: int,
     stats: DecodeStats,
-    stop: Callable[[TokenText, int], int | None],
+    stop: Callable[[TokenText], bool],
 ) -> Iterator[list[int]]:
     """Decode up to ``limit`` tokens; yields the new ones after each pass of the target.
 
@@ -74,44 +75,67 @@ def decode(
         text: prompt in, everything out.
         limit: most new tokens.
         stats: what is counted.
-        stop: (text, length before the pass) -> length to cut the text to, or None to go on.
+        stop: asked after each token: does the text end with it?
     """
     end = len(text) + limit
     while len(text) < end:
         start = len(text)
         nodes = middle.propose(text, end - start - 1)
         started = time.perf_counter()
-        logits = target.score(nodes, middle.go_on)
-        path, token = walk(nodes, logits, rule, text, middle)
-        text.append([node.token for node in path[1:]] + [token])
-        place = {node: number for number, node in enumerate(nodes)}
+        nodes, logits = read(target, nodes, middle, stats)
+        path, ended, failure = [], False, None
+        try:
+            for node in walk(nodes, logits, rule, text, middle):
+                path.append(node)
+                ended = stop(text)
+                if ended:
+                    break
+        except Exception as error:  # of a processor or a criterion: what came before it is good, and comes out first
+            if not path:
+                raise
+            failure = error
+        place, token = {node: number for number, node in enumerate(nodes)}, text[-1:][0]
         middle.move_to(path[-1], token)
         target.commit([place[node] for node in path])
-        text.decide()
-        cut = stop(text, start)
-        if cut is not None:
-            text.truncate(cut)
-        stats.add_pass(nodes, path, len(text) - start)
+        right = path[-1].known.get(token) in place  # the text ended before anybody asked what follows that draft token
+        rejected = not right and any(node.parent is path[-1] for node in nodes)
+        stats.add_pass(len(nodes) - 1, len(path) - 1 + right, rejected, len(text) - start)
         middle.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.slack())
         yield text[start:]
-        if cut is not None:
+        if failure is not None:
+            raise failure
+        if ended:
             return
 
 
-def walk(
-    nodes: Sequence[Node], logits: Tensor, rule: Rule, text: TokenText, middle: Proposer
-) -> tuple[list[Node], int]:
-    """Follow the target through the tree: the accepted nodes from the root on, and the token after them.
+def read(target: Target, nodes: list[Node], middle: Proposer, stats: DecodeStats) -> tuple[list[Node], Tensor]:
+    """A pass over the root and its draft tokens: what was read, and the logits after each, [T, V].
+
+    Keys or values that are no numbers (NaN) spoil the whole pass, even where nobody attends to them. They may be a
+    draft token's, and the text itself without any: so the root is read again, alone.
+    """
+    logits = target.score(nodes, middle.go_on)
+    if len(nodes) == 1 or not bool(logits.isnan().any()):
+        return nodes, logits
+    target.commit([])
+    stats.add_pass(len(nodes) - 1, 0, False, 0)
+    return nodes[:1], target.score(nodes[:1], None)
+
+
+def walk(nodes: Sequence[Node], logits: Tensor, rule: Rule, text: TokenText, middle: Proposer) -> Iterator[Node]:
+    """Follow the target through the tree, from the root as far as the draft tokens are right.
+
+    Yields each node on the way, once the text has got the target's token after it. The rule is asked about the text
+    alone, place by place, and about none behind its end: this generator is then left where it is.
 
     ``logits`` [T, V] are those of the T ``nodes``.
     """
     rows = dict(zip(nodes, logits.split(1), strict=True))
-    path = [nodes[0]]
-    while True:
-        node = path[-1]
-        token = rule.verdict(rows[node], place_after(text, node), node.candidates, len(node.children))
+    node: Node | None = nodes[0]
+    while node in rows:
+        token = rule.verdict(rows[node], Place(text.ids_on, len(text)), node.candidates, len(node.children))
         middle.learn(node, token)
-        child = node.known.get(token)
-        if child not in rows:
-            return path, token
-        path.append(child)
+        text.append([token])
+        text.decide()
+        yield node
+        node = node.known.get(token)

@@ -14,28 +14,22 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from offload_triforce.speculation.place import Place
 from offload_triforce.speculation.sampling import Choices, Sampler, accept_one, without
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Candidates, Node, prefix_of
 
 
-class Place(NamedTuple):
-    """Where a token is wanted: what puts the ids (n,) that it follows on a device, and its position in the text."""
-
-    prefix: Callable[[torch.device], Tensor]
-    position: int
-
-
 def place_after(text: TokenText, node: Node) -> Place:
     """The place of what follows a node of a tree at the end of the text."""
-    return Place(partial(prefix_of, text, node), len(text) + node.depth)
+    return Place(partial(prefix_of, text, node), len(text) + node.depth, node.state)
 
 
 class Guess(NamedTuple):
@@ -53,8 +47,8 @@ class Rule(Protocol):
 
     prior: Sequence[Sequence[float]]
 
-    def draft(self, logits: Tensor, place: Place) -> Guess:
-        """A draft model's guess, from its logits [1, V']."""
+    def draft(self, logits: Tensor, place: Place) -> Guess | None:
+        """A draft model's draft token, from its logits [1, V']; None if there can be none."""
 
     def candidates(
         self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
@@ -67,7 +61,11 @@ class Rule(Protocol):
     def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
         """The target's token for a place, from its logits [1, V'], given the first ``offered`` candidates.
 
-        Whether one more is offered must have been decided before it was drawn.
+        Whether one more is offered must have been decided before it was drawn. To be asked once for each place of the
+        text, in order: logits processors may count on it.
+
+        Raises:
+            InputError, UnsupportedModelError: see ``Sampler.check``. Errors of the logits processors are passed on.
         """
 
 
@@ -119,9 +117,11 @@ class Ranking:
     """Candidates in the order of their scores."""
 
     def __init__(self, scores: Sequence[float], tokens: Sequence[int]) -> None:
+        """Both best first; what has a score of -inf is no candidate, and no number is NaN."""
         self.tokens = [t for s, t in zip(scores, tokens, strict=True) if s > float("-inf")]
-        best, second = scores[0], scores[1] if len(scores) > 1 else float("-inf")
-        self._gaps = [best - second, *[best - score for score in scores[1:]]]
+        second = scores[1] if len(scores) > 1 else float("-inf")
+        gaps = [scores[0] - second, *[scores[0] - score for score in scores[1:]]]
+        self._gaps = gaps[: len(self.tokens)]
 
     def token(self, rank: int) -> int | None:
         """The candidate of that rank; None if there is none."""
@@ -141,21 +141,21 @@ class Coupling:
         """``noise``: None decodes greedily."""
         self._sampler, self._noise = sampler, noise
 
-    def _race(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
-        scores = self._sampler.scores(logits, [place.prefix for place in places])
+    def _race(self, scores: Tensor, places: Sequence[Place]) -> Tensor:
         if self._noise is None:
             return scores
         return scores + torch.stack([self._noise.at(place.position) for place in places])
 
-    def draft(self, logits: Tensor, place: Place) -> Guess:
+    def draft(self, logits: Tensor, place: Place) -> Guess | None:
         """See ``Rule``."""
-        return Guess(int(self._race(logits, [place]).argmax()), None)
+        best, token = self._race(self._sampler.draft_scores(logits, [place]), [place]).max(dim=1)
+        return Guess(int(token), None) if float(best) > -math.inf else None
 
     def candidates(
         self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
     ) -> Sequence[Candidates]:
         """See ``Rule``. The draft's guesses have no say."""
-        race = self._race(logits, places)
+        race = self._race(self._sampler.draft_scores(logits, places), places)
         scores, tokens = race.topk(min(MOST_CANDIDATES, race.shape[1]), dim=1)
         return [Ranking(*row) for row in zip(scores.tolist(), tokens.tolist(), strict=True)]
 
@@ -163,7 +163,9 @@ class Coupling:
         """See ``Rule``. What was offered makes no difference."""
         if self._noise is not None:
             self._noise.forget(place.position)
-        return int(self._race(logits, [place]).argmax())
+        scores = self._sampler.target_scores(logits, place)
+        self._sampler.check(float(scores.max()), logits, place)
+        return int(self._race(scores, [place]).argmax())
 
 
 class Drawn:
@@ -204,12 +206,13 @@ class Resampling:
         self._sampler, self._choices = sampler, choices
 
     def _rows(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
-        return torch.softmax(self._sampler.scores(logits, [place.prefix for place in places]), dim=-1)
+        """What drafts are drawn from at T places, [T, V]; zeros where there can be none."""
+        return torch.softmax(self._sampler.draft_scores(logits, places), dim=-1).nan_to_num(0.0)
 
-    def draft(self, logits: Tensor, place: Place) -> Guess:
+    def draft(self, logits: Tensor, place: Place) -> Guess | None:
         """See ``Rule``."""
         q = self._rows(logits, [place])[0]
-        return Guess(self._choices.draw(q), q)
+        return Guess(self._choices.draw(q), q) if bool(q.sum() > 0) else None
 
     def candidates(
         self, logits: Tensor, places: Sequence[Place], guesses: Sequence[Guess | None]
@@ -220,7 +223,9 @@ class Resampling:
 
     def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
         """See ``Rule``."""
-        p = self._rows(logits, [place])[0]
+        scores = self._sampler.target_scores(logits, place)
+        self._sampler.check(float(scores.max()), logits, place)
+        p = torch.softmax(scores, dim=-1)[0]
         if candidates is None:
             return self._choices.draw(p)
         return accept_one(p, candidates.q, candidates.tokens[:offered], self._choices)

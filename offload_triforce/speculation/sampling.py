@@ -1,62 +1,158 @@
-"""Exact sampling: from logits to scores, the sources of chance, and the rule that accepts or resamples guesses."""
+"""Exact sampling: from logits to scores, the sources of chance, and the rule that accepts or resamples draft tokens."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
 
-# Processors that look at one row of scores and at nothing else. All others also get the row's own prefix.
-_ROWWISE = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-    )
-)
+from offload_triforce.errors import InputError, UnsupportedModelError
+from offload_triforce.speculation.place import PathState, Place
+from offload_triforce.speculation.processors import Kind, fork_of, kind_of
 
 
 class Sampler:
-    """Turns logits into the distributions that tokens are drawn from: the same rule for every level."""
+    """Turns logits into scores, what tokens are drawn by.
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, vocabulary: int) -> None:
-        """``vocabulary``: V, the target's number of logits. Without ``do_sample``, the best token is taken."""
-        self.vocabulary = vocabulary
-        self._processors = processors
-        self.do_sample = do_sample
-        self._rowwise = all(type(p) in _ROWWISE for p in processors)  # a subclass may do anything
+    The target's are those of transformers: every processor is called, once per token, and its errors are the user's.
+    Drafts are scored by the same processors as far as these may be asked out of turn (see ``processors``), and a place
+    that a processor rejects has no candidates: it raises, it leaves no token, or no number.
+    """
 
-    def scores(self, logits: Tensor, prefixes: Sequence[Callable[[torch.device], Tensor]]) -> Tensor:
-        """Scores of T tokens, [T, V] float32: logarithms of what they are drawn with, up to a constant per row.
+    def __init__(
+        self, processors: LogitsProcessorList, do_sample: bool, vocabulary: int, readable: int | None = None
+    ) -> None:
+        """Without ``do_sample``, the best token is taken.
+
+        ``vocabulary``: V, the target's number of logits. ``readable``: of them, the ids that it can read again; None is
+        all. Others are no draft tokens.
+        """
+        self.vocabulary, self.do_sample = vocabulary, do_sample
+        self._readable = vocabulary if readable is None else min(vocabulary, readable)
+        kinds = [kind_of(processor) for processor in processors]
+        self._processors = LogitsProcessorList(processors)
+        self._of_drafts = LogitsProcessorList(
+            processor for processor, kind in zip(processors, kinds, strict=True) if kind is not Kind.UNKNOWN
+        )
+        self._forks = Kind.FORKS in kinds
+        self._rowwise = all(kind is Kind.ROW for kind in kinds)
+        self._rowwise_drafts = all(kind_of(processor) is Kind.ROW for processor in self._of_drafts)
+
+    def target_scores(self, logits: Tensor, place: Place) -> Tensor:
+        """The target's scores of the tokens at a place, [1, V] float32: logarithms of what they are drawn with.
+
+        To be called once for each place of the text, in order.
 
         Args:
-            logits: [T, V'] of any level. A level with another number of padding tokens is cut or filled to V.
-            prefixes: for each row, what puts the token ids (n,) that it follows on a device.
+            logits: [1, V'].
+            place: what does not look at the text does not have it brought to the device.
+
+        Raises:
+            UnsupportedModelError: the logits are not numbers, and a processor stumbled over that.
         """
-        scores = self._fit(logits.to(torch.float32, copy=True))
+        scores = self._fit(logits)
         if not self._processors:
             return scores
-        if self._rowwise:  # they do not look at the text, so it need not be brought to the device
-            nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
-            return self._processors(nothing, scores)
-        pairs = zip(prefixes, scores.split(1), strict=True)
-        return torch.cat([self._processors(prefix(scores.device)[None], row) for prefix, row in pairs])
+        ids = _nothing(scores) if self._rowwise else place.prefix(scores.device)[None]
+        try:
+            return self._processors(ids, scores)
+        except Exception:
+            _refuse_nan(logits, place)
+            raise
 
-    def _fit(self, scores: Tensor) -> Tensor:
+    def draft_scores(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
+        """Scores of T tokens for drafts, [T, V] float32; a row is all -inf where nothing can be drafted.
+
+        ``logits``: [T, V'] of any level. A level with another number of padding tokens is cut or filled to V.
+        """
+        scores = self._fit(logits)
+        if self._of_drafts:
+            scores = self._processed(scores, places)
+        if self._readable < self.vocabulary:
+            scores = self._fit(scores[:, : self._readable])
+        no_number = scores.isnan().any(dim=1, keepdim=True)
+        return scores.masked_fill(no_number, -math.inf).clamp(max=torch.finfo(scores.dtype).max)
+
+    def check(self, best: float, logits: Tensor, place: Place) -> None:
+        """Refuse to go on where transformers would fail, or take a token for no reason.
+
+        With all tokens ruled out, greedy decoding takes token 0 there, and here.
+
+        Args:
+            best: the highest of the target's scores. logits: [1, V'] that they come from. place: of the token.
+
+        Raises:
+            UnsupportedModelError: the model's logits are not numbers.
+            InputError: the processors' scores are not numbers; or nothing, or something infinite, is to be drawn.
+        """
+        if math.isfinite(best) or not (self.do_sample or math.isnan(best)):
+            return
+        _refuse_nan(logits, place)
+        after = f"after the first {place.position:,} tokens"
+        if math.isnan(best):
+            raise InputError(f"the logits processors leave scores {after} that are not numbers (NaN)")
+        if best > 0:
+            raise InputError(f"a score {after} is infinite, so that nothing can be drawn; let it be finite")
+        raise InputError(f"the logits processors rule out every token {after}; let them leave at least one to draw")
+
+    def _processed(self, scores: Tensor, places: Sequence[Place]) -> Tensor:
+        if self._rowwise_drafts:
+            try:
+                return self._of_drafts(_nothing(scores), scores)
+            except Exception:  # one row was reason enough: which one, shows below
+                pass
+        rows = zip(scores.split(1), places, strict=True)
+        return torch.cat([self._processed_row(row, place) for row, place in rows])
+
+    def _processed_row(self, row: Tensor, place: Place) -> Tensor:
+        """One row [1, V]; all -inf where a processor rejects the path, or has rejected what came before."""
+        rejected = torch.full_like(row, -math.inf)
+        try:
+            processors = self._processors_at(place.state)
+            ids = _nothing(row) if self._rowwise_drafts else place.prefix(row.device)[None]
+            scores = processors(ids, row)
+        except Exception:  # whatever it was: should the text come here, the target's own call will raise it
+            return rejected
+        if place.state is not None:
+            place.state.processors = processors
+        return scores if scores.shape == row.shape else rejected
+
+    def _processors_at(self, state: PathState | None) -> LogitsProcessorList:
+        """What a draft calls at a place: of those that fork, a copy of what stands at the place before."""
+        if not self._forks:
+            return self._of_drafts
+        if state is None:
+            return LogitsProcessorList(p for p in self._of_drafts if kind_of(p) is not Kind.FORKS)
+        before = self._of_drafts if state.before is None else state.before.processors
+        if before is None:
+            raise ValueError("the place before has been rejected")
+        return LogitsProcessorList(fork_of(p) if kind_of(p) is Kind.FORKS else p for p in before)
+
+    def _fit(self, logits: Tensor) -> Tensor:
+        """A copy that processors may write to, [T, V] float32."""
+        scores = logits.to(torch.float32, copy=True)
         missing = self.vocabulary - scores.shape[1]
         if missing <= 0:
             return scores[:, : self.vocabulary]
-        return torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
+        return torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+
+
+def _nothing(scores: Tensor) -> Tensor:
+    """Ids [T, 0] for processors that do not look at them."""
+    return torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+
+
+def _refuse_nan(logits: Tensor, place: Place) -> None:
+    if bool(logits.isnan().any()):
+        raise UnsupportedModelError(
+            f"the model's logits after the first {place.position:,} tokens are not numbers (NaN); if its weights are "
+            f"sound, take a dtype with more range than {str(logits.dtype).removeprefix('torch.')}"
+        )
 
 
 class Choices(Protocol):

@@ -41,8 +41,8 @@ class TokenText:
 
     def ids_on(self, device: torch.device) -> Tensor:
         """All ids so far on a device, (n,). Each decided one is brought there once."""
-        if device == self._ids.device:
-            return self.ids
+        if device == self._ids.device:  # what is taken back must not change under the eyes of whoever keeps it
+            return self.ids if self._length == self.decided else self.ids.clone()
         if self._device != device:
             self._device, self._there, self._arrived = device, torch.empty_like(self._ids, device=device), 0
         if self._arrived < self.decided:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.scheduler.device import to_device
+from offload_triforce.speculation.place import PathState
 from offload_triforce.speculation.text import TokenText
 
 
@@ -34,9 +35,10 @@ class Node:
         candidates: what may follow, once the level that grows the tree has read this token.
         children: guesses that follow, in the order of their rank.
         known: nodes by token that have been read as followers of this one, whether they are guesses or not.
+        state: of forkable logits processors, at the place after this token.
     """
 
-    __slots__ = ("candidates", "children", "depth", "known", "parent", "reach", "token")
+    __slots__ = ("candidates", "children", "depth", "known", "parent", "reach", "state", "token")
 
     def __init__(self, token: int, parent: Node | None, reach: float = 1.0) -> None:
         self.token, self.parent, self.reach = token, parent, reach
@@ -44,6 +46,7 @@ class Node:
         self.candidates: Candidates | None = None
         self.children: list[Node] = []
         self.known: dict[int, Node] = {}
+        self.state = PathState(None if parent is None else parent.state)
 
     def follower(self, token: int) -> Node:
         """The node of a token that follows; a new one if it is not known."""
@@ -98,6 +101,7 @@ class TokenTree:
                 tree.held.append(other)
         scale = node.reach or 1.0
         base, node.parent = node.depth, None
+        node.state.before = None  # by now the target has been there itself
         for other in inside:
             other.depth -= base
             other.reach = min(1.0, other.reach / scale)

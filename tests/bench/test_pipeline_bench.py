@@ -21,7 +21,7 @@ TINY |= {"num_key_value_heads": 2, "vocab_size": 1000}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", (shapes.LlamaConfig, TINY))
-    monkeypatch.setattr(pipeline, "MODELS", ("tiny",))
+    monkeypatch.setattr(pipeline, "MODELS", {"tiny": 8192})
 
 
 def call(*arguments):

@@ -38,7 +38,7 @@ from offload_triforce.bench.retrieval_ways import (
     same_memory,
 )
 from offload_triforce.bench.speculation import equal_memory
-from offload_triforce.cache.retrieval import RetrievalShape
+from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
@@ -446,7 +446,7 @@ ASKED = ("--tokens", "700", "--measure", "32", "--budget", "140")
 
 def test_json(folder, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: str(folder))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: str(folder))
     png = tmp_path / "p.png"
     result = call(*ASKED, "--json", "--png", str(png))
     assert result.exit_code == 0, result.output
@@ -466,7 +466,7 @@ def test_json(folder, monkeypatch, tmp_path):
 
 
 def test_table(folder, monkeypatch):
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: str(folder))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: str(folder))
     ways = retrieval.make_ways
     monkeypatch.setattr(retrieval, "make_ways", lambda *given: ways(*given)[:2])
     result = call("--tokens", "700", "--measure", "16", "--budget", "140")
@@ -477,7 +477,7 @@ def test_table(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "gpt-9"], "unknown model 'gpt-9'; known are smollm2, qwen-coder"),
+        (["--model", "gpt-9"], "'gpt-9' is neither a local folder or GGUF file nor"),
         (["--measure", "100"], "ask for a multiple of it, not for 100"),
         (["--measure", "0"], "ask for a multiple of it, not for 0"),
         (["--task", "sing"], "unknown task 'sing'; known are explain"),
@@ -487,14 +487,14 @@ def test_table(folder, monkeypatch):
     ],
 )
 def test_mistakes(arguments, words, monkeypatch):
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: pytest.fail("fetched"))
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert words in result.stderr.replace("\n", " ")
 
 
 def test_pictures_need_matplotlib_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: pytest.fail("fetched"))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: pytest.fail("fetched"))
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     result = call("--png", str(tmp_path / "p.png"))
     assert result.exit_code == 2
@@ -502,7 +502,7 @@ def test_pictures_need_matplotlib_before_the_work(monkeypatch, tmp_path):
 
 
 def test_a_text_longer_than_the_model_takes(folder, monkeypatch):
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: str(folder))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: str(folder))
     result = call("--tokens", "5000", "--budget", "140")
     assert result.exit_code == 2
     assert "exceeds the model's 4,096 positions by 1,160" in result.stderr.replace("\n", " ")
@@ -513,7 +513,7 @@ def test_a_text_longer_than_the_model_takes(folder, monkeypatch):
 
 def test_the_models_own_answer(folder, monkeypatch):
     """It is read as a text that is there: the first token is the prompt's last, nothing is left of the drawing."""
-    monkeypatch.setattr(retrieval, "fetch_model", lambda name: str(folder))
+    monkeypatch.setattr(retrieval, "find_source", lambda name: str(folder))
     ways, read = retrieval.make_ways, []
     monkeypatch.setattr(retrieval, "make_ways", lambda *given: ways(*given)[:1])
 

@@ -50,7 +50,7 @@ def tiny(monkeypatch, tmp_path):
     """A random model that reads bytes, under the name of a known one; texts may be short."""
     folder = save_tiny_llama(tmp_path)
     chatty().save_pretrained(folder)
-    monkeypatch.setattr(speculation, "fetch_model", lambda name: str(folder))
+    monkeypatch.setattr(speculation, "find_source", lambda name: str(folder))
     monkeypatch.setattr(speculation, "MODELS", {"smollm2": speculation.BenchModel("smollm2", TOKENS)})
     monkeypatch.setattr(speculation, "SHARE", 8)
 
@@ -251,7 +251,7 @@ def test_command(tiny, tmp_path):
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(speculation, "fetch_model", lambda name: pytest.fail("the work has begun"))
+    monkeypatch.setattr(speculation, "find_source", lambda name: pytest.fail("the work has begun"))
     result = call("--png", str(tmp_path / "out.png"))
     assert result.exit_code == 2
     assert "pictures need matplotlib" in result.stderr
@@ -260,7 +260,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "gpt"), "unknown model 'gpt'; known are smollm2, qwen-coder"),
+        (("--model", "gpt"), "'gpt' is neither a local folder or GGUF file nor"),
         (("--task", "sing"), "unknown task 'sing'; known are explain, continue, edit, question, chat"),
         (("--temperature", "-1"), "--temperature must not be negative"),
         (("--draft-cost", "0"), "draft_cost must be greater than 0"),

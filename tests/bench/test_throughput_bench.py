@@ -23,7 +23,6 @@ from offload_triforce.bench.contenders import (
     settings_for,
     streamed_bytes,
 )
-from offload_triforce.bench.peak import PeakMemory
 from offload_triforce.bench.slow_motion import card_pass, compare
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
@@ -436,13 +435,3 @@ def test_a_copy_has_landed_when_its_ballast_has(monkeypatch):
 def test_drag():
     assert drag(25.0, 50.0) == 1.0
     assert drag(25.0, 20.0) == 0.0
-
-
-def test_peak_memory():
-    with PeakMemory(torch.device("cpu")) as peak:
-        before = peak.host
-        held = torch.ones(64 << 20, dtype=torch.uint8)
-        peak._look()
-        del held
-    assert peak.host >= before + (60 << 20)
-    assert peak.device is None

@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
+from offload_triforce.cache.retrieval import RetrievalCache
+from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
 from tests.cache.chunk_choice import assert_best_choice, assert_holds, held_tokens

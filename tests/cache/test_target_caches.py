@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_triforce.cache.full import FullCache
-from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
+from offload_triforce.cache.retrieval import RetrievalCache
+from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.layout import LayerShape, ModelLayout

@@ -9,7 +9,7 @@ from offload_triforce import TriForce, UnsupportedModelError
 from offload_triforce.model.adapter import ATTENTION_NAME, attached
 from offload_triforce.model.layout import LayerShape, probe
 from offload_triforce.model.shape import shape_of
-from tests.tiny import FAMILIES, VOCABULARY, build, greedy, prompt_ids, tiny_model
+from tests.tiny import FAMILIES, VOCABULARY, build, greedy, prompt_ids, tiny_config, tiny_model
 
 # Family -> (KV heads, head dimension, window of each layer); others have 2 heads of 8 without a window.
 SHAPES = {
@@ -94,8 +94,14 @@ REFUSED = {
         lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         "LlamaForCausalLM uses dynamic NTK rotary scaling.*'yarn' or 'linear'",
     ),
-    "state space": (lambda: build("Mamba", state_size=4), "2 of 2 layers of MambaForCausalLM keep a state other"),
-    "hybrid": (lambda: build("Qwen3Next", **_QWEN_NEXT), "3 of 4 layers of Qwen3NextForCausalLM keep a state other"),
+    "state space": (
+        lambda: build("Mamba", state_size=4),
+        "MambaForCausalLM has 2 of 2 layers of type 'linear_attention'",
+    ),
+    "hybrid": (
+        lambda: build("Qwen3Next", **_QWEN_NEXT),
+        "Qwen3NextForCausalLM has 3 of 4 layers of type 'linear_attention'",
+    ),
     "MLA, DeepSeek-V2": (lambda: build("DeepseekV2", **_MLA), "values of another size than its keys.*MLA"),
     "MLA, DeepSeek-V3": (lambda: build("DeepseekV3", **_MLA), "values of another size than its keys.*MLA"),
     "ALiBi": (
@@ -111,16 +117,34 @@ REFUSED = {
                 vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, **_CHUNKED
             )
         ),
-        "Llama4ForCausalLM",
+        "Llama4ForCausalLM has 2 of 2 layers of type 'chunked_attention'",
     ),
     "window known to the mask alone": (
         lambda: build("Phimoe", sliding_window=20, **_MOE),
         "PhimoeForCausalLM does not tell its attention function about the sliding window of layer 0",
     ),
-    "state beside attention": (lambda: build("FalconH1", **_FALCON), "FalconH1ForCausalLM has layers of type 'hybrid'"),
-    "keywords that do not reach attention": (lambda: build("StableLm"), "StableLmAttention was called without"),
+    "state beside attention": (
+        lambda: build("FalconH1", **_FALCON),
+        "FalconH1ForCausalLM has 2 of 2 layers of type 'hybrid'",
+    ),
+    "keywords that do not reach attention": (
+        lambda: build("StableLm"),
+        "StableLmForCausalLM does not hand keywords down to its attention",
+    ),
     "positions that nobody asks for": (lambda: bart(transformers.BartForCausalLM), "BartForCausalLM"),
-    "two attentions per layer": (lambda: build("DiffLlama"), "DiffLlama"),
+    "two attentions per layer": (lambda: build("DiffLlama"), "DiffLlamaForCausalLM: layer 0 attends more than once"),
+    "attention of its own": (
+        lambda: build("GPTNeoXJapanese"),
+        "GPTNeoXJapaneseForCausalLM computes its attention by itself and not through",
+    ),
+    "layers that give back more than hidden states": (
+        lambda: build("Bamba", mamba_n_heads=4, mamba_d_head=24, mamba_d_state=8, attn_layer_indices=[0, 1]),
+        "BambaForCausalLM has decoder layers that give back something else than hidden states",
+    ),
+    "no head that predicts tokens": (
+        lambda: transformers.LlamaForSequenceClassification(tiny_config("Llama")),
+        "LlamaForSequenceClassification does not predict tokens; load it with AutoModelForCausalLM",
+    ),
 }
 
 

@@ -76,8 +76,18 @@ def test_no_such_file():
 def test_not_gguf(tmp_path, content):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    assert refusal(path).startswith(f"{path} could not be loaded: ")
-    assert refusal(tmp_path).startswith(f"{tmp_path} could not be loaded: ")
+    assert refusal(path).startswith(f"{path} is ")
+    assert refusal(tmp_path).startswith(f"{path} is ")
+
+
+def test_folder_named_like_a_file(tmp_path):
+    (tmp_path / "model.gguf").mkdir()
+    assert "holds neither config.json nor a GGUF file" in refusal(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/model", "x" * 5000, "x" * 5000 + ".gguf"])
+def test_names_that_the_system_refuses(source, offline):
+    assert source in refusal(source)
 
 
 def test_other_file(tmp_path):
@@ -125,7 +135,7 @@ def test_unknown_model_type(folder, tmp_path):
 
 @pytest.mark.parametrize("source", ["nobody/no-such-model", "no-such-model"])
 def test_hub_out_of_reach(source, offline):
-    assert refusal(source).startswith(f"{source!r} is neither a local folder or GGUF file nor a model that the hub")
+    assert refusal(source).startswith(f"{source!r} is neither a local folder or GGUF file nor in the hub's cache here")
 
 
 def test_not_even_a_hub_id():
@@ -142,7 +152,20 @@ def test_encoder_decoder_folder(tmp_path):
     config = transformers.T5Config(vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     folder = save(transformers.T5ForConditionalGeneration(config), tmp_path)
     message = refusal(folder, UnsupportedModelError)
-    assert message.startswith(f"{folder} is not a decoder-only language model")
+    assert message.startswith("T5ForConditionalGeneration is an encoder-decoder")
+
+
+def test_refused_before_the_weights_are_read(tmp_path):
+    """Whether the configuration says it or only a step through the model shows it."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    sinks = transformers.GptOssConfig(vocab_size=259, num_local_experts=2, head_dim=8, num_key_value_heads=1, **sizes)
+    for config, reason in (
+        (transformers.MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1), "'linear_attention'"),
+        (transformers.GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2), "in a list that the prefill can"),
+        (sinks, "learned attention sinks"),
+    ):
+        config.save_pretrained(tmp_path)  # and nothing else
+        assert reason in refusal(tmp_path, UnsupportedModelError)
 
 
 def test_encoder_decoder_folder_with_a_causal_class(tmp_path):
@@ -184,19 +207,14 @@ def test_dtypes():
         resolve_dtype("fp8", CPU)
 
 
-def test_mistakes_come_before_the_weights(folder, monkeypatch):
-    """A setting that cannot be is refused without loading anything."""
+def test_mistakes_come_before_the_weights(folder, monkeypatch, offline):
+    """A setting that cannot be, or a draft that is not there, is refused without loading anything."""
     monkeypatch.setattr("offload_triforce.engine.load_model", lambda *_: pytest.fail("loaded"))
-    for options in ({"dtype": "fp8"}, {"device": "tpu"}, {"gamma": -1}, {"bugdet": 5}, {"context": 5000}):
+    mistakes = [{"dtype": "fp8"}, {"device": "tpu"}, {"gamma": -1}, {"bugdet": 5}, {"context": 5000}]
+    mistakes += [{"context": "5K"}, {"context": "lots"}, {"draft": "nobody/none"}, {"draft": "ngram+./nowhere"}]
+    for options in mistakes:
         with pytest.raises(InputError):
             TriForce.load(str(folder), **options)
-
-
-def test_quantise_gguf(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"")
-    message = refusal(path, quantize="nf4")
-    assert message == f"{path} is a GGUF file, which is quantised already; leave --quantize out"
 
 
 def test_unknown_quantisation(folder):

@@ -19,19 +19,20 @@ from offload_triforce.planner.cards import find_card
 from offload_triforce.planner.choose import choose_settings
 from offload_triforce.planner.fit import footprint
 from offload_triforce.planner.machine import find_machine, of_card
-from offload_triforce.planner.models import find_config
+from offload_triforce.planner.models import find_shape
 from offload_triforce.planner.predict import Assumed, assumed_acceptance, predict, step_seconds
 from offload_triforce.planner.question import Question
+from offload_triforce.planner.report import as_dict, notes
+from offload_triforce.planner.sizes import make_plan, make_shape
 from offload_triforce.planner.suggest import suggest
-from offload_triforce.runtime import make_plan, make_shape
 from tests.tiny import tiny_model
 
 CONTEXT = 131072
 GB = 10**9
 
 
-def model(name="Llama-2-7B-128K", **options):
-    return shape_of(find_config(name)[1], name=name, **options)
+def model(name="llama-2-7b-128k", quantize=None):
+    return find_shape(name).quantized(quantize)
 
 
 def ask(shape, card="RTX 4090", ram=96, context=CONTEXT, **settings):
@@ -193,11 +194,11 @@ def test_a_budget_or_share_that_is_too_large_gets_a_smaller_one(llama):
 
 
 def test_positions_are_noted():
-    assert "40,960 positions" in answer(ask(model("Qwen3-8B"))).notes[0]
+    assert "40,960 positions" in notes(answer(ask(model("Qwen3-8B"))))[0]
 
 
 def test_json_holds_plain_values(llama):
-    report = json.loads(json.dumps(answer(ask(llama)).as_dict()))
+    report = json.loads(json.dumps(as_dict(answer(ask(llama)))))
     assert report["fits"] is True
     assert report["vram_bytes"] == sum(report["device"].values())
 

@@ -5,41 +5,54 @@ import torch
 
 from offload_triforce.config import Settings
 from offload_triforce.model.layout import probe
+from offload_triforce.model.names import MODELS
 from offload_triforce.model.shape import shape_of
 from offload_triforce.planner.answer import answer
 from offload_triforce.planner.cards import CARDS
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, HOST_OVERHEAD, footprint
 from offload_triforce.planner.machine import of_card
-from offload_triforce.planner.models import MODELS, find_config
+from offload_triforce.planner.models import find_shape
 from offload_triforce.planner.question import Question
 from offload_triforce.runtime import Runtime
-from tests.planner.test_models import EXPECTED
+from tests.model.test_names import EXPECTED
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 CONTEXT = 131072
 GB = 10**9
 # Width, widest MLP, KV heads x head dimension of one layer, window of the sliding layers.
 WIDTHS = {
+    "SmolLM2-135M-Instruct": (576, 1536, 3 * 64, None),
+    "Qwen2.5-Coder-1.5B-Instruct": (1536, 8960, 2 * 128, None),
     "Llama-2-7B-128K": (4096, 11008, 32 * 128, None),
     "Llama-3.1-8B": (4096, 14336, 8 * 128, None),
+    "Llama-3.2-1B": (2048, 8192, 8 * 64, None),
+    "Llama-3.2-3B": (3072, 8192, 8 * 128, None),
     "Qwen2.5-7B-1M": (3584, 18944, 4 * 128, None),
+    "Qwen2.5-14B-1M": (5120, 13824, 8 * 128, None),
+    "Qwen3-0.6B": (1024, 3072, 8 * 128, None),
+    "Qwen3-4B-2507": (2560, 9728, 8 * 128, None),
     "Qwen3-8B": (4096, 12288, 8 * 128, None),
     "Qwen3-14B": (5120, 17408, 8 * 128, None),
     "Qwen3-32B": (5120, 25600, 8 * 128, None),
     "Qwen3-30B-A3B": (2048, 6144, 4 * 128, None),
+    "Qwen3-30B-A3B-2507": (2048, 6144, 4 * 128, None),
     "Mistral-Nemo": (5120, 14336, 8 * 128, None),
+    "Devstral-Small-24B": (5120, 32768, 8 * 128, None),
+    "Seed-OSS-36B": (5120, 27648, 8 * 128, None),
     "Phi-3-mini-128K": (3072, 8192, 32 * 96, None),  # its window is larger than its context
     "Gemma-3-4B": (2560, 10240, 4 * 256, 1024),
     "Gemma-3-12B": (3840, 15360, 8 * 256, 1024),
     "Gemma-3-27B": (5376, 21504, 16 * 128, 1024),
 }
-HEAD_DIM = {"Phi-3-mini-128K": 96, "Gemma-3-4B": 256, "Gemma-3-12B": 256}  # 128 in all others
+# 128 in all others.
+HEAD_DIM = {"SmolLM2-135M-Instruct": 64, "Llama-3.2-1B": 64, "Phi-3-mini-128K": 96}
+HEAD_DIM |= {"Gemma-3-4B": 256, "Gemma-3-12B": 256}
 _SHAPES = {}
 
 
 def shape(name):
     if name not in _SHAPES:
-        _SHAPES[name] = shape_of(find_config(name)[1], name=name)
+        _SHAPES[name] = find_shape(name)
     return _SHAPES[name]
 
 
@@ -82,7 +95,7 @@ def test_every_model_on_every_card_by_hand(name):
 
 
 def test_all_models_are_there():
-    assert list(WIDTHS) == [model.name for model in MODELS]
+    assert list(WIDTHS) == list(EXPECTED) == [model.title for model in MODELS]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding", "qwen3-moe"])
@@ -120,6 +133,6 @@ def test_a_draft_model_takes_its_weights_and_its_cache():
     target = shape("Llama-3.1-8B")
     settings = Settings(draft_cache=512)
     bare = footprint(target, settings, CONTEXT).vram_bytes
-    other = shape_of(find_config("Llama-3.1-8B")[1])
+    other = find_shape("llama-3.1-8b")
     assert footprint(target, settings, CONTEXT, other).vram_bytes - bare == small.weights.total + 512 * 131072
     assert footprint(target, settings, CONTEXT, target).vram_bytes - bare == 512 * 131072

@@ -8,6 +8,7 @@ every possible continuation, so only the engine's side is sampled.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import heapq
 from collections import Counter
 
@@ -15,12 +16,16 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from speculation_toys import tiny_llama
+from transformers import LogitsProcessorList
 
 from offload_triforce.engine import TriForce
 from offload_triforce.request import interpret
 from offload_triforce.speculation import sampling
 from offload_triforce.speculation.rules import Drawn, Noise
 from offload_triforce.stats import Acceptance
+from tests.stateful import Counting, Forking, Moody
+
+pytestmark = pytest.mark.filterwarnings("ignore:drafts are made without")
 
 VOCABULARY = 6
 TOKENS = 3  # compared; a fourth is asked for, so that the first pass has its full length
@@ -45,12 +50,17 @@ def noisy(model, amount):
 class Setup:
     """A target, its engine and one request."""
 
-    def __init__(self, draft, way, layers=1, budget=8, **options):
+    def __init__(self, draft, way, layers=1, budget=8, brought=None, **options):
+        """``brought``: makes a logits processor of a user's, which comes first."""
         self.model = tiny_llama(seed=2, vocabulary=VOCABULARY, layers=layers, spread=0.4)
         draft = noisy(self.model, 0.2) if draft == "model" else draft
         self.engine = TriForce(self.model, draft=draft, **{**SMALL, "budget": budget, **way})
         options |= {"max_new_tokens": TOKENS + 1}
-        self.request = interpret(self.model, self._prompt(), None, None, options)
+        self.request, self.brought = interpret(self.model, self._prompt(), None, None, options), brought
+
+    def processors(self):
+        """New ones, for one text."""
+        return LogitsProcessorList([*([self.brought()] if self.brought else []), *self.request.processors])
 
     def _prompt(self):
         """60 tokens of the target's own, so that there is something to look up."""
@@ -64,11 +74,13 @@ class Setup:
         for length in range(TOKENS):
             growing = [text for text in texts if len(text) == length and text[-1:] not in self._ends()]
             ids = torch.tensor([prompt + list(text) for text in growing])
-            scores = self.model(ids, use_cache=False).logits[:, -1].float()
-            rows = torch.softmax(self.request.processors(ids, scores), -1).tolist()
-            for text, row in zip(growing, rows, strict=True):
-                chance = texts.pop(text)
-                texts |= {(*text, token): chance * p for token, p in enumerate(row) if p > 0}
+            logits = self.model(ids, use_cache=False).logits[:, -1 - length :].float()
+            for text, whole, rows in zip(growing, ids, logits, strict=True):
+                chance, processors = texts.pop(text), self.processors()
+                for end, row in enumerate(rows, len(prompt)):  # one call per token, in order
+                    scores = processors(whole[None, :end], row[None].clone())
+                odds = torch.softmax(scores[0], -1).tolist()
+                texts |= {(*text, token): chance * p for token, p in enumerate(odds) if p > 0}
         return texts
 
     def _ends(self):
@@ -78,7 +90,7 @@ class Setup:
         """Texts, and the verdicts of levels 1 and 2."""
         texts, draft, retrieval = Counter(), Acceptance(), Acceptance()
         for seed in range(first_seed, first_seed + count):
-            stream = self.engine.run(self.request, seed)
+            stream = self.engine.run(dataclasses.replace(self.request, processors=self.processors()), seed)
             assert list(stream) == []  # no tokenizer, no text
             texts[tuple(stream.token_ids[:TOKENS])] += 1
             for total, one in ((draft, stream.stats.draft), (retrieval, stream.stats.retrieval)):
@@ -113,12 +125,24 @@ SETUPS = {
     "ngram, nucleus": (3000, CHAIN, {"draft": "ngram", "temperature": 0.6, "top_p": 0.9}),
     "ngram, texts that end": (1500, TREE, {"draft": "ngram", "temperature": 1.0, "min_p": 0.05, "eos_token_id": 0}),
     "none, coupled": (1500, ALL, {"draft": "none", "temperature": 1.3, "top_p": 0.9}),
+    "ngram, counts its calls": (1000, ALL, {"draft": "ngram", "temperature": 1.5, "brought": Counting}),
+    "self, forks": (1000, TREE, {"draft": "self", "temperature": 1.5, "brought": Forking}),
+    "model, forks": (1500, ALL, {"draft": "model", "temperature": 1.5, "brought": Forking}),
+    "self, goes by earlier scores": (1500, CHAIN, {"draft": "self", "temperature": 1.0, "brought": Moody}),
     "none, ahead": (1500, {**TREE, "ahead": True, "draft_cost": 0.1}, {"draft": "none", "temperature": 1.0}),
 }
 
 
-# One of each draft and of each way, and of each kind of warping, penalty and end; the others take minutes.
-USUAL = ("self, penalty", "self, two layers", "ngram", "ngram, texts that end", "none, ahead")
+# One of each draft and of each way, and of each kind of warping, penalty, end and state; the others take minutes.
+USUAL = (
+    "ngram, counts its calls",
+    "self, forks",
+    "self, penalty",
+    "self, two layers",
+    "ngram",
+    "ngram, texts that end",
+    "none, ahead",
+)
 
 
 @pytest.mark.parametrize(

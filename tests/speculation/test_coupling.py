@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from toys import Case, Scores
+from toys import BROUGHT, PROMPT, Case, Scores, real_sampler
 
 from offload_triforce.speculation import rules
 from offload_triforce.speculation.rules import Coupling, Noise, Place, Ranking
@@ -48,12 +48,34 @@ def plain(case, race):
     return tuple(out)
 
 
+def plain_with(case, race, processor):
+    """The same with a logits processor."""
+    out = []
+    while len(out) < case.tokens and out[-1:] != [2]:
+        scores = case.tables.row(0, 0, out).log().float()[None]
+        scores = processor(torch.tensor([PROMPT.tolist() + out]), scores)[0]
+        out.append(int((scores + race(FIRST + len(out))).argmax()))
+    return tuple(out)
+
+
 @settings(deadline=None, max_examples=400)
 @given(cases(), st.integers(0, 2**40))
 def test_sampling_is_plain_decoding_with_the_same_noise(options, seed):
     case, gumbel = Case(**options), noise(seed)
     out, _ = case.run(Coupling(Scores(), noise(seed)))
     assert out == plain(case, gumbel.at)
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(), st.integers(0, 2**40), st.sampled_from(list(BROUGHT)))
+def test_so_it_is_with_processors_of_users(options, seed, brought):
+    """Each is called as it would be without any drafts: once per token, in order, and never behind the end."""
+    case, gumbel, sampler = Case(**options), noise(seed), real_sampler(brought)
+    out, _ = case.run(Coupling(sampler, noise(seed)))
+    assert out == plain_with(case, gumbel.at, BROUGHT[brought]())
+    if brought in ("unknown", "forks"):
+        ids = [*PROMPT.tolist(), *out]
+        assert sampler._processors[0].seen == [ids[:length] for length in range(len(PROMPT), len(ids))]
 
 
 @settings(deadline=None, max_examples=200)
@@ -89,17 +111,17 @@ def test_it_is_not_plain_decoding_for_want_of_guesses():
 @pytest.mark.parametrize("mutation", ["other noise", "no noise", "draft has a say", "wrong place"])
 def test_mistakes_show(monkeypatch, mutation):
     """They change what comes out, or how much of it was guessed right."""
-    right, before = [], counted(gamma=4, nodes=8, branches=2)
+    right, before, other = [], counted(gamma=4, nodes=8, branches=2), torch.Generator().manual_seed(0)
     race, candidates_of = Coupling._race, Coupling.candidates
 
-    def mutant(self, logits, places):
+    def mutant(self, scores, places):
         if mutation == "wrong place":
             places = [Place(place.prefix, place.position + 1) for place in places]
-        return logits if mutation == "no noise" else race(self, logits, places)
+        return scores if mutation == "no noise" else race(self, scores, places)
 
     def noisy(self, logits, places, guesses):
         if mutation == "other noise":
-            logits = logits + torch.randn_like(logits)
+            logits = logits + 2 * torch.randn(logits.shape, generator=other)
         return candidates_of(self, logits, places, guesses)
 
     verdict = Coupling.verdict

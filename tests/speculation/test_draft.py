@@ -20,6 +20,7 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.speculation.draft import ModelDraft, NgramDraft, longest_match
+from offload_triforce.speculation.place import Place
 from offload_triforce.speculation.rules import Coupling, Guess, Noise, Resampling
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText
@@ -106,7 +107,8 @@ class Reference:
         new = [i for i in unread if i < self.sink or i >= self.sink + left_out]
         self.held += new
         logits = self._forward(torch.tensor([tokens[i] for i in new]))
-        return torch.softmax(self.sampler.scores(logits[-1:], [lambda: torch.tensor(tokens)]), dim=-1)
+        place = Place(lambda device: torch.tensor(tokens), len(tokens))
+        return torch.softmax(self.sampler.draft_scores(logits[-1:], [place]), dim=-1)
 
     def keep(self, length):
         self._drop([i for i in self.held if i < length])
@@ -332,3 +334,46 @@ def test_coupled_guesses_take_the_noise_of_their_places():
             logits = pair.reference.model(torch.tensor([ids])).logits[0, -1]
         assert guess == Guess(int((logits / 0.8 + noise.at(len(ids))).argmax()), None)
         ids.append(guess.token)
+
+
+@pytest.mark.parametrize("eos", [None, 4, [77, 3]])
+def test_ids_that_a_draft_does_not_know(eos):
+    """It reads the end of a text in their place (or token 0), and drafts nothing right behind one."""
+    pair = Pair("llama", capacity=64, sink=4, prompt=10, room=60)
+    model = pair.draft.model
+    model.config.eos_token_id = eos
+    draft = ModelDraft(model, pair.draft.cache, pair.draft.rule)
+    text = text_of([1, 2, 90, 3, 5, 6, 4], room=20)
+    assert draft.offer(text) == "model"
+    with attached(model), torch.no_grad():
+        guess = draft.guess(text, 1)[0]
+    other = 3 if isinstance(eos, list) else eos or 0
+    with torch.no_grad():
+        logits = pair.reference.model(torch.tensor([[1, 2, other, 3, 5, other, 4]])).logits[0, -1:]
+    assert torch.allclose(guess.q, torch.softmax(logits[0] / 0.8, -1), atol=1e-5)
+    text.append([VOCABULARY])
+    assert draft.offer(text) is None
+    text.append([1])
+    assert draft.offer(text) == "model"
+    with attached(model), torch.no_grad():
+        assert len(draft.guess(text, 3)) == 3
+
+
+def test_a_draft_that_says_what_it_cannot_read_stops_there():
+    pair = Pair("llama", capacity=64, sink=4, prompt=10, room=60)
+    model = pair.draft.model
+    with torch.no_grad():
+        head = torch.nn.Linear(model.config.hidden_size, VOCABULARY + 2, bias=False)
+        head.weight.zero_()
+    model.lm_head, pair.sampler.vocabulary, pair.sampler._readable = head, VOCABULARY + 2, VOCABULARY + 2
+    pair.draft.rule = Coupling(pair.sampler, Noise(3, 10, VOCABULARY + 2, CPU))
+    lengths = set()
+    with attached(model), torch.no_grad():
+        for _ in range(12):
+            guesses = [guess.token for guess in pair.draft.guess(pair.text, 4)]
+            assert all(token < VOCABULARY for token in guesses[:-1])
+            assert len(guesses) == 4 or guesses[-1] >= VOCABULARY
+            lengths.add(len(guesses))
+            pair.text.append([1])
+            pair.text.decide()
+    assert len(lengths) > 1

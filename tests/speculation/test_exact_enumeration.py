@@ -11,16 +11,17 @@ import pytest
 import torch
 import toys
 from speculation_toys import distribution_of, walks
-from toys import Case, Scores
+from toys import BROUGHT, Case, Scores, real_sampler
 
 from offload_triforce.speculation import rules, sampling
+from offload_triforce.speculation.processors import Kind
 from offload_triforce.speculation.rules import Drawn, Resampling
 
 
-def measured(case, rule=Resampling):
+def measured(case, rule=Resampling, sampler=Scores):
     """Distribution of the output, and the expected rejections of levels 1 and 2."""
     total, rejections = {}, np.zeros(2)
-    for probability, (out, stats) in walks(lambda choices: case.run(rule(Scores(), choices))):
+    for probability, (out, stats) in walks(lambda choices: case.run(rule(sampler(), choices))):
         total[out] = total.get(out, 0.0) + probability
         counts = (stats.draft, stats.retrieval)
         rejections += [probability * (count.judged - count.accepted) for count in counts]
@@ -32,6 +33,12 @@ def error(case, rule=Resampling):
     (got, rejections), expected = measured(case, rule), case.expected()
     assert set(got) <= set(expected)
     return max(abs(got.get(out, 0.0) - chance) for out, chance in expected.items()), rejections
+
+
+def error_with(brought, case):
+    """The same with a logits processor, in float32."""
+    (got, rejections), expected = measured(case, sampler=lambda: real_sampler(brought)), case.expected(brought)
+    return max(abs(got.get(out, 0.0) - expected.get(out, 0.0)) for out in got | expected), rejections
 
 
 DRAFTS = [("none", 0), ("onehot", 1), ("onehot", 2), ("sampled", 1), ("sampled", 2)]
@@ -97,7 +104,44 @@ def test_up_to_the_limit(draft):
     assert level2 > 0.3
 
 
+BRINGING = {
+    "chain": {"draft": "sampled", "gamma": 2, "gamma1": 1, "tokens": 3, "more": 1},
+    "look-up": {"draft": "onehot", "gamma": 3, "gamma1": 2, "tokens": 3, "more": 1},
+    "tree": {"gamma": 2, "nodes": 3, "branches": 2, "tokens": 3, "more": 0},
+    "ahead": {"gamma": 2, "spare": 2, "tokens": 3, "more": 0},
+    "ahead with a draft": {"gamma": 2, "draft": "sampled", "gamma1": 1, "spare": 1, "tokens": 3, "more": 0},
+}
+
+
+@pytest.mark.parametrize("brought", BROUGHT)
+@pytest.mark.parametrize("case", BRINGING.values(), ids=BRINGING)
+def test_processors_of_users(case, brought):
+    """With a state that nobody can copy, with forks, and with errors off the path: as if the target were alone."""
+    wrong, (_, level2) = error_with(brought, Case(**case))
+    assert wrong < 1e-5
+    assert level2 > 0.05
+
+
 # --- mistakes
+
+
+@pytest.mark.parametrize("case", BRINGING.values(), ids=BRINGING)
+def test_drafts_that_call_what_counts_its_calls_show(monkeypatch, case):
+    """As if everything depended on ids and scores alone."""
+    monkeypatch.setattr(sampling, "kind_of", lambda processor: Kind.TEXT)
+    assert error_with("unknown", Case(**case))[0] > 1e-2
+
+
+@pytest.mark.parametrize("case", BRINGING.values(), ids=BRINGING)
+def test_forks_that_are_none_show(monkeypatch, case):
+    monkeypatch.setattr(sampling, "fork_of", lambda processor: processor)
+    assert error_with("forks", Case(**case))[0] > 1e-2
+
+
+def test_a_target_that_goes_on_from_a_draft_s_state_shows(monkeypatch):
+    """Even where the processor is asked in order: what it has seen of scores must be the target's."""
+    monkeypatch.setattr(sampling, "fork_of", lambda processor: processor)
+    assert error_with("forks by scores", Case(**BRINGING["chain"]))[0] > 1e-2
 
 
 def wrong_accept(odds="p/q", rest="p-q", removes=True):

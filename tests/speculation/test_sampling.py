@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 from speculation_toys import Walk, distribution_of
 from transformers import LogitsProcessorList
 from transformers.generation import (
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -17,7 +22,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from offload_triforce import InputError, UnsupportedModelError
+from offload_triforce.speculation.place import PathState, Place
 from offload_triforce.speculation.sampling import RandomChoices, Sampler, accept_one, residual, without
+from tests.stateful import Counting, Forking, Fussy, Moody
 
 
 def rows(data, count, vocabulary):
@@ -186,23 +194,28 @@ def prefix():
     return torch.tensor([1, 2, 3, 1, 2, 4, 1, 5, 2, 3])
 
 
-def prefixes_of(prefix, count):
+def places_of(prefix, count):
     """The last ``count`` beginnings of a text, the whole one included."""
-    return [lambda device, n=n: prefix[: len(prefix) - count + 1 + n] for n in range(count)]
+    ends = range(len(prefix) - count + 1, len(prefix) + 1)
+    return [Place(lambda device, end=end: prefix[:end], end) for end in ends]
+
+
+def sampler_of(processors, vocabulary=VOCABULARY, readable=None):
+    return Sampler(LogitsProcessorList(processors), True, vocabulary, readable)
 
 
 def scores_of(name, logits, prefix, vocabulary=VOCABULARY):
-    processors = LogitsProcessorList(PROCESSORS[name])
-    return Sampler(processors, True, vocabulary).scores(logits, prefixes_of(prefix, len(logits)))
+    return sampler_of(PROCESSORS[name], vocabulary).draft_scores(logits, places_of(prefix, len(logits)))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_rows_are_transformers_own(name, logits, prefix):
-    """Each row with its own prefix, as if it were generated alone."""
-    got = scores_of(name, logits, prefix)
-    for row, ids, scores in zip(logits, prefixes_of(prefix, len(logits)), got, strict=True):
-        expected = LogitsProcessorList(PROCESSORS[name])(ids(logits.device)[None], row[None].clone())[0]
-        assert torch.equal(scores, expected)
+    """Each row with its own prefix, as if it were generated alone; for drafts, and for the target one by one."""
+    places, sampler = places_of(prefix, len(logits)), sampler_of(PROCESSORS[name])
+    for row, place, scores in zip(logits, places, scores_of(name, logits, prefix), strict=True):
+        expected = LogitsProcessorList(PROCESSORS[name])(place.prefix(logits.device)[None], row[None].clone())
+        assert torch.equal(scores[None], expected)
+        assert torch.equal(sampler.target_scores(row[None], place), expected)
 
 
 @pytest.mark.parametrize("name", ["repetition penalty", "no_repeat_ngram"])
@@ -216,8 +229,10 @@ def test_the_prefix_matters(name, logits, prefix):
 def test_prefixes_are_made_only_where_they_are_looked_at(name, logits):
     """Making them costs time, and bringing them to the device does."""
     made = []
-    prefixes = [lambda device: made.append(1) or torch.tensor([1, 2])] * len(logits)
-    Sampler(LogitsProcessorList(PROCESSORS[name]), True, VOCABULARY).scores(logits, prefixes)
+    places = [Place(lambda device: made.append(1) or torch.tensor([1, 2]), 2)] * len(logits)
+    sampler = sampler_of(PROCESSORS[name])
+    sampler.draft_scores(logits, places)
+    sampler.target_scores(logits[:1], places[0])
     assert bool(made) == (name in ("repetition penalty", "no_repeat_ngram"))
 
 
@@ -226,6 +241,9 @@ def test_the_logits_stay_as_they_are(logits, prefix):
     before = logits.clone()
     for name in PROCESSORS:
         scores_of(name, logits, prefix)
+    for processor in (Counting(), Forking()):
+        sampler_of([processor]).draft_scores(logits, [place_in(PathState()) for _ in logits])
+        sampler_of([processor]).target_scores(logits[:1], place_in(None))
     assert torch.equal(logits, before)
 
 
@@ -237,7 +255,7 @@ def test_half_precision_logits_become_float32(logits, prefix):
 
 @pytest.mark.parametrize("width", [VOCABULARY - 2, VOCABULARY + 3])
 def test_logits_of_another_width(width, prefix):
-    """A draft with fewer padding tokens never guesses the missing ones; one with more never guesses those."""
+    """A draft with fewer padding tokens never drafts the missing ones; one with more never drafts those."""
     logits = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
     logits[:, VOCABULARY:] = 50.0
     got = scores_of("top_k", logits, prefix).softmax(-1)
@@ -246,3 +264,157 @@ def test_logits_of_another_width(width, prefix):
     assert torch.allclose(got.sum(-1), torch.ones(2))
     known = min(width, VOCABULARY)
     assert torch.equal(got.argmax(-1), logits[:, :known].argmax(-1))
+
+
+def test_what_the_target_cannot_read_is_not_drafted(logits, prefix):
+    """The target may say it all the same."""
+    sampler, places = sampler_of([TemperatureLogitsWarper(2.0)], readable=VOCABULARY - 3), places_of(prefix, 5)
+    got = sampler.draft_scores(logits, places)
+    assert torch.equal(got[:, :-3], logits[:, :-3] / 2)
+    assert bool(got[:, -3:].isneginf().all())
+    assert torch.equal(sampler.target_scores(logits[:1], places[0]), logits[:1] / 2)
+
+
+# --- states and rejections
+
+
+def place_in(state, ids=(1, 2)):
+    return Place(lambda device: torch.tensor(ids), len(ids), state)
+
+
+def alone(processor, paths, logits):
+    """Rows of the nodes of a tree, each after its whole path by a new processor; the root's path is (0,)."""
+    rows = {}
+    for path in paths:
+        fresh = copy.deepcopy(processor)
+        for end in range(1, len(path) + 1):
+            row = fresh(torch.tensor([path[:end]]), logits[path[:end]].clone())
+        rows[path] = row
+    return rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from([Forking, Moody]), st.integers(1, 14))
+def test_each_path_has_a_state_of_its_own(data, make, count):
+    """A tree, its nodes asked about in steps, parents first; then a verdict, and the tree goes on below it."""
+    paths = [(0,)]
+    for _ in range(count):
+        parent = data.draw(st.sampled_from(paths))
+        paths.append((*parent, len(paths)))
+    generator = torch.Generator().manual_seed(5)
+    logits = {path: torch.randn(1, VOCABULARY, generator=generator) for path in paths}
+    processor = make()
+    expected = alone(processor, paths, logits)
+    sampler, states = sampler_of([processor, TemperatureLogitsWarper(1.0)]), {}
+    for path in paths:
+        states[path] = PathState(states.get(path[:-1]))
+    step = data.draw(st.integers(1, 4))
+    for start in range(0, len(paths), step):
+        some = paths[start : start + step]
+        rows = torch.cat([logits[path] for path in some])
+        got = sampler.draft_scores(rows, [place_in(states[path], path) for path in some])
+        assert torch.equal(got, torch.cat([expected[path] for path in some]))
+    moved = data.draw(st.sampled_from(paths))  # the target goes there; what follows starts from its own state
+    for end in range(1, len(moved) + 1):
+        got = sampler.target_scores(logits[moved[:end]], place_in(None, moved[:end]))
+        assert torch.equal(got, expected[moved[:end]])
+    for child in [path for path in paths if path[:-1] == moved]:
+        got = sampler.draft_scores(logits[child], [place_in(PathState(), child)])
+        assert torch.equal(got, expected[child])
+
+
+def test_drafts_do_not_ask_what_may_be_anything(logits, prefix):
+    """Not even once; what stands beside it is applied all the same."""
+    processor = Counting()
+    sampler = sampler_of([RepetitionPenaltyLogitsProcessor(1.8), processor, TemperatureLogitsWarper(0.7)])
+    assert torch.equal(
+        sampler.draft_scores(logits, places_of(prefix, 5)), scores_of("repetition penalty", logits, prefix)
+    )
+    assert processor.seen == []
+    sampler.target_scores(logits[:1], place_in(None, [3, 4]))
+    assert processor.seen == [[3, 4]]
+
+
+def test_without_a_state_forks_are_left_out(logits):
+    processor = Forking()
+    assert torch.equal(sampler_of([processor]).draft_scores(logits, [place_in(None)] * 5), logits)
+    assert processor.calls == 0
+
+
+@pytest.mark.parametrize("how", ["raises", "nothing", "nan", "shape"])
+def test_a_rejected_path_has_no_candidates(logits, how):
+    """The other rows are as they were. For the target, the error is the user's own."""
+    places = [place_in(PathState(), ids) for ids in ([1, 2], [1, 1, 1], [3, 2], [2, 3, 5, 7], [4])]
+    sampler = sampler_of([Fussy(how)])
+    got = sampler.draft_scores(logits, places)
+    assert bool(got[[1, 3]].isneginf().all())
+    assert torch.equal(got[[0, 2, 4]], logits[[0, 2, 4]])
+    if how == "raises":
+        with pytest.raises(ValueError, match="three in a row"):
+            sampler.target_scores(logits[:1], places[1])
+
+
+def test_what_follows_a_rejected_place_is_rejected_too(logits):
+    """For a processor with a state: it has none there."""
+
+    class Failing(Forking):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == 3:
+                raise ValueError
+            return super().__call__(input_ids, scores)
+
+    before = PathState()
+    places = [place_in(before, [1, 2, 3]), place_in(PathState(before), [1, 2, 3, 4]), place_in(PathState(), [1, 2])]
+    got = sampler_of([Failing()]).draft_scores(logits[:3], places)
+    assert bool(got[:2].isneginf().all())
+    assert bool(got[2].isfinite().any())
+
+
+def test_logits_that_are_no_numbers(logits, prefix):
+    """No candidates there; where a processor refuses all rows at once because of one, the others are scored alone."""
+    places, sound = places_of(prefix, 5), scores_of("temperature", logits, prefix)
+    logits[2, 3] = torch.nan
+    for processors in ([], PROCESSORS["temperature"], [EtaLogitsWarper(0.01), *PROCESSORS["temperature"]]):
+        got = sampler_of(processors).draft_scores(logits, places)
+        assert bool(got[2].isneginf().all())
+        assert bool(got[[0, 1, 3, 4]].isfinite().any(dim=1).all())
+        assert not bool(got.isnan().any())
+    assert torch.equal(scores_of("temperature", logits, prefix)[[0, 1, 3, 4]], sound[[0, 1, 3, 4]])
+
+
+def test_infinite_scores_are_the_largest_there_are(logits):
+    got = sampler_of([Fussy("infinite")]).draft_scores(logits[:1], [place_in(None, [1, 1, 1])])
+    assert torch.equal(got, torch.full_like(got, torch.finfo(got.dtype).max))
+
+
+@pytest.mark.parametrize(
+    ("best", "greedy", "sampled"),
+    [
+        (1.0, None, None),
+        (
+            float("-inf"),
+            None,
+            "the logits processors rule out every token after the first 1,234 tokens; let them leave",
+        ),
+        (float("inf"), None, "a score after the first 1,234 tokens is infinite, so that nothing can be drawn"),
+        (float("nan"), *["the logits processors leave scores after the first 1,234 tokens that are not numbers"] * 2),
+    ],
+)
+def test_scores_that_nothing_can_be_taken_by(best, greedy, sampled):
+    """As transformers does where it does something sensible; what it would crash or babble on is refused."""
+    place = Place(lambda device: torch.tensor([1]), 1234)
+    for do_sample, words in ((False, greedy), (True, sampled)):
+        sampler = Sampler(LogitsProcessorList(), do_sample, VOCABULARY)
+        with nullcontext() if words is None else pytest.raises(InputError, match=words):
+            sampler.check(best, torch.zeros(1, VOCABULARY), place)
+
+
+@pytest.mark.parametrize("processors", [[], [EtaLogitsWarper(0.01)], [InfNanRemoveLogitsProcessor()]])
+def test_a_model_without_numbers_is_named(processors):
+    """One sentence, whatever a processor says about them; one that puts numbers in their place is enough."""
+    logits, place = torch.full((1, VOCABULARY), torch.nan).half(), Place(lambda device: torch.tensor([1]), 1234)
+    sampler = sampler_of(processors)
+    words = r"the model's logits after the first 1,234 tokens are not numbers \(NaN\).*more range than float16"
+    removed = any(isinstance(processor, InfNanRemoveLogitsProcessor) for processor in processors)
+    with nullcontext() if removed else pytest.raises(UnsupportedModelError, match=words):
+        sampler.check(float(sampler.target_scores(logits, place).max()), logits, place)

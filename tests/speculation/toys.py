@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.drafting import Drafting
 from offload_triforce.speculation.economy import History, Pace
 from offload_triforce.speculation.growth import Limits, Middle
 from offload_triforce.speculation.hierarchy import decode
+from offload_triforce.speculation.place import PathState, Place
+from offload_triforce.speculation.processors import stateless
+from offload_triforce.speculation.rules import Guess
+from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import path_after
 from offload_triforce.stats import DecodeStats
@@ -49,9 +55,78 @@ class Scores:
 
     do_sample = True
 
-    def scores(self, logits, prefixes):
-        assert len(logits) == len(prefixes)
+    def draft_scores(self, logits, places):
+        assert len(logits) == len(places)
         return logits
+
+    def target_scores(self, logits, place):
+        assert len(logits) == 1
+        return logits
+
+    def check(self, best, logits, place):
+        assert best > float("-inf")
+
+
+class Turns(LogitsProcessor):
+    """Favours one token and rules another out, by the number of its calls. Notes which places it was asked about."""
+
+    def __init__(self):
+        self.calls, self.seen = 0, []
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        self.seen.append(input_ids[0].tolist())
+        scores[:, self.calls % 3] += 1.5
+        scores[:, (self.calls + 1) % 3] = -torch.inf if self.calls % 2 else 0.5
+        return scores
+
+
+class ForkingTurns(Turns):
+    def fork(self):
+        return copy.deepcopy(self)
+
+
+class Swings(LogitsProcessor):
+    """What had the best score last time is ruled out: a state that comes from the scores of whoever asks."""
+
+    triforce_forkable = True
+
+    def __init__(self):
+        self.last = []
+
+    def __call__(self, input_ids, scores):
+        best = int(scores.argmax())
+        scores[:, self.last] = -torch.inf
+        self.last = [best]
+        return scores
+
+
+@stateless
+class Pedant(LogitsProcessor):
+    """No token twice in a row: it rules that out, and a path where it has happened is an error."""
+
+    def __call__(self, input_ids, scores):
+        if len(input_ids[0]) > len(PROMPT) and input_ids[0, -1] == input_ids[0, -2]:
+            raise ValueError("a token has come twice")
+        scores[:, input_ids[0, -1]] = -torch.inf
+        return scores
+
+
+# What users may bring along, by how it is treated.
+BROUGHT = {"unknown": Turns, "forks": ForkingTurns, "forks by scores": Swings, "rejects": Pedant}
+
+
+def real_sampler(brought):
+    """Transformers' own interface, with a new processor; in float32, as there."""
+    return Sampler(LogitsProcessorList([BROUGHT[brought]()]), True, VOCABULARY)
+
+
+def scored_alone(case, brought, out):
+    """The target's scores [V] at each place of a text, by a new processor that is called once per token."""
+    processor = BROUGHT[brought]()
+    for length in range(len(out)):
+        ids = torch.tensor([PROMPT.tolist() + list(out[:length])])
+        yield processor(ids, case.tables.row(TARGET, 0, out[:length]).log().float()[None])[0]
 
 
 class ToyLevel:
@@ -119,10 +194,8 @@ class ToyDraft:
     def offer(self, text):
         return "model"
 
-    def guess(self, text, count):
-        from offload_triforce.speculation.rules import Guess, Place
-
-        start, guesses = len(text), []
+    def guess(self, text, count, before):
+        start, guesses, state = len(text), [], PathState(before)
         for i in range(count):
             row = self.tables.row(DRAFT, text.decided, text[len(PROMPT) :])
             if self.kind == "onehot":
@@ -130,7 +203,10 @@ class ToyDraft:
                     break
                 guess = Guess(int(row.argmax()), None)
             else:
-                guess = self.rule.draft(row.log()[None], Place(text.ids_on, len(text)))
+                guess = self.rule.draft(row.log()[None], Place(text.ids_on, len(text), state))
+                if guess is None:
+                    break
+                state = PathState(state)
             guesses.append(guess)
             text.append([guess.token])
         text.truncate(start)
@@ -176,8 +252,8 @@ class Case:
         room = 2 * nodes + 1 + width + gamma1
         self.limits = Limits(gamma, nodes, branches, width, room, adaptive is not None, spare > 0)
 
-    def run(self, rule):
-        """One run: the new tokens, and what was counted."""
+    def run(self, rule, out=None):
+        """One run: the new tokens, and what was counted. ``out``: a list for what comes, if it may fail on the way."""
         limit = self.tokens + self.more
         text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
         drafts = [] if self.draft == "none" else [ToyDraft(self.tables, self.draft, rule)]
@@ -197,7 +273,7 @@ class Case:
             target.score = during
         drafting = Drafting(drafts, self.gamma1, adaptive=False)
         middle = Middle(level, drafting, rule, self.limits, History(FLAT), pace, lambda token: token == self.end, stats)
-        out = []
+        out = [] if out is None else out
         for new in decode(target, middle, rule, text, limit, stats, self.stop):
             assert new
             out += new
@@ -205,18 +281,20 @@ class Case:
         assert stats.new_tokens == len(out)
         return tuple(out), stats
 
-    def stop(self, text, start):
+    def stop(self, text):
         """After the first EOS, or where enough has come to compare."""
-        for length in range(start + 1, len(text) + 1):
-            if text[length - 1 : length] == [self.end] or length == len(PROMPT) + self.tokens:
-                return length
-        return None
+        return text[-1:] == [self.end] or len(text) == len(PROMPT) + self.tokens
 
-    def expected(self):
-        """The target alone, token by token: probability of each output."""
+    def expected(self, brought=None):
+        """The target alone, token by token: probability of each output. ``brought``: a logits processor."""
         total = {}
         for out in itertools.product(range(VOCABULARY), repeat=self.tokens):
             out = out[: out.index(EOS) + 1] if EOS in out else out
-            rows = [self.tables.row(TARGET, 0, out[:i]) for i in range(len(out))]
-            total[out] = float(np.prod([row[token] for row, token in zip(rows, out, strict=True)]))
+            total[out] = 1.0
+            scores = scored_alone(self, brought, out) if brought is not None else None
+            for length, token in enumerate(out):
+                row = self.tables.row(TARGET, 0, out[:length]) if scores is None else next(scores).double().softmax(0)
+                total[out] *= float(row[token])
+                if not total[out]:  # a processor need not know what follows
+                    break
         return total

@@ -1,0 +1,200 @@
+"""The command ``generate``: what is asked for is checked, then handed to the engine."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from offload_triforce.cli.answering import Sink, answer
+from offload_triforce.cli.common import build_settings, examples, guarded
+from offload_triforce.cli.ending import loading, say
+from offload_triforce.cli.options import (
+    Adaptive,
+    Ahead,
+    AsJson,
+    Bits,
+    Branches,
+    Budget,
+    Config,
+    Device,
+    Draft,
+    DraftCache,
+    Gamma,
+    Gamma1,
+    Refresh,
+    Resident,
+    Ring,
+    SamplingRule,
+    Seed,
+    Temperature,
+    Tile,
+    Tree,
+    Width,
+)
+from offload_triforce.cli.sources import find_models, say_unpacked
+from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
+from offload_triforce.errors import InputError
+
+EXAMPLES = examples(
+    'offload-triforce generate --model ./model --prompt-file book.txt --ask "Who?"',
+    'cat notes.txt | offload-triforce generate --model m.gguf --ask "Summarise."',
+    "offload-triforce generate --model m.gguf --raw --prompt 'def fibonacci(n):' -v",
+    "offload-triforce generate --model m.gguf --prompt-file a.txt --output b.txt",
+)
+EMPTY = "the prompt is empty; give --prompt-file, --prompt or --ask, or pipe a text in"
+PATIENCE = 2.0  # seconds, before somebody is told that standard input is being read
+PROMPT = {"rich_help_panel": "Prompt and answer"}
+
+
+@guarded
+def generate(
+    model: Annotated[str, typer.Option(help="A name that models lists, a hub id, a folder or a GGUF file.")],
+    draft: Draft = "ngram",
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.", **PROMPT)] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(help="A UTF-8 text file; - is standard input, which is read anyway if it is piped in.", **PROMPT),
+    ] = None,
+    ask: Annotated[str | None, typer.Option(help="A question about it, put after the text.", **PROMPT)] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions that come first, in the chat format.", **PROMPT)] = (
+        None
+    ),
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text: leave the model's chat format out.", **PROMPT)
+    ] = False,
+    output: Annotated[str | None, typer.Option(help="The answer goes to this file.", **PROMPT)] = None,
+    max_new_tokens: Annotated[str, typer.Option(help="Limit of the answer.", **PROMPT)] = "256",
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.", **PROMPT)] = None,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
+    seed: Seed = None,
+    context: Annotated[
+        str | None, typer.Option(help="Most tokens of prompt and answer together: 131072, 128K.")
+    ] = None,
+    budget: Budget = None,
+    gamma: Gamma = None,
+    gamma1: Gamma1 = None,
+    tree: Tree = None,
+    branches: Branches = None,
+    width: Width = None,
+    bits: Bits = None,
+    adaptive: Adaptive = None,
+    ahead: Ahead = None,
+    refresh: Refresh = None,
+    rule: SamplingRule = None,
+    draft_cache: DraftCache = None,
+    tile: Tile = None,
+    ring: Ring = None,
+    resident: Resident = None,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="Replay drafting steps as CUDA graphs.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
+    device: Device = "auto",
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
+    link_gbps: Annotated[str | None, typer.Option(help="Emulate a link of this speed, in GB/s; CPU only.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The whole report at the end.")] = False,
+) -> None:
+    """Answer a question about a text, or continue it."""
+    settings = build_settings(
+        config,
+        context=context,
+        budget=budget,
+        gamma=gamma,
+        gamma1=gamma1,
+        tree=tree,
+        branches=branches,
+        width=width,
+        bits=bits,
+        adaptive=adaptive,
+        ahead=ahead,
+        refresh=refresh,
+        rule=rule,
+        draft_cache=draft_cache,
+        tile=tile,
+        ring=ring,
+        resident=resident,
+        graphs=graphs,
+        link_gbps=link_gbps,
+    )
+    new_tokens = read_tokens(max_new_tokens, "--max-new-tokens")
+    check_temperatures(temperature)
+    check_finite(top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    _check_words(stop, prompt, ask, system, raw)
+    sink = Sink(output, as_json, prompt_file)
+    source, small = find_models(model, draft)
+    text = _text(prompt, prompt_file, ask)
+    from offload_triforce.engine import TriForce
+    from offload_triforce.prompt import build_prompt
+
+    say_unpacked(source, dtype, device, quantize)
+    with loading(model):
+        engine = TriForce.load(source, small, dtype, device, quantize, settings)
+    ids = build_prompt(engine.tokenizer, text, ask, system, raw)
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p or None,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": new_tokens,
+    }
+    answer(engine, ids, seed, sink, verbose, sampling | ({"stop_strings": stop} if stop else {}))
+
+
+def _check_words(stop: list[str] | None, prompt: str | None, ask: str | None, system: str | None, raw: bool) -> None:
+    """What is written on the command line itself."""
+    from offload_triforce.prompt import check_text
+
+    for name, words in (("--prompt", prompt), ("--ask", ask), ("--system", system)):
+        check_text(name, words)
+    for words in stop or ():
+        check_text("--stop", words)
+    if any(not words for words in stop or ()):
+        raise InputError("--stop is empty: it would end every answer before it begins; leave it out or name a text")
+    if raw and system is not None:
+        raise InputError("--system and --raw exclude each other: system instructions need the chat format")
+
+
+def _text(prompt: str | None, prompt_file: str | None, ask: str | None) -> str | None:
+    """The text that is asked about or continued; what is piped in needs no option.
+
+    Raises:
+        InputError: two texts, or neither text nor question.
+    """
+    from offload_triforce.prompt import read_text
+
+    if prompt is not None and prompt_file is not None:
+        raise InputError("--prompt and --prompt-file exclude each other; give one of them")
+    if prompt is not None:
+        if not prompt.strip() and not (ask or "").strip():
+            raise InputError(EMPTY)
+        return prompt
+    if prompt_file not in (None, "-"):
+        return read_text(prompt_file)
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    text = _standard_input(asked=prompt_file == "-") if piped or prompt_file == "-" else ""
+    if not text and not (ask or "").strip():
+        raise InputError(EMPTY)
+    return text or None
+
+
+def _standard_input(asked: bool) -> str:
+    """What is piped in; it may be nothing unless it was ``asked`` for. Who leaves it open is told what is awaited."""
+    from offload_triforce.prompt import read_text
+
+    awaited = threading.Timer(PATIENCE, say, ["reading the prompt from standard input, up to its end"])
+    awaited.daemon = True
+    awaited.start()
+    try:
+        return read_text("-", blank=not asked)
+    finally:
+        awaited.cancel()

@@ -1,0 +1,57 @@
+"""The command ``bench pipeline``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from offload_triforce.cli.common import build_settings, examples, guarded
+from offload_triforce.cli.ending import paper, say
+from offload_triforce.cli.options import LEAST_TEXT, AsJson, Queries, Resident, Ring, TextTokens, Tile
+from offload_triforce.cli.values import read_speed, read_tokens
+from offload_triforce.model.fetch import check_source
+
+EXAMPLES = examples("offload-triforce bench pipeline --model smollm2 --link-gbps 0.1 --json")
+
+
+@guarded
+def pipeline(
+    model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2 and llama-1b.")] = None,
+    link_gbps: Annotated[
+        list[str] | None,
+        typer.Option(help="Bandwidth in GB/s; may be repeated. By default three at which the link dominates."),
+    ] = None,
+    tokens: TextTokens = "6000",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes per row; the median counts.")] = 5,
+    tile: Tile = None,
+    ring: Ring = None,
+    resident: Resident = None,
+    queries: Queries = 13,
+    as_json: AsJson = False,
+) -> None:
+    """Time passes against the time that their bytes take on the link alone (emulated, without a GPU)."""
+    settings = build_settings(None, tile=tile, ring=ring, resident=resident)
+    length = read_tokens(tokens, "--tokens", LEAST_TEXT)
+    speeds = [read_speed(text, "--link-gbps") for text in link_gbps or ()]
+    if "smollm2" in (model or ["smollm2"]):
+        check_source("smollm2")
+    from offload_triforce.bench.pipeline import MODELS, bench_pipeline
+
+    report = bench_pipeline(model or list(MODELS), settings, length, queries, repeats, speeds or None, say)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    table = Table()
+    for name in ("model", "link GB/s", "pass MB", "bytes / link, s", "pass, s", "pass / link", "bytes / needed"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in report["results"]:
+        table.add_row(*_cells(row))
+    paper().print(table)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["model"], f"{row['gbps']:g}", f"{row['pass_bytes'] / 1e6:.1f}", f"{row['link_s']:.3f}"]
+    return [*cells, f"{row['pass_s']:.3f}", f"{row['pass_over_link']:.3f}", f"{row['bytes_over_needed']:.3f}"]

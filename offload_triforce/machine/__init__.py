@@ -1,0 +1,1 @@
+"""What runs on what: sizes and speeds as people write them."""

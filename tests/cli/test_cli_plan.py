@@ -1,0 +1,186 @@
+"""The commands ``plan`` and ``doctor``: verdict, tables, JSON, and one sentence for each mistake."""
+
+import json
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from offload_triforce import cli
+from offload_triforce.model.names import MODELS
+from offload_triforce.planner.cards import CARDS
+from tests.byte_tokenizer import save_tiny_llama
+from tests.tiny_gguf import save_tiny_gguf
+
+KEYS = {"fits", "vram_bytes", "host_bytes", "ms_per_token", "ms_per_token_plain", "prefill_s", "missing"}
+KEYS |= {"suggestions", "settings", "options", "device", "host", "assumptions", "notes", "tokens_per_pass"}
+KEYS |= {"verdict", "command", "way", "on_card", "pays_from", "loading", "device_plain"}
+
+
+def call(*args):
+    return CliRunner().invoke(cli.app, list(args))
+
+
+def plan(*args):
+    return call("plan", "--model", "llama-3.1-8b", "--gpu", "RTX 4090", "--ram", "64GB", *args)
+
+
+def test_json_of_what_fits():
+    result = plan("--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert set(report) >= KEYS
+    assert report["fits"] is True
+    assert report["missing"] == report["suggestions"] == []
+    assert 0 < report["ms_per_token"] < report["ms_per_token_plain"]
+    assert report["vram_bytes"] == sum(report["device"].values()) <= report["vram_limit"]
+
+
+def test_json_of_what_does_not_fit():
+    report = json.loads(plan("--gpu", "RTX 3060", "--json").stdout)
+    assert report["fits"] is False
+    assert report["ms_per_token"] is report["prefill_s"] is None
+    assert report["missing"][0]["what"] == "device memory"
+    assert report["missing"][0]["bytes"] == report["vram_bytes"] - report["vram_limit"]
+    assert "--quantize nf4" in [row["option"] for row in report["suggestions"]]
+
+
+def test_tables():
+    fits, refused = plan("--context", "64K"), plan("--gpu", "RTX 3060")
+    assert fits.exit_code == refused.exit_code == 0
+    for words in ("weights", "retrieval cache", "ms per token", "--context 65536", "assumed"):
+        assert words in fits.stdout
+    assert fits.stdout.startswith("Fits: ")
+    assert refused.stdout.startswith("Does not fit: ")
+    assert "--quantize nf4" in refused.stdout
+
+
+def test_the_verdict_comes_first_and_is_one_sentence():
+    for args in ([], ["--context", "16K"], ["--gpu", "RTX 3060"]):
+        report, said = json.loads(plan(*args, "--json").stdout), plan(*args).stdout
+        assert said.splitlines()[0] == report["verdict"]
+        assert report["verdict"].endswith(".")
+        assert ". " not in report["verdict"]
+
+
+@pytest.mark.parametrize("args", [[], ["--context", "16K"], ["--draft", "ngram+self", "--quantize", "int8"]])
+def test_the_command_is_one_line_that_a_shell_takes_apart_again(args):
+    report, lines = json.loads(plan(*args, "--json").stdout), plan(*args).stdout.splitlines()
+    assert report["command"] in lines
+    words = shlex.split(report["command"])
+    assert words[:4] == ["offload-triforce", "generate", "--model", "llama-3.1-8b"]
+    assert "--prompt-file" in words
+    assert words[-len(shlex.split(report["options"])) :] == shlex.split(report["options"])
+
+
+def test_the_command_runs_as_it_is_printed(tmp_path):
+    """Quoted for a shell: a folder with a space, brackets and an apostrophe in its name."""
+    folder = save_tiny_llama(tmp_path / "it's [my] model", eos_token_id=None)
+    args = ["--vram", "4GB", "--context", "600", "--draft", "self", "--dtype", "float32", "--gamma", "4"]
+    result = call("plan", "--model", str(folder), *args)
+    assert result.exit_code == 0, result.stderr
+    (command,) = [line for line in result.stdout.splitlines() if line.startswith("offload-triforce generate")]
+    (tmp_path / "prompt.txt").write_text("To be, or not to be. " * 20)
+    words = shlex.split(command.replace("prompt.txt", shlex.quote(str(tmp_path / "prompt.txt"))))
+    done = call(*words[1:], "--device", "cpu", "--max-new-tokens", "8")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_command_that_would_be_refused_is_not_printed():
+    result = call("plan", "--model", "qwen3-8b", "--gpu", "RTX 4090", "--context", "64K")
+    assert "`generate` refuses more than the model's 40,960 positions" in result.stdout.splitlines()[0]
+    assert "offload-triforce generate" not in result.stdout
+
+
+def test_lengths_sizes_and_speeds_are_read_as_everywhere():
+    said = {
+        plan("--context", context, "--vram", vram, "--link", link, "--json").stdout
+        for context, vram, link in (
+            ("128K", "24GB", "25GB/s"),
+            ("131,072", "24G", "25 GB/s"),
+            ("131072", "24,000MB", "200Gb/s"),
+        )
+    }
+    assert len({json.dumps({**json.loads(text), "assumptions": None}) for text in said}) == 1
+    both = [json.loads(plan("--budget", budget, "--tile", "2K", "--json").stdout) for budget in ("4096", "4K")]
+    assert both[0] == both[1]
+    assert (both[0]["settings"]["budget"], both[0]["settings"]["tile"]) == (4096, 2048)
+
+
+def test_a_gguf_file_is_said_to_be_unpacked(tmp_path):
+    path = save_tiny_gguf(tmp_path / "tiny.gguf")
+    result = call("plan", "--model", str(path), "--vram", "4GB", "--context", "2K", "--quantize", "nf4")
+    assert result.exit_code == 0, result.stderr
+    assert (
+        "tiny.gguf (0.00 GB) is unpacked to bfloat16 in host memory on loading: 0.00 GB, and packed to nf4"
+        in result.stdout
+    )
+
+
+def test_the_list_of_what_is_known():
+    listed = call("plan", "--list")
+    assert listed.exit_code == 0
+    for name in (*(card.name for card in CARDS), *(model.name for model in MODELS)):
+        assert name in listed.stdout
+
+
+def test_a_local_folder_and_a_draft(tmp_path):
+    folder = str(save_tiny_llama(tmp_path))
+    result = call("plan", "--model", folder, "--draft", folder, "--vram", "4GB", "--context", "2K", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["fits"] is True
+    assert report["device"]["draft"] > 0
+
+
+@pytest.mark.parametrize("draft", ["none", "self"])
+def test_other_drafts_and_given_rates(draft):
+    report = json.loads(plan("--draft", draft, "--acceptance", "0.5", "--gamma", "8", "--json").stdout)
+    assert report["tokens_per_pass"] == pytest.approx((1 - 0.5**9) / 0.5)
+    assert report["settings"]["gamma"] == 8
+
+
+def test_the_options_are_those_of_generate():
+    report = json.loads(plan("--quantize", "nf4", "--json").stdout)
+    names = [word for word in report["options"].split() if word.startswith("--")]
+    known = CliRunner().invoke(cli.app, ["generate", "--help"], env={"COLUMNS": "200"}).stdout
+    assert all(name in known for name in names)
+    assert "--quantize nf4" in report["options"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "lama-3.1-8"], "nearest are llama-3.1-8b"),
+        (["--model", "nobody/none"], "the hub is not to be asked"),
+        (["--draft", "nobody/none"], "'nobody/none' is neither"),
+        (["--gpu", "RTX 4900"], "nearest are"),
+        (["--context", "lots"], "128K"),
+        (["--ram", "64"], "--ram"),
+        (["--link", "25GB"], "--link"),
+        (["--link", "25gbps"], "bytes or bits"),
+        (["--vram", "24Gb"], "is in bits"),
+        (["--context", "131.072"], "is not a number of tokens"),
+        (["--context", "1"], "context must be a whole number of at least 2"),
+        (["--vram", ""], "--vram"),
+        (["--quantize", "fp8"], "nf4 or int8"),
+        (["--dtype", "int4"], "unknown dtype"),
+        (["--budget", "16"], "budget 16"),
+        (["--resident", "2"], "resident"),
+    ],
+)
+def test_mistakes_are_one_sentence(args, words, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = plan(*args)
+    assert result.exit_code == 2, result.stdout
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_doctor_in_both_forms(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_CACHE", str(tmp_path / "models"))
+    report = json.loads(call("doctor", "--json").stdout)
+    assert {"findings", "measured", "machine"} <= set(report)
+    assert {"what", "state", "found", "remedy"} == set(report["findings"][0])
+    assert "host memory" in call("doctor").stdout

@@ -1,0 +1,105 @@
+"""The one table of names: what each row says against transformers' own models and against published numbers."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from offload_triforce.model.names import MODELS, PlainConfig, find_known, hub_id, nearest
+from offload_triforce.model.outline import shape_of_known
+from offload_triforce.model.shape import shape_of
+
+# Published number of parameters (of the files on the hub, in millions; tied weights once), KV bytes per token in 16
+# bits (full layers alone), and the numbers of full and sliding layers. KV by hand: 2 x 2 bytes x KV heads x head
+# dimension x layers. Of Qwen2.5-Coder-1.5B, the GGUF file's 1,777 million: its output embedding is not tied.
+EXPECTED = {
+    "SmolLM2-135M-Instruct": (134.515, 4 * 3 * 64 * 30, 30, 0),
+    "Qwen2.5-Coder-1.5B-Instruct": (1777.088, 4 * 2 * 128 * 28, 28, 0),
+    "Llama-2-7B-128K": (6738, 4 * 32 * 128 * 32, 32, 0),
+    "Llama-3.1-8B": (8030, 4 * 8 * 128 * 32, 32, 0),
+    "Llama-3.2-1B": (1235.8, 4 * 8 * 64 * 16, 16, 0),
+    "Llama-3.2-3B": (3212.7, 4 * 8 * 128 * 28, 28, 0),
+    "Qwen2.5-7B-1M": (7616, 4 * 4 * 128 * 28, 28, 0),
+    "Qwen2.5-14B-1M": (14770, 4 * 8 * 128 * 48, 48, 0),
+    "Qwen3-0.6B": (596.05, 4 * 8 * 128 * 28, 28, 0),
+    "Qwen3-4B-2507": (4022.5, 4 * 8 * 128 * 36, 36, 0),
+    "Qwen3-8B": (8191, 4 * 8 * 128 * 36, 36, 0),
+    "Qwen3-14B": (14768, 4 * 8 * 128 * 40, 40, 0),
+    "Qwen3-32B": (32762, 4 * 8 * 128 * 64, 64, 0),
+    "Qwen3-30B-A3B": (30532, 4 * 4 * 128 * 48, 48, 0),
+    "Qwen3-30B-A3B-2507": (30532, 4 * 4 * 128 * 48, 48, 0),
+    "Mistral-Nemo": (12248, 4 * 8 * 128 * 40, 40, 0),
+    "Devstral-Small-24B": (23572, 4 * 8 * 128 * 40, 40, 0),
+    "Seed-OSS-36B": (36151, 4 * 8 * 128 * 64, 64, 0),
+    "Phi-3-mini-128K": (3821, 4 * 32 * 96 * 32, 32, 0),
+    "Gemma-3-4B": (4300, 4 * 4 * 256 * 5, 5, 29),
+    "Gemma-3-12B": (12187, 4 * 8 * 256 * 8, 8, 40),
+    "Gemma-3-27B": (27432, 4 * 16 * 128 * 10, 10, 52),
+}
+
+
+def test_all_models_are_expected():
+    assert [model.title for model in MODELS] == list(EXPECTED)
+
+
+@pytest.mark.parametrize("known", MODELS, ids=[model.name for model in MODELS])
+def test_a_row_against_published_numbers_and_against_the_model_itself(known):
+    """The table must not have a description of its own: layout and weights are those of the model that is built."""
+    millions, token, full, sliding = EXPECTED[known.title]
+    said, values = shape_of_known(known), dict(known.config)
+    assert said.weights.parameters / 1e6 == pytest.approx(millions, rel=2e-4)
+    assert said.weights.total == 2 * said.weights.parameters
+    assert sum(said.layout.token_bytes(i) for i in said.layout.full) == token
+    assert (len(said.layout.full), len(said.layout.sliding)) == (full, sliding)
+    built = shape_of(AutoConfig.for_model(values.pop("model_type"), **values), torch.bfloat16)
+    assert said.counts == built.counts
+    assert said.heads == built.heads
+    for what in ("layers", "dtype", "vocabulary", "max_positions"):
+        assert getattr(said.layout, what) == getattr(built.layout, what)
+    for name in ("hidden_size", "intermediate_size"):  # what memory is reckoned with
+        assert getattr(said.config.get_text_config(), name) == getattr(built.config.get_text_config(), name)
+
+
+def test_every_model_is_found_by_all_its_names():
+    for model in MODELS:
+        for name in (model.name, model.name.upper(), model.title, *model.ids, *(i.split("/")[1] for i in model.ids)):
+            assert find_known(name) is model
+
+
+def test_names_are_what_people_type():
+    names = [model.name for model in MODELS]
+    assert len(set(names)) == len(names)
+    assert all(name == name.lower() and "/" not in name for name in names)
+    assert {"smollm2", "llama-3.1-8b", "qwen2.5-7b-1m"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "repository"),
+    [
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("gemma-3-4b", "google/gemma-3-4b-it"),
+        ("gemma-3-4b-pt", "google/gemma-3-4b-pt"),
+        ("qwen3-8b", "Qwen/Qwen3-8B"),
+    ],
+)
+def test_a_name_means_the_first_hub_id_and_a_hub_id_itself(text, repository):
+    assert hub_id(find_known(text), text) == repository
+
+
+def test_another_owners_model_of_that_name_is_not_the_tables():
+    """It may be another model: it must not be loaded or planned as this one."""
+    assert find_known("somebody/Qwen3-8B") is None
+    assert find_known("Qwen/qwen3-8b") is not None
+
+
+def test_the_nearest_names():
+    assert nearest("lama-3.1-8b").startswith("nearest are llama-3.1-8b")
+    assert nearest("xyzzy") == "`offload-triforce models` shows those that are known"
+
+
+def test_a_plain_configuration_reads_as_transformers_own():
+    config = PlainConfig({"a": 1, "text_config": {"b": 2}})
+    assert (config.a, config.get_text_config().b) == (1, 2)
+    assert getattr(config, "c", None) is None
+    assert not config.is_encoder_decoder

@@ -16,9 +16,8 @@ from offload_triforce.kernels.reference import (
     attention_logsumexp,
     attention_start,
     chunk_scores,
-    gather_chunks,
 )
-from offload_triforce.kernels.types import AttentionParams, ChunkSelection, PartialAttention, TreeMask
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, PartialAttention, TreeMask
 
 __all__ = [
     "attention_finish",
@@ -26,8 +25,7 @@ __all__ = [
     "attention_start",
     "attention_update",
     "chunk_scores",
-    "gather_chunks",
-    "select_chunks",
+    "take_chunks",
 ]
 
 
@@ -58,8 +56,9 @@ def attention_update(
     )
 
 
-def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
-    """See ``reference.select_chunks``. Where no offered chunk beats a held one, there is nothing to sort."""
+def take_chunks(
+    selection: ChunkSelection, offered: Tensor, first: int, kv: Tensor, slots: Tensor | CodedChunks
+) -> None:
+    """See ``reference.take_chunks``. Where no offered chunk beats a held one, there is nothing to sort."""
     if bool((offered.amax(dim=1) > selection.scores.amin(dim=1)).any()):
-        return reference.select_chunks(selection, offered, first)
-    return torch.full_like(selection.chunks, -1)
+        reference.take_chunks(selection, offered, first, kv, slots)

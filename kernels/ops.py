@@ -13,19 +13,29 @@ import torch
 from torch import Tensor
 
 from offload_triforce.kernels import cpu, reference, reference_codec
-from offload_triforce.kernels.reference import causal_mask, pack_queries
+from offload_triforce.kernels.reference import causal_mask, gather_chunks, pack_queries
+from offload_triforce.kernels.reference_codec import encode_chunks
 from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
 
 try:
-    from offload_triforce.kernels import chunk_selection, kv_codec, verify_attention
+    from offload_triforce.kernels import (
+        attention_state,
+        chunk_selection,
+        kv_codec,
+        packed_attention,
+        tile_choice,
+        verify_attention,
+    )
+    from offload_triforce.kernels import chunk_scores as triton_scores
 except ImportError:  # no Triton: torch alone
-    kv_codec = chunk_selection = verify_attention = None
+    verify_attention = None
 
 __all__ = [
     "AttentionParams",
     "ChunkSelection",
     "CodedChunks",
     "RunningAttention",
+    "RunningChoice",
     "TreeMask",
     "causal_mask",
     "chunk_scores",
@@ -35,7 +45,7 @@ __all__ = [
     "own_tokens",
     "pack_queries",
     "prefill_attention",
-    "select_chunks",
+    "take_chunks",
     "what_stops_triton",
 ]
 
@@ -92,22 +102,27 @@ class RunningAttention:
         self._heads = 0
         self._params = AttentionParams(1.0)
         self._buffers: tuple[Tensor, ...] = ()
+        self._tiles = None if verify_attention is None else verify_attention.TileUpdates()
 
     def start(self, query: Tensor, kv_heads: int, params: AttentionParams) -> None:
         """Begin with T queries, [H, T, D]. What was computed before is over."""
         self.packed = pack_queries(query, kv_heads)
         self._heads, self._params = query.shape[0], params
-        if uses_triton(query):
-            self._functions = verify_attention
-            self._buffers = verify_attention.state_buffers(self._buffers, self.packed)
-            self._state = verify_attention.attention_start(self._buffers, self.packed)
+        self._triton = uses_triton(query) and verify_attention.serves(query.shape[2])
+        if self._triton:
+            self._buffers = attention_state.state_buffers(self._buffers, self.packed)
+            self._state = attention_state.attention_start(self._buffers, self.packed)
+            self._tiles.start(self._state, self.packed, params)
         else:
-            self._functions = _torch_functions(query)
-            self._state = self._functions.attention_start(self.packed)
+            self._state = _torch_functions(query).attention_start(self.packed)
 
     def update(self, key: Tensor, value: Tensor, tree_mask: TreeMask | None = None) -> None:
         """Take keys and values in, [K, n, D] each; ``tree_mask`` where the queries' own tokens are among them."""
-        self._state = self._functions.attention_update(self._state, self.packed, key, value, self._params, tree_mask)
+        if self._triton and self._state.started and tree_mask is None:
+            self._tiles.update(key, value)
+            return
+        functions = verify_attention if self._triton else _torch_functions(key)
+        self._state = functions.attention_update(self._state, self.packed, key, value, self._params, tree_mask)
 
     def update_first(self, key: Tensor, value: Tensor, tokens: Tensor) -> None:
         """Take the first ``tokens`` (int64 [1], on the device) keys and values in, which all queries see."""
@@ -118,8 +133,10 @@ class RunningAttention:
 
         ``tokens`` (int64 [1]) is told by the device, for steps of fixed work.
         """
-        if self._functions is verify_attention:
-            self._state = kv_codec.attention_update(self._state, self.packed, coded, self._params, slots, tokens)
+        if self._triton and packed_attention.serves(self.packed.shape[2]):
+            self._state = packed_attention.attention_update(
+                self._state, self.packed, coded, self._params, slots, tokens
+            )
             return
         key = reference_codec.decode_keys(coded, coded.key_codes.shape[1] if slots is None else slots)
         value = reference_codec.decode_values(coded, key.shape[1] // coded.chunk)
@@ -131,11 +148,12 @@ class RunningAttention:
 
     def logsumexp(self) -> Tensor:
         """Log-sum-exp of the scores so far, per packed query: float32 [K, G*T]."""
-        return self._functions.attention_logsumexp(self._state)
+        return (attention_state if self._triton else reference).attention_logsumexp(self._state)
 
     def finish(self) -> Tensor:
         """The attention output, [H, T, D] in the queries' dtype."""
-        return self._functions.attention_finish(self._state, self._heads, self.packed.dtype)
+        functions = attention_state if self._triton else reference
+        return functions.attention_finish(self._state, self._heads, self.packed.dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -159,26 +177,48 @@ def chunk_scores(
     packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    functions = chunk_selection if uses_triton(key) else _torch_functions(key)
+    functions = triton_scores if uses_triton(key) else _torch_functions(key)
     return functions.chunk_scores(packed, key, chunk, scaling, baseline, held)
 
 
-def select_chunks(selection: ChunkSelection, offered: Tensor, first: int) -> Tensor:
-    """See ``reference.select_chunks``."""
-    functions = chunk_selection if uses_triton(offered) else _torch_functions(offered)
-    return functions.select_chunks(selection, offered, first)
-
-
-def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
-    """See ``reference.gather_chunks``."""
+def take_chunks(
+    selection: ChunkSelection, offered: Tensor, first: int, kv: Tensor, slots: Tensor | CodedChunks
+) -> None:
+    """See ``reference.take_chunks``."""
     functions = chunk_selection if uses_triton(kv) else _torch_functions(kv)
-    functions.gather_chunks(source, kv, slots)
+    functions.take_chunks(selection, offered, first, kv, slots)
 
 
-def encode_chunks(source: Tensor, kv: Tensor, coded: CodedChunks) -> None:
-    """See ``reference_codec.encode_chunks``."""
-    functions = kv_codec if uses_triton(kv) else reference_codec
-    functions.encode_chunks(source, kv, coded)
+class RunningChoice:
+    """A layer's chunks, chosen while its tiles pass by. One object serves layer after layer."""
+
+    def __init__(self) -> None:
+        self._tiles = None if verify_attention is None else tile_choice.TileChoice()
+
+    def start(
+        self,
+        packed: Tensor,
+        baseline: Tensor,
+        scaling: float,
+        chunk: int,
+        selection: ChunkSelection,
+        slots: Tensor | CodedChunks,
+    ) -> None:
+        """Begin with a layer. Arguments are those of ``chunk_scores`` and ``take_chunks``."""
+        self._arguments = (packed, baseline, scaling, chunk, selection, slots)
+        self._triton = uses_triton(packed)
+        if self._triton:
+            self._tiles.start(*self._arguments)
+
+    def see(self, first: int, kv: Tensor) -> None:
+        """Consider the chunks ``first``, first + 1, ... of a tile, [2, K, C*chunk, D]."""
+        if self._triton:
+            self._tiles.see(first, kv)
+            return
+        packed, baseline, scaling, chunk, selection, slots = self._arguments
+        held = selection.held[:, first : first + kv.shape[2] // chunk]
+        offered = chunk_scores(packed, kv[0], chunk, scaling, baseline, held)
+        take_chunks(selection, offered, first, kv, slots)
 
 
 def decode_keys(coded: CodedChunks, slots: int, dtype: torch.dtype) -> Tensor:

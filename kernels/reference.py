@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from offload_triforce.kernels.types import AttentionParams, ChunkSelection, PartialAttention, TreeMask
+from offload_triforce.kernels.reference_codec import encode_chunks
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, PartialAttention, TreeMask
 
 
 def pack_queries(query: Tensor, kv_heads: int) -> Tensor:
@@ -150,9 +151,10 @@ def chunk_scores(
     log-sum-exp over keys that are always attended. The wishes of all rows, hence of the whole GQA group, add up.
     The baseline is fixed before the first tile streams by, which makes scores of different tiles comparable
     without a second look at any of them. Chunks that are ``held`` (bool [K, C]) are not on offer: -inf.
+    Mean keys are rounded to the dtype of the keys, for tensor cores: scores only choose what drafts are made from.
     """
     heads, tokens, dim = key.shape
-    means = key.float().reshape(heads, tokens // chunk, chunk, dim).mean(dim=2)
+    means = key.float().reshape(heads, tokens // chunk, chunk, dim).mean(dim=2).to(key.dtype).float()
     wishes = torch.matmul(packed.float(), means.transpose(1, 2)) * scaling - baseline[..., None]
     scores = torch.logsumexp(wishes, dim=1)
     return scores if held is None else scores.masked_fill(held, float("-inf"))
@@ -193,3 +195,17 @@ def gather_chunks(source: Tensor, kv: Tensor, slots: Tensor) -> None:
     head, slot = (source >= 0).nonzero(as_tuple=True)
     chunks = kv.unflatten(2, (-1, slots.shape[3]))
     slots[:, head, slot] = chunks[:, head, source[head, slot]]
+
+
+def take_chunks(
+    selection: ChunkSelection, offered: Tensor, first: int, kv: Tensor, slots: Tensor | CodedChunks
+) -> None:
+    """``select_chunks``, and what enters is copied out of the tile ``kv`` [2, K, C*chunk, D] into its slot.
+
+    ``slots``: [2, K, k, chunk, D] for chunks as they are, or room for packed ones.
+    """
+    source = select_chunks(selection, offered, first)
+    if isinstance(slots, CodedChunks):
+        encode_chunks(source, kv, slots)
+    else:
+        gather_chunks(source, kv, slots)

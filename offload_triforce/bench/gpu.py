@@ -82,11 +82,8 @@ def kernel_time(
     shape = (tiles, 2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
     kv = torch.randn(shape, dtype=model.dtype, device=device)
     query = torch.randn(heads, queries, plan.head_dim, dtype=model.dtype, device=device)
-    attention, params, per_tile = (
-        ops.RunningAttention(),
-        ops.AttentionParams(plan.head_dim**-0.5),
-        plan.tile_tokens // chunk,
-    )
+    attention, running, per_tile = ops.RunningAttention(), ops.RunningChoice(), plan.tile_tokens // chunk
+    params = ops.AttentionParams(plan.head_dim**-0.5)
     buffer = torch.zeros(2, plan.kv_heads, slots, chunk, plan.head_dim, dtype=model.dtype, device=device)
     choice = ops.ChunkSelection(
         torch.full((plan.kv_heads, slots), float("-inf"), device=device),
@@ -97,14 +94,12 @@ def kernel_time(
     def attend(refresh: bool) -> None:
         attention.start(query, plan.kv_heads, params)
         attention.update(kv[0, 0], kv[0, 1])
-        baseline = attention.logsumexp()
+        if refresh:
+            running.start(attention.packed, attention.logsumexp(), params.scaling, chunk, choice, buffer)
         for i in range(tiles):
             attention.update(kv[i, 0], kv[i, 1])
             if refresh:
-                first = i * per_tile
-                held = choice.held[:, first : first + per_tile]
-                offered = ops.chunk_scores(attention.packed, kv[i, 0], chunk, params.scaling, baseline, held)
-                ops.gather_chunks(ops.select_chunks(choice, offered, first), kv[i], buffer)
+                running.see(i * per_tile, kv[i])
         attention.finish()
 
     result: dict[str, Any] = {"queries": queries, "tile_bytes": plan.tile_bytes, "tiles": tiles}

@@ -16,8 +16,11 @@ class ChunkStore(Protocol):
     def calibrate(self, layer: int, key: Tensor) -> None:
         """Look at the keys of a layer's prompt, [K, n, D], before anything is put there."""
 
+    def slots(self, layer: int) -> Tensor | ops.CodedChunks:
+        """One layer's slots, for ``ops.take_chunks``."""
+
     def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
-        """Copy chunks out of a tile, ``kv`` [2, K, C*chunk, D], into slots; ``source`` is of ``ops.select_chunks``."""
+        """Copy chunks out of ``kv`` [2, K, C*chunk, D] into slots: ``source`` [K, k] says which, or -1."""
 
     def keys(self, layer: int, filled: int) -> Tensor:
         """Keys of the first ``filled`` slots of one layer, [K, filled*chunk, D]."""
@@ -53,6 +56,10 @@ class PlainChunks:
 
     def calibrate(self, layer: int, key: Tensor) -> None:
         """Nothing to do."""
+
+    def slots(self, layer: int) -> Tensor:
+        """See ``ChunkStore``."""
+        return self.kv[layer]
 
     def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
         """See ``ChunkStore``."""
@@ -100,13 +107,15 @@ class PackedChunks:
             floor=torch.full((layers, kv_heads, head_dim), -8.0, device=device),
             spread=torch.full((layers, kv_heads, head_dim), 16.0, device=device),
         )
+        self._layers = [ops.CodedChunks(*(part[layer] for part in self.coded)) for layer in range(layers)]
 
-    def _of(self, layer: int) -> ops.CodedChunks:
-        return ops.CodedChunks(*(part[layer] for part in self.coded))
+    def slots(self, layer: int) -> ops.CodedChunks:
+        """See ``ChunkStore``."""
+        return self._layers[layer]
 
     def calibrate(self, layer: int, key: Tensor) -> None:
         """The range of each channel, and a little more for what is yet to come."""
-        coded = self._of(layer)
+        coded = self.slots(layer)
         low, high = key.amin(1).float(), key.amax(1).float()
         spread = (1.2 * (high - low)).clamp(min=1e-3)
         coded.spread.copy_(spread)
@@ -114,16 +123,16 @@ class PackedChunks:
 
     def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
         """See ``ChunkStore``."""
-        ops.encode_chunks(source, kv, self._of(layer))
+        ops.encode_chunks(source, kv, self.slots(layer))
 
     def keys(self, layer: int, filled: int) -> Tensor:
         """See ``ChunkStore``."""
-        return ops.decode_keys(self._of(layer), filled, self.dtype)
+        return ops.decode_keys(self.slots(layer), filled, self.dtype)
 
     def attend_on(self, attention: ops.RunningAttention, layer: int, filled: int) -> None:
         """See ``ChunkStore``."""
-        attention.update_coded(self._of(layer), filled)
+        attention.update_coded(self.slots(layer), filled)
 
     def attend_static(self, attention: ops.RunningAttention, layer: int, tokens: Tensor) -> None:
         """See ``ChunkStore``."""
-        attention.update_coded(self._of(layer), tokens=tokens)
+        attention.update_coded(self.slots(layer), tokens=tokens)

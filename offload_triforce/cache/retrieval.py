@@ -42,6 +42,7 @@ class RetrievalCache(GrowingBuffer):
         self.scores = torch.full(self.chosen.shape, float("-inf"), device=device)
         # The same as a set: whether a chunk is chosen. One column more than chunks, see ``ops.ChunkSelection``.
         self.held = torch.zeros(layers, kv_heads, context // shape.chunk + 1, dtype=torch.bool, device=device)
+        self.choice = ops.RunningChoice()
         self.pool = range(0)  # chunks that the choice has been made from
         self.filled = 0  # slots in use: the same number for every layer and head, from the first on
 
@@ -119,8 +120,7 @@ class Refresh:
         anew: bool,
     ) -> None:
         shape = self.shape = cache.shape
-        self.packed, self.scaling, self.anew = packed, scaling, anew
-        self.store, self.layer = cache.store, layer
+        self.anew = anew
         self.pool = shape.pool(length)
         self.sink = cache.kv[layer, :, :, : shape.sink]
         scores = cache.scores[layer]
@@ -130,27 +130,28 @@ class Refresh:
                 baseline = torch.logaddexp(baseline, wishes.logsumexp(dim=-1))
             scores.fill_(float("-inf"))
             if cache.filled:
-                keys = self.store.keys(layer, cache.filled)
+                keys = cache.store.keys(layer, cache.filled)
                 scores[:, : cache.filled] = ops.chunk_scores(packed, keys, shape.chunk, scaling, baseline)
         else:
             self.pool = range(max(self.pool.start, cache.pool.stop), self.pool.stop)
-        self.baseline = baseline
         self.selection = ops.ChunkSelection(scores, cache.chosen[layer], cache.held[layer])
+        self.choice, self.slots = cache.choice, cache.store.slots(layer)
+        self.choice.start(packed, baseline, scaling, shape.chunk, self.selection, self.slots)
 
     def see(self, start: int, kv: Tensor) -> None:
         """Consider the chunks of the tokens from position ``start`` on; ``kv`` is [2, K, n, D]."""
-        chunk, sink = self.shape.chunk, self.shape.sink
+        chunk, tokens = self.shape.chunk, kv.shape[2]
         first = max(start // chunk, self.pool.start)
-        last = min((start + kv.shape[2]) // chunk, self.pool.stop)
+        last = min((start + tokens) // chunk, self.pool.stop)
         if start == 0 and len(self.pool):
-            self.sink.copy_(kv[:, :, :sink])
+            self.sink.copy_(kv[:, :, : self.shape.sink])
         if first >= last:
             return
-        part = kv[:, :, first * chunk - start : last * chunk - start]
-        held = self.selection.held[:, first:last]
+        whole = (last - first) * chunk == tokens
+        part = kv if whole else kv[:, :, first * chunk - start : last * chunk - start]
         if self.anew:
-            offered = ops.chunk_scores(self.packed, part[0], chunk, self.scaling, self.baseline, held)
-        else:
-            newer = torch.arange(first, last, device=held.device) / MOST_CHUNKS
-            offered = (ALWAYS * (1 + newer)).float().expand(held.shape).contiguous()
-        self.store.put(self.layer, ops.select_chunks(self.selection, offered, first), part)
+            self.choice.see(first, part)
+            return
+        newer = torch.arange(first, last, device=part.device) / MOST_CHUNKS
+        offered = (ALWAYS * (1 + newer)).float().expand(part.shape[1], -1).contiguous()
+        ops.take_chunks(self.selection, offered, first, part, self.slots)

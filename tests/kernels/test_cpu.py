@@ -44,7 +44,7 @@ def test_half_precision_rounds_once():
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=100)
-def test_select(slots, count, seed):
+def test_take(slots, count, seed):
     """Few distinct scores, so that ties are common; empty slots; chunks that are not on offer."""
     chance = torch.Generator().manual_seed(seed)
 
@@ -56,9 +56,11 @@ def test_select(slots, count, seed):
     chunks = torch.arange(slots).repeat(2, 1).masked_fill(held.isinf(), -1)
     present = torch.zeros(2, 31, dtype=torch.bool).scatter_(1, chunks.where(chunks >= 0, 30), True)
     choices = [reference.ChunkSelection(held.clone(), chunks.clone(), present.clone()) for _ in range(2)]
-    ours = cpu.select_chunks(choices[0], offered, 20)
-    theirs = reference.select_chunks(choices[1], offered, 20)
-    assert torch.equal(ours, theirs)
+    kv = torch.randn(2, 2, 2 * count, 3, generator=chance)
+    stores = [torch.zeros(2, 2, slots, 2, 3) for _ in range(2)]
+    for backend, choice, store in zip((cpu, reference), choices, stores, strict=True):
+        backend.take_chunks(choice, offered, 20, kv, store)
+    assert torch.equal(*stores)
     for one, other in zip(choices[0][:2], choices[1][:2], strict=True):
         assert torch.equal(one, other)
     assert torch.equal(choices[0].held[:, :-1], choices[1].held[:, :-1]), "the last column is nobody's"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offload_triforce.kernels import ops, reference, reference_codec
 from offload_triforce.kernels.reference_codec import decode_keys, decode_values, pack, unpack
-from offload_triforce.kernels.types import AttentionParams, CodedChunks, TreeMask
+from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
 
 # Tolerances of attention in each dtype: both twins round keys, values and weights to it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -112,29 +112,43 @@ def test_packing_loses_nothing(half, bits, seed):
 # --- kernels
 
 
-@pytest.fixture(scope="module")
-def kv_codec():
-    return pytest.importorskip("offload_triforce.kernels.kv_codec", reason="needs Triton")
+kv_codec = pytest.importorskip("offload_triforce.kernels.kv_codec", reason="needs Triton")
+packed_attention = pytest.importorskip("offload_triforce.kernels.packed_attention", reason="needs Triton")
+chunk_selection = pytest.importorskip("offload_triforce.kernels.chunk_selection", reason="needs Triton")
+verify_attention = pytest.importorskip("offload_triforce.kernels.verify_attention", reason="needs Triton")
+states = pytest.importorskip("offload_triforce.kernels.attention_state", reason="needs Triton")
 
 
 SHAPES = pytest.mark.parametrize(
     ("heads", "slots", "chunk", "dim", "bits"),
-    [(2, 9, 8, 64, 4), (1, 3, 7, 80, 4), (3, 5, 4, 128, 8), (2, 1, 16, 96, 8), (1, 4, 1, 32, 4), (1, 2, 33, 256, 4)],
+    [
+        (2, 9, 8, 64, 4),
+        (1, 3, 7, 80, 4),
+        (3, 5, 4, 128, 8),
+        (2, 1, 16, 96, 8),
+        (1, 4, 1, 32, 4),
+        (1, 2, 33, 256, 4),
+        (1, 9, 8, 192, 4),
+    ],
 )
 
 
 @DTYPES
 @SHAPES
-def test_encode(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
+def test_what_enters_is_packed(device, heads, slots, chunk, dim, bits, dtype):
     """Codes may differ by one where a number lies in the middle of two; there are few of those."""
     count = slots + 3
     kv = torch.full((2, heads, count * chunk + 5, dim), math.nan, dtype=dtype, device=device)[:, :, 3:-2]
     kv.copy_(draw(device, *kv.shape, dtype=dtype))
-    source = torch.randint(-1, count, (heads, slots), generator=torch.Generator().manual_seed(1)).to(device)
-    actual = new_coded(device, heads, slots, chunk, dim, bits, fill=3)
-    expected = new_coded(device, heads, slots, chunk, dim, bits, fill=3)
-    kv_codec.encode_chunks(source, kv, actual)
-    reference_codec.encode_chunks(source, kv, expected)
+    offered = draw(device, heads, count, seed=1)
+    offered = offered.masked_fill(offered < -0.5, -math.inf)  # not all slots are filled
+    coded = []
+    for backend in (chunk_selection, reference):
+        coded.append(new_coded(device, heads, slots, chunk, dim, bits, fill=3))
+        empty = torch.full((heads, slots), -math.inf, device=device), torch.full((heads, slots), -1, device=device)
+        held = torch.zeros(heads, count + 1, dtype=torch.bool, device=device)
+        backend.take_chunks(ChunkSelection(*empty, held), offered, 0, kv, coded[-1])
+    actual, expected = coded
     for one, other in zip(actual[2:6], expected[2:6], strict=True):
         assert float((one != other).float().mean()) < 0.02
         torch.testing.assert_close(one.float(), other.float(), atol=1.0, rtol=1e-3)
@@ -146,7 +160,7 @@ def test_encode(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
 
 @DTYPES
 @SHAPES
-def test_decode_keys(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
+def test_decode_keys(device, heads, slots, chunk, dim, bits, dtype):
     coded, _ = filled(device, heads, slots, chunk, dim, bits)
     for count in {slots, max(1, slots // 2)}:
         actual = kv_codec.decode_keys(coded, count, dtype)
@@ -155,25 +169,23 @@ def test_decode_keys(kv_codec, device, heads, slots, chunk, dim, bits, dtype):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=TOLERANCE[dtype])
 
 
-def attention_of(functions, update, packed, near, params):
-    """Attention over keys that come as they are, before and after packed ones: output [K, R, D] and log-sum-exp."""
-    if functions is reference:
-        state = reference.attention_start(packed)
+def attention_of(eager, update, packed, near, params):
+    """Attention over keys that come as they are, before packed ones: output [K, R, D] and log-sum-exp."""
+    if eager:
+        functions, state = reference, reference.attention_start(packed)
     else:
-        state = functions.attention_start(functions.state_buffers((), packed), packed)
+        functions, state = states, states.attention_start(states.state_buffers((), packed), packed)
     if near is not None:
-        state = functions.attention_update(state, packed, near[0], near[1], params)
+        attend = (reference if eager else verify_attention).attention_update
+        state = attend(state, packed, near[0], near[1], params)
     state = update(state)
-    logsumexp = functions.attention_logsumexp(state)
-    return functions.attention_finish(state, packed.shape[0], torch.float32), logsumexp
+    return functions.attention_finish(state, packed.shape[0], torch.float32), functions.attention_logsumexp(state)
 
 
 @DTYPES
 @SHAPES
 @pytest.mark.parametrize("rows", [1, 21])
-def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows):
-    from offload_triforce.kernels import verify_attention
-
+def test_attention(device, heads, slots, chunk, dim, bits, dtype, rows):
     coded, _ = filled(device, heads, slots, chunk, dim, bits)
     packed = draw(device, heads, rows, dim, dtype=dtype, seed=2)
     near = draw(device, 2, heads, 11, dim, dtype=dtype, seed=3) if rows > 1 else None
@@ -191,33 +203,63 @@ def test_attention(kv_codec, device, heads, slots, chunk, dim, bits, dtype, rows
             return reference.attention_update(state, packed, key, value, params, tree_mask)
 
         def triton(state, count=count, length=length):
-            return kv_codec.attention_update(state, packed, coded, params, count, length)
+            return packed_attention.attention_update(state, packed, coded, params, count, length)
 
-        actual = attention_of(verify_attention, triton, packed, near, params)
-        expected = attention_of(reference, eager, packed, near, params)
+        actual = attention_of(False, triton, packed, near, params)
+        expected = attention_of(True, eager, packed, near, params)
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("slots", [0, 5])
-def test_nothing_there_yet(kv_codec, device, slots):
-    """In a step of fixed work the device may say that no chunk has been chosen."""
-    from offload_triforce.kernels import verify_attention
+@pytest.mark.parametrize(
+    ("rows", "dim", "bits"), [(40, 128, 4), (130, 128, 4), (70, 192, 4), (40, 80, 4), (40, 64, 8), (20, 512, 4)]
+)
+def test_blocks_of_every_size(device, rows, dim, bits):
+    """As the first update and as a later one."""
+    coded, _ = filled(device, 1, 11, 8, dim, bits)
+    packed = draw(device, 1, rows, dim, dtype=torch.float16, seed=2)
+    params = AttentionParams(dim**-0.5)
+    state = states.attention_start(states.state_buffers((), packed), packed)
+    for slots in (11, 7):
+        state = packed_attention.attention_update(state, packed, coded, params, slots)
+    key, value = (torch.cat([f(coded, 11), f(coded, 7)], 1) for f in (decode_keys, decode_values))
+    expected = (packed.float() @ key.mT * params.scaling).softmax(-1) @ value
+    actual = states.attention_finish(state, 1, torch.float32)
+    torch.testing.assert_close(actual, expected, atol=3e-3, rtol=3e-3)
 
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_what_channels_have_in_common_costs_no_precision(device, dtype):
+    """Keys far from zero, large queries: a bfloat16 of 100 is a quarter off, a small number is not."""
+    coded, _ = filled(device, 1, 9, 8, 64, 4)
+    coded.floor.add_(100 * draw(device, 64, seed=3).sign())
+    packed = (10 * draw(device, 1, 5, 64, seed=2)).to(dtype)
+    state = states.attention_start(states.state_buffers((), packed), packed)
+    state = packed_attention.attention_update(state, packed, coded, AttentionParams(0.03), 9)
+    scores = packed.double() @ decode_keys(coded, 9).double().mT * 0.03
+    actual = states.attention_logsumexp(state).double()
+    torch.testing.assert_close(actual, scores.logsumexp(-1), atol=3e-3, rtol=1e-6)
+    rounded = packed.double() @ decode_keys(coded, 9).to(dtype).double().mT * 0.03
+    assert dtype == torch.float16 or float((rounded - scores).abs().max()) > 0.1, "that is not as good"
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_nothing_there_yet(device, slots):
+    """In a step of fixed work the device may say that no chunk has been chosen."""
     coded, _ = filled(device, 2, 5, 4, 32, 4)
     packed, near = draw(device, 2, 3, 32), draw(device, 2, 2, 6, 32, seed=1)
     params, tokens = AttentionParams(0.2), torch.tensor([slots * 4], device=device)
-    state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-    state = kv_codec.attention_update(state, packed, coded, params, tokens=tokens)
+    state = states.attention_start(states.state_buffers((), packed), packed)
+    state = packed_attention.attention_update(state, packed, coded, params, tokens=tokens)
     state = verify_attention.attention_update(state, packed, near[0], near[1], params)
     key = torch.cat([decode_keys(coded, 5)[:, : slots * 4], near[0]], 1)
     value = torch.cat([decode_values(coded, 5)[:, : slots * 4], near[1]], 1)
     expected = torch.softmax(packed @ key.mT * 0.2, -1) @ value
-    actual = verify_attention.attention_finish(state, 2, torch.float32)
+    actual = states.attention_finish(state, 2, torch.float32)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_offsets_past_two_to_the_31(kv_codec, device, arena):
+def test_offsets_past_two_to_the_31(device, arena):
     """Heads far apart: what is computed in 32 bits wraps around."""
     heads, slots, chunk, dim = 2, 3, 4, 32
     near, _ = filled(device, heads, slots, chunk, dim, 4)
@@ -233,11 +275,9 @@ def test_offsets_past_two_to_the_31(kv_codec, device, arena):
     packed = draw(device, heads, 5, dim)
     outputs = []
     for coded in (near, far):
-        from offload_triforce.kernels import verify_attention
-
-        state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-        state = kv_codec.attention_update(state, packed, coded, AttentionParams(0.2), slots)
-        outputs.append(verify_attention.attention_finish(state, heads, torch.float32))
+        state = states.attention_start(states.state_buffers((), packed), packed)
+        state = packed_attention.attention_update(state, packed, coded, AttentionParams(0.2), slots)
+        outputs.append(states.attention_finish(state, heads, torch.float32))
     assert torch.equal(*outputs)
     assert torch.equal(
         kv_codec.decode_keys(far, slots, torch.float32), kv_codec.decode_keys(near, slots, torch.float32)
@@ -245,35 +285,34 @@ def test_offsets_past_two_to_the_31(kv_codec, device, arena):
 
 
 @given(
-    heads=st.integers(1, 3), slots=st.integers(1, 12), chunk=st.integers(1, 9), half=st.integers(1, 40),
+    heads=st.integers(1, 3), slots=st.integers(1, 12), chunk=st.integers(1, 9), half=st.sampled_from([8, 16, 24, 40]),
     rows=st.integers(1, 40), bits=st.sampled_from([4, 8]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_shape(kv_codec, device, heads, slots, chunk, half, rows, bits, seed):
-    from offload_triforce.kernels import verify_attention
-
+def test_any_shape(device, heads, slots, chunk, half, rows, bits, seed):
     coded, _ = filled(device, heads, slots, chunk, 2 * half, bits)
     packed = draw(device, heads, rows, 2 * half, seed=seed)
-    state = verify_attention.attention_start(verify_attention.state_buffers((), packed), packed)
-    state = kv_codec.attention_update(state, packed, coded, AttentionParams(0.3), slots)
-    actual = verify_attention.attention_finish(state, heads, torch.float32)
+    state = states.attention_start(states.state_buffers((), packed), packed)
+    state = packed_attention.attention_update(state, packed, coded, AttentionParams(0.3), slots)
+    actual = states.attention_finish(state, heads, torch.float32)
     expected = torch.softmax(packed @ decode_keys(coded, slots).mT * 0.3, -1) @ decode_values(coded, slots)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_operations_take_the_kernels(monkeypatch, device, kv_codec):
+@pytest.mark.parametrize("dim", [32, 20])
+def test_operations_take_the_kernels(monkeypatch, device, dim):
     """``ops`` hands over to Triton where it serves, and to the eager twin elsewhere: the same numbers."""
     outputs = []
-    coded, _ = filled(device, 2, 6, 4, 32, 4)
-    query = draw(device, 6, 3, 32)
+    coded, _ = filled(device, 2, 6, 4, dim, 4)
+    query = draw(device, 6, 3, dim)
     for wanted in ("triton", "torch"):
         monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", wanted)
         attention = ops.RunningAttention()
         attention.start(query, 2, AttentionParams(0.2))
         attention.update_coded(coded, 6)
         outputs.append((attention.finish(), ops.decode_keys(coded, 6, torch.float32)))
-        fresh = new_coded(device, 2, 6, 4, 32, 4)
-        ops.encode_chunks(torch.tensor([[0, -1, 1, 2, 3, 4]] * 2, device=device), draw(device, 2, 2, 20, 32), fresh)
+        fresh = new_coded(device, 2, 6, 4, dim, 4)
+        ops.encode_chunks(torch.tensor([[0, -1, 1, 2, 3, 4]] * 2, device=device), draw(device, 2, 2, 20, dim), fresh)
         outputs[-1] += (decode_keys(fresh, 6),)
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -195,7 +195,7 @@ def test_tree_mask_and_positions():
 def test_chunk_scores(dtype):
     query, key, _ = draw(2, 3, 5, 28, 16, dtype)
     packed, baseline = ops.pack_queries(query, 2), torch.randn(2, 15)
-    means = key.double().unflatten(1, (7, 4)).mean(2)
+    means = key.double().unflatten(1, (7, 4)).mean(2).to(dtype).double()  # rounded, as a matrix instruction takes them
     wishes = (packed.double() @ means.mT * 0.25 - baseline.double()[..., None]).exp()
     expected = wishes.sum(dim=1).log().float()
     torch.testing.assert_close(ops.chunk_scores(packed, key, 4, 0.25, baseline), expected, rtol=1e-5, atol=1e-5)

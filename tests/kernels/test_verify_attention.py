@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from offload_triforce.kernels.reference import causal_mask, pack_queries
 from offload_triforce.kernels.types import AttentionParams, TreeMask
 
 attention = pytest.importorskip("offload_triforce.kernels.verify_attention", reason="needs Triton")
+states = pytest.importorskip("offload_triforce.kernels.attention_state", reason="needs Triton")
 
 # (relative, absolute). Unlike their twin, the kernels round the softmax weights to the type of the values.
 TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2e-3, 1e-3)}
@@ -41,17 +41,17 @@ def assert_twins(query, steps, params, kv_heads, behind=None):
     ``behind`` fills the twin's copy of a tile where the tile itself has NaN, which the kernel must not read.
     """
     packed = pack_queries(query, kv_heads)
-    (buffer,) = attention.state_buffers((), packed)
-    state = attention.attention_start((buffer.fill_(math.nan),), packed)
+    (buffer,) = states.state_buffers((), packed)
+    state = states.attention_start((buffer.fill_(math.nan),), packed)
     twin = reference.attention_start(packed)
     for tile, tree_mask in steps:
         state = attention.attention_update(state, packed, *tile, params, tree_mask)
         clean = tile if behind is None else tile.nan_to_num(behind)
         twin = reference.attention_update(twin, packed, *clean, params, tree_mask)
-        actual, expected = attention.attention_logsumexp(state), reference.attention_logsumexp(twin)
+        actual, expected = states.attention_logsumexp(state), reference.attention_logsumexp(twin)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     heads = query.shape[0]
-    actual = attention.attention_finish(state, heads, query.dtype)
+    actual = states.attention_finish(state, heads, query.dtype)
     expected = reference.attention_finish(twin, heads, query.dtype)
     rtol, atol = TOLERANCES[query.dtype]
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
@@ -72,11 +72,24 @@ def test_tiles_of_any_size(device, kv_heads, groups, tokens, dim, dtype):
     assert_twins(query, steps, AttentionParams(dim**-0.5), kv_heads)
 
 
-def test_many_queries(device):
-    query = draw(device, 1, 512, 64, dtype=torch.bfloat16, seed=1)
-    first, last = draw_tiles(device, 1, (40, 512), 64, torch.bfloat16)
-    tree_mask = TreeMask(causal_mask(512, 512, device=device))
-    assert_twins(query, [(first, None), (last, tree_mask)], AttentionParams(0.125), 1)
+@pytest.mark.parametrize(
+    ("tokens", "dim", "dtype"),
+    [
+        *((tokens, dim, torch.float16) for tokens, dim in ((260, 64), (130, 128), (40, 128), (140, 192), (70, 256))),
+        *(
+            (tokens, dim, torch.float16)
+            for tokens, dim in ((50, 256), (33, 80), (70, 96), (20, 512), (35, 72), (9, 16))
+        ),
+        (70, 80, torch.float32),
+        (20, 512, torch.float32),
+    ],
+)
+def test_blocks_of_every_size(device, tokens, dim, dtype):
+    """Whole steps of keys, a rest, and a mask; as the first update and as a later one."""
+    query = draw(device, 1, tokens, dim, dtype=dtype, seed=1)
+    tiles = draw_tiles(device, 1, (64, 21, tokens, 64), dim, dtype)
+    tree_mask = TreeMask(causal_mask(tokens, tokens, device=device))
+    assert_twins(query, zip(tiles, (None, None, tree_mask, None), strict=True), AttentionParams(dim**-0.5), 1)
 
 
 def tree(device, tokens, masked, seed=0):
@@ -159,13 +172,13 @@ def test_queries_that_see_nothing(device):
     everything = [(tiles[0], TreeMask(some)), (tiles[1], TreeMask(~some)), (tiles[2], TreeMask(some))]
     assert_twins(query, everything, AttentionParams(0.125), 1)
     packed = pack_queries(query, 1)
-    state = attention.attention_start(attention.state_buffers((), packed), packed)
-    assert attention.attention_logsumexp(state).isneginf().all()
-    assert not attention.attention_finish(state, 2, torch.float32).any()
+    state = states.attention_start(states.state_buffers((), packed), packed)
+    assert states.attention_logsumexp(state).isneginf().all()
+    assert not states.attention_finish(state, 2, torch.float32).any()
     for tile in tiles:
         state = attention.attention_update(state, packed, *tile, AttentionParams(0.125), TreeMask(some))
-    seen = attention.attention_logsumexp(state).view(2, 4)
-    output = attention.attention_finish(state, 2, torch.float32)
+    seen = states.attention_logsumexp(state).view(2, 4)
+    output = states.attention_finish(state, 2, torch.float32)
     assert seen[:, [1, 3]].isneginf().all()
     assert not output[:, [1, 3]].any()
     assert seen[:, [0, 2]].isfinite().all()
@@ -174,43 +187,29 @@ def test_queries_that_see_nothing(device):
 @pytest.mark.parametrize("splits", [1, 4, 32])
 def test_any_number_of_splits(device, splits, monkeypatch):
     """Most of 32 splits get no keys at all."""
-    monkeypatch.setattr(attention, "split_count", lambda *_: splits)
-    monkeypatch.setattr(attention, "state_layout", attention.state_layout.__wrapped__)
+    monkeypatch.setattr(states, "split_count", lambda *_: splits)
+    monkeypatch.setattr(states, "state_layout", states.state_layout.__wrapped__)
     query = draw(device, 6, 5, 80, seed=1)
     tiles = draw_tiles(device, 2, (1, 300, 7, 200), 80)
     tree_mask = (None, None, TreeMask(causal_mask(5, 5, device=device)), None)
     assert_twins(query, zip(tiles, tree_mask, strict=True), AttentionParams(0.1), 2)
 
 
-@pytest.mark.parametrize(("kv_heads", "rows"), [(1, 1), (2, 16), (8, 16), (8, 64), (8, 2048), (40, 1)])
-@pytest.mark.parametrize("multiprocessors", [34, 128, 170])
-def test_splits_fill_the_device(kv_heads, rows, multiprocessors, monkeypatch):
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    blocks = kv_heads * math.ceil(rows / 64)
-    size = kv_heads * rows * 128 * 4
-    splits = attention.split_count.__wrapped__(blocks, size, torch.device("cuda"))
-    assert splits in (1, 2, 4, 8, 16, 32)
-    assert splits == 1 or (splits * blocks <= 2 * multiprocessors and splits * size <= attention.MOST_STATE)
-    enough = splits * blocks > multiprocessors
-    assert enough or splits == attention.MOST_SPLITS or 2 * splits * size > attention.MOST_STATE
-
-
 def test_one_buffer_serves_all_smaller_blocks(device):
     """A pass allocates nothing: the room of its largest block does for the others, which do not see what is in it."""
     large, small = draw(device, 6, 40, 64, seed=1), draw(device, 6, 3, 64, seed=2)
-    buffers = attention.state_buffers((), pack_queries(large, 2))
+    buffers = states.state_buffers((), pack_queries(large, 2))
     (tile,) = draw_tiles(device, 2, (50,), 64)
     for query in (large, small, large):
         packed = pack_queries(query, 2)
-        assert attention.state_buffers(buffers, packed) is buffers
-        state = attention.attention_start(buffers, packed)
+        assert states.state_buffers(buffers, packed) is buffers
+        state = states.attention_start(buffers, packed)
         state = attention.attention_update(state, packed, *tile, AttentionParams(0.125))
         twin = reference.attention_update(reference.attention_start(packed), packed, *tile, AttentionParams(0.125))
-        actual, expected = (m.attention_finish(s, 6, torch.float32) for m, s in ((attention, state), (reference, twin)))
+        actual, expected = (m.attention_finish(s, 6, torch.float32) for m, s in ((states, state), (reference, twin)))
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=3e-6)
     larger = pack_queries(draw(device, 6, 400, 64), 2)
-    assert attention.state_buffers(buffers, larger)[0].numel() > buffers[0].numel()
+    assert states.state_buffers(buffers, larger)[0].numel() > buffers[0].numel()
 
 
 @pytest.mark.parametrize("far", ["heads", "tokens", "rows", "mask"])
@@ -234,28 +233,41 @@ def test_elements_that_are_not_neighbours_are_refused(device):
     query, params = draw(device, 2, 3, 64), AttentionParams(0.125)
     key = draw(device, 2, 64, 9).mT
     with pytest.raises(ValueError, match="neighbours"):
-        attention.attention_start((), query.mT.contiguous().mT)
-    state = attention.attention_start(attention.state_buffers((), query), query)
+        states.attention_start((), query.mT.contiguous().mT)
+    state = states.attention_start(states.state_buffers((), query), query)
     for pair in ((key, key.contiguous()), (key.contiguous(), key)):
         with pytest.raises(ValueError, match="neighbours"):
             attention.attention_update(state, query, *pair, params)
 
 
 def test_running_attention_uses_the_kernels(device, monkeypatch):
-    """One object for layer after layer, on the CPU too if asked."""
+    """One object for layer after layer, on the CPU too if asked: own tokens, then tiles of two sizes, and unaligned."""
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
     running = ops.RunningAttention()
     params, tree_mask = AttentionParams(0.125, 20, 9.0), TreeMask(causal_mask(5, 5, device=device))
-    first, last = draw_tiles(device, 2, (30, 40), 64)
-    for layer in range(2):
-        query = draw(device, 6, 5, 64, seed=layer)
+    first, *tiles = draw_tiles(device, 2, (40, 64, 64, 30, 64), 64)
+    for layer, dtype in enumerate((torch.float32, torch.float32, torch.float16)):
+        query = draw(device, 6, 5, 64, dtype=dtype, seed=layer)
         running.start(query, 2, params)
-        running.update(*first)
-        running.update(*last, tree_mask)
-        assert isinstance(running._state, attention.SplitAttention)
+        running.update(*first.to(dtype), tree_mask)
+        for tile in tiles:
+            running.update(*tile.to(dtype))
+        assert isinstance(running._state, states.SplitAttention)
         twin = reference.attention_start(running.packed)
-        twin = reference.attention_update(twin, running.packed, *first, params)
-        twin = reference.attention_update(twin, running.packed, *last, params, tree_mask)
+        twin = reference.attention_update(twin, running.packed, *first.to(dtype), params, tree_mask)
+        for tile in tiles:
+            twin = reference.attention_update(twin, running.packed, *tile.to(dtype), params)
         torch.testing.assert_close(running.logsumexp(), reference.attention_logsumexp(twin), rtol=1e-5, atol=1e-5)
-        expected = reference.attention_finish(twin, 6, torch.float32)
-        torch.testing.assert_close(running.finish(), expected, rtol=1e-5, atol=3e-6)
+        expected = reference.attention_finish(twin, 6, dtype)
+        rtol, atol = TOLERANCES[dtype]
+        torch.testing.assert_close(running.finish(), expected, rtol=rtol, atol=atol)
+
+
+def test_head_dimensions_without_a_kernel_go_to_the_twin(device, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
+    running, (tile,) = ops.RunningAttention(), draw_tiles(device, 1, (6,), 520)
+    query = draw(device, 2, 3, 520, seed=1)
+    running.start(query, 1, AttentionParams(0.05))
+    running.update(*tile)
+    expected = (query[None] @ tile[0].mT * 0.05).softmax(-1) @ tile[1]
+    torch.testing.assert_close(running.finish(), expected[0], rtol=1e-4, atol=1e-5)

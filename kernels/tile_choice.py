@@ -1,0 +1,73 @@
+"""Scoring and taking the chunks of tile after tile in Triton, with everything but pointers bound beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_triforce.kernels.chunk_scores import score_launch
+from offload_triforce.kernels.chunk_selection import Workspace, make_workspace, take_launch
+from offload_triforce.kernels.launch import Bound, aligned
+from offload_triforce.kernels.types import ChunkSelection, CodedChunks
+
+
+class TileChoice:
+    """The Triton side of ``ops.RunningChoice``. One object serves layer after layer, on one stream at a time."""
+
+    def __init__(self) -> None:
+        self._bound: dict[Hashable, dict[Hashable, tuple[Bound, Bound]]] = {}
+        self._workspaces: dict[Hashable, Workspace] = {}
+
+    def start(
+        self,
+        packed: Tensor,
+        baseline: Tensor,
+        scaling: float,
+        chunk: int,
+        selection: ChunkSelection,
+        slots: Tensor | CodedChunks,
+    ) -> None:
+        """Another layer, usually with the same shapes."""
+        self._packed, self._baseline, self._scaling, self._chunk = packed, baseline, scaling, chunk
+        self._selection, self._slots = selection, slots
+        self._stores = tuple(slots) if isinstance(slots, CodedChunks) else (slots,)
+        tensors = (packed, baseline, *selection, *self._stores)
+        shape = (scaling, chunk, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        self._of_shape = self._bound.setdefault(shape, {})
+        self._aligned = aligned(packed)
+        self._values: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+
+    def see(self, first: int, kv: Tensor) -> None:
+        """Score the chunks ``first``, first + 1, ... of a tile, [2, K, C*chunk, D], and take the best: two launches."""
+        usual = self._aligned and aligned(kv)
+        which = (kv.shape, kv.stride(), usual)
+        bound = self._of_shape.get(which) if usual else None
+        if bound is None:
+            self._of_shape[which] = self._bind(first, kv)
+            return
+        scoring, taking = bound
+        if self._values is None:  # the layer's own, which stay the same from tile to tile
+            held = self._selection.held
+            self._values = (
+                scoring.values(self._packed, self._baseline, held),
+                taking.values(*self._selection, *self._stores),
+            )
+        scoring(*self._values[0], kv, first)
+        taking(*self._values[1], kv, first)
+
+    def _bind(self, first: int, kv: Tensor) -> tuple[Bound, Bound]:
+        """Launch both for the first time."""
+        heads, chunks = kv.shape[1], kv.shape[2] // self._chunk
+        offered = torch.empty(heads, chunks, dtype=torch.float32, device=kv.device)
+        selection, slots = self._selection, self._slots
+        of = (self._packed, kv[0], self._chunk, self._scaling, self._baseline, selection.held, offered, first)
+        scoring = Bound(score_launch(*of), ("query", "baseline", "held", "key", "first"))
+        size = (selection.scores.shape, kv.device)
+        if size not in self._workspaces:
+            self._workspaces[size] = make_workspace(selection)
+        stores = slots._fields if isinstance(slots, CodedChunks) else ("store",)
+        launch = take_launch(selection, offered, first, kv, slots, self._workspaces[size])
+        return scoring, Bound(launch, (*selection._fields, *stores, "kv", "first"))

@@ -1,0 +1,51 @@
+"""What a pass asks of the driver, told by one that writes it down: counts that do not depend on the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Of the program in ``recorder``: it compiles, so the interpreter must not have the kernels."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.recorder"]
+    root = Path(__file__).parents[2]
+    environment = kept | {"OFFLOAD_TRIFORCE_KERNELS": "triton"}
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def test_launches_per_tile(report):
+    """Attention; with a refresh, scores, and all that follows from them."""
+    assert report["launches plain"] == 1
+    assert report["launches refresh"] == 3
+
+
+def test_python_calls_per_tile(report):
+    """Of functions in our kernels and in Triton: few enough that a tile's time on the link is longer by far."""
+    assert report["calls plain"] <= 8
+    assert report["calls refresh"] <= 16
+
+
+def test_what_is_bound_is_what_triton_would_have_launched(report):
+    """Kernel, grid, and every argument, of a whole pass."""
+    assert len(report["bound"]) == len(report["triton"]) > 20
+    for ours, theirs in zip(report["bound"], report["triton"], strict=True):
+        assert ours == theirs
+
+
+def test_what_is_not_aligned_takes_other_code(report):
+    """Attention, scores and choice of four tiles, the last of which begins where no vector load may."""
+    *before, last = report["aligned"]
+    assert before == [[True] * 3] * 3
+    assert last == [False] * 3

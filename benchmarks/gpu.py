@@ -1,6 +1,6 @@
 """Everything that a CUDA machine has to say, as one JSON file.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu_NAME.json
+    python -m benchmarks.gpu --out benchmarks/results/gpu_NAME.json
 
 Models have well-known shapes and random weights, keys and values are random: for speed, their values do not matter.
 The process is kept to --vram GB of device memory, so that a large card stands in for a small one. What does not fit
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload_triforce.bench import gpu, shapes
-from offload_triforce.bench.machine import describe_machine
+from benchmarks import gpu_parts as gpu
+from offload_triforce.bench import shapes
 from offload_triforce.bench.subject import QUERIES
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
-from offload_triforce.host_memory import free_on_host
-from offload_triforce.memory import work_out
+from offload_triforce.machine.describe import describe_machine
+from offload_triforce.machine.memory import free_on_host
 from offload_triforce.model.layout import probe
-from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.planner.sizes import make_plan, make_shape, work_out
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 1000}

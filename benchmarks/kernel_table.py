@@ -18,7 +18,7 @@ every block of rows.
 
 A tile is 16.8 MB of one layer's keys and values, which takes the link 671 microseconds at 25 GB/s and 305 at 55.
 
-    python benchmarks/kernel_table.py [--card 4090] [--json benchmarks/results/kernel_table_computed.json]
+    python -m benchmarks.kernel_table [--card 4090] [--json benchmarks/results/kernel_table_computed.json]
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Tensor cores want both factors of a product in 16 bits, so the kernel and its ea
 of the keys; the product itself is summed in float32. Here SmolLM2-135M-Instruct reads about 6,000 tokens of source
 code in float32, and the choice for its retrieval level is made in three ways: from float32 as it is; from queries and
 keys in bfloat16, as a model of 16 bits has them, with means in float32; and with means rounded, as the kernels do it.
-Everything else is ``offload-triforce bench retrieval``.
+Everything else is ``python -m benchmarks.retrieval``.
 
-    python benchmarks/score_rounding.py [--measured 512] [--json FILE]
+    python -m benchmarks.score_rounding [--measured 512] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import retrieval_level
+from benchmarks.retrieval_figures import make_row
+from benchmarks.retrieval_level import ChosenLevel, FullText
+from benchmarks.retrieval_study import measure
+from benchmarks.retrieval_ways import LEAST_BUDGET, chunk_scores, make_ways, near_baseline
 from offload_triforce import TriForce
-from offload_triforce.bench import retrieval_level
-from offload_triforce.bench.machine import describe_machine
-from offload_triforce.bench.reading import Reading
-from offload_triforce.bench.retrieval import measure
-from offload_triforce.bench.retrieval_figures import make_row
-from offload_triforce.bench.retrieval_level import ChosenLevel, FullText
-from offload_triforce.bench.retrieval_ways import LEAST_BUDGET, chunk_scores, make_ways, near_baseline
 from offload_triforce.bench.speculation import SHARE
 from offload_triforce.bench.tasks import find_task, prompts
 from offload_triforce.config import Settings
-from offload_triforce.fetch import fetch_model
 from offload_triforce.kernels import ops
+from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.adapter import attached
+from offload_triforce.model.fetch import fetch_model
+from offload_triforce.runtime.session import Reading
 
 WAYS = ("float32", "bfloat16, means in float32", "bfloat16, means rounded")
 

@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct is its own draft here, with a streaming cache of 256 token
 standard-library source and an answer that the target itself drew at temperature 1. Reported is the overlap of the
 draft's and the target's distribution, sum(min(p, q)), which is the probability that a drafted token is accepted.
 
-    python benchmarks/streaming_positions.py [--answer-tokens 256] [--json FILE]
+    python -m benchmarks.streaming_positions [--answer-tokens 256] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor
 
 from offload_triforce import TriForce
+from offload_triforce.bench.texts import demo_prompt
 from offload_triforce.cache.streaming import StreamingCache
-from offload_triforce.demo import demo_prompt
 from offload_triforce.model.adapter import attached, run
 from offload_triforce.model.fetch import fetch_model
 from offload_triforce.model.rotary import KeyTurner

@@ -3,7 +3,7 @@
 import sys
 
 from offload_triforce import TriForce
-from offload_triforce.prompt import build_prompt, read_text
+from offload_triforce.generation.prompt import build_prompt, read_text
 
 path = sys.argv[1] if len(sys.argv) > 1 else __file__
 model = sys.argv[2] if len(sys.argv) > 2 else "smollm2"

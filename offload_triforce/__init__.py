@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 from offload_triforce._version import __version__
 
 if TYPE_CHECKING:
-    from offload_triforce.answer import Generation, TextStream
     from offload_triforce.config import Settings
     from offload_triforce.engine import TriForce
     from offload_triforce.errors import BusyError, InputError, MemoryLimitError, TriForceError, UnsupportedModelError
-    from offload_triforce.hf import triforce_generate
+    from offload_triforce.generation.answer import Generation, TextStream
+    from offload_triforce.integrations.transformers import triforce_generate
     from offload_triforce.speculation.grammar import GrammarProcessor
     from offload_triforce.speculation.processors import forkable, stateless
 
 # Imported on first use, so that `offload-triforce --help` does not wait for torch.
 _HOMES = {
     "Settings": "config",
-    "Generation": "answer",
-    "TextStream": "answer",
+    "Generation": "generation.answer",
+    "TextStream": "generation.answer",
     "TriForce": "engine",
     "BusyError": "errors",
     "InputError": "errors",
     "MemoryLimitError": "errors",
     "TriForceError": "errors",
     "UnsupportedModelError": "errors",
-    "triforce_generate": "hf",
+    "triforce_generate": "integrations.transformers",
     "GrammarProcessor": "speculation.grammar",
     "forkable": "speculation.processors",
     "stateless": "speculation.processors",

@@ -1,22 +1,34 @@
-"""Settings: one frozen dataclass, validated when it is made."""
+"""Settings: one frozen dataclass. What a setting means and takes is said by its field, here and for all commands."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from offload_triforce.errors import InputError
 from offload_triforce.machine.units import MOST_TOKENS, parse_speed, parse_tokens
 
 DEFAULT_BUDGET = 8192
-RULES = ("coupled", "resampled")
-BITS = (4, 8, 16)
-# What is larger is a slip, and would be looped over.
-_MOST = {"gamma": 4096, "gamma1": 4096, "branches": 4096, "width": 65_536, "tree": 65_536}
-_CHOSEN = ("context", "budget", "tree", "tile", "ring")  # None: for the machine and the text
+
+
+def _setting(default: Any, text: str, **about: Any) -> Any:
+    """A field with what is known about it.
+
+    Args:
+        default: its value if nobody gives one. text: one or two sentences for people.
+        about: ``least``, ``most``: of a whole number. ``above``: a number that it must exceed. ``choices``: all values.
+            ``tokens``: it counts tokens, and may be written as 128K. ``speed``: it is one, in GB/s, and may be written
+            as 25Gb/s. ``panel``: where ``--help`` lists it.
+    """
+    return field(default=default, metadata={"help": text, **about})
+
+
+_DRAFTING = "Speculation (the defaults find out what pays)"
+_MEMORY = "Memory and link (chosen for the machine)"
+_DETAILS = "Details"
 
 
 @dataclass(frozen=True)
@@ -26,87 +38,119 @@ class Settings:
     What is None is chosen for the machine and the length of the text, see ``planner.choose``.
 
     Attributes:
-        context: most tokens of prompt and answer together; None takes what each request needs.
-        budget: tokens in the retrieval cache, per KV head and layer; None is 8192, or a quarter of a short context.
-        gamma: longest path of guesses per pass over the full cache (gamma2 in the paper); 0 decodes plainly.
-        gamma1: most guesses of the draft per step of the retrieval level.
-        tree: most guesses per pass, over all paths; None is four times gamma, or gamma without branches.
-        branches: most guesses for one place; 1 makes chains.
-        width: guesses that a step of the retrieval level reads, those of the draft apart.
-        adaptive: guess only as far as it pays, by costs and acceptance that are measured on the way; else up to gamma.
-        draft_cost: what a step of the retrieval level costs, in passes; None measures it.
-        rule: "coupled" or "resampled", see ``speculation.rules``.
-        refresh: choose anew for the retrieval cache in each pass; else once, after the prefill.
-        ahead: go on guessing while a pass is under way.
-        chunk: tokens per retrieval chunk.
-        bits: of each number in the retrieval cache's chosen chunks: 4, 8, or 16 for the model's own dtype. Few make
-            room for more tokens; what comes out is the same.
-        sink: tokens at the start of the text that are always attended; a multiple of the chunk.
-        recent: newest tokens that are always attended.
-        draft_cache: tokens in the draft model's streaming cache. draft_sink: of them, from the start of the text.
-        same_tokens: take it as given that a draft model numbers its tokens as the target does, whatever the sizes of
-            their (padded) vocabularies or their tokenizers say. Where that is wrong, drafts are, and nothing else.
-        tile: tokens per transfer, a multiple of the chunk; None is about 16 MB.
-        ring: tiles in flight: staging buffers on the device; None is about 128 MB.
-        resident: share of the full cache's tiles that stays on the device, 0 to 1; None is what a GPU has room for, and
-            none of them on a CPU.
-        link_gbps: emulate a link of this speed (GB/s); CPU only.
-        prefill_chunk: tokens per prefill step through one layer.
-        graphs: replay levels 0 and 1 as CUDA graphs, where the device and the model allow it.
     """
 
-    context: int | None = None
-    budget: int | None = None
-    gamma: int = 48
-    gamma1: int = 4
-    tree: int | None = None
-    branches: int = 4
-    width: int = 8
-    adaptive: bool = True
-    draft_cost: float | None = None
-    rule: str = "coupled"
-    refresh: bool = True
-    ahead: bool = True
-    chunk: int = 8
-    bits: int = 4
-    sink: int = 8
-    recent: int = 64
-    draft_cache: int = 256
-    draft_sink: int = 4
-    same_tokens: bool = False
-    tile: int | None = None
-    ring: int | None = None
-    resident: float | None = None
-    link_gbps: float | None = None
-    prefill_chunk: int = 1024
-    graphs: bool = True
+    context: int | None = _setting(
+        None, "Most tokens of prompt and answer together; by default what each request needs.", least=2, tokens=True
+    )
+    budget: int | None = _setting(
+        None,
+        "Tokens in the retrieval cache, per KV head and layer; by default 8192, or a quarter of a short context.",
+        least=1,
+        tokens=True,
+    )
+    gamma: int = _setting(
+        48,
+        "Longest path of draft tokens per pass (gamma2 in the paper); 0 decodes plainly.",
+        least=0,
+        most=4096,
+        panel=_DRAFTING,
+    )
+    gamma1: int = _setting(
+        4, "Most draft tokens of the drafter per step of the retrieval level.", least=0, most=4096, panel=_DRAFTING
+    )
+    draft_tokens: int | None = _setting(
+        None,
+        "Most draft tokens per pass, over all paths; by default four times gamma, or gamma where topk is 1.",
+        least=0,
+        most=65_536,
+        panel=_DRAFTING,
+    )
+    topk: int = _setting(
+        4, "Most draft tokens for one place in the tree; 1 makes chains.", least=1, most=4096, panel=_DRAFTING
+    )
+    width: int = _setting(
+        8,
+        "Draft tokens that a step of the retrieval level reads, the drafter's apart.",
+        least=1,
+        most=65_536,
+        panel=_DRAFTING,
+    )
+    adaptive: bool = _setting(
+        True,
+        "Draft only as far as it pays, by costs and acceptance that are measured on the way; else up to gamma.",
+        panel=_DRAFTING,
+    )
+    draft_cost: float | None = _setting(
+        None,
+        "What a step of the retrieval level costs, in passes; by default that is measured.",
+        above=0,
+        panel=_DETAILS,
+    )
+    rule: str = _setting(
+        "coupled",
+        "How draft tokens are judged: coupled (plain decoding's text with this seed) or resampled (TriForce's rule).",
+        choices=("coupled", "resampled"),
+        panel=_DRAFTING,
+    )
+    refresh: bool = _setting(True, "Choose chunks anew in each pass; else once, after the prefill.", panel=_DRAFTING)
+    overlap: bool = _setting(True, "Go on drafting while a pass is under way.", panel=_DRAFTING)
+    chunk: int = _setting(8, "Tokens per retrieval chunk.", least=1, panel=_DETAILS)
+    bits: int = _setting(
+        4,
+        "Of each number in the retrieval cache's chosen chunks: 4, 8, or 16 for the model's own dtype.",
+        choices=(4, 8, 16),
+        panel=_DRAFTING,
+    )
+    sink: int = _setting(
+        8,
+        "Tokens at the start of the text that are always attended; a multiple of the chunk.",
+        least=0,
+        tokens=True,
+        panel=_DETAILS,
+    )
+    recent: int = _setting(64, "Newest tokens that are always attended.", least=1, tokens=True, panel=_DETAILS)
+    draft_cache: int = _setting(
+        256, "Tokens in a draft model's streaming cache.", least=4, tokens=True, panel=_DRAFTING
+    )
+    draft_sink: int = _setting(4, "Of them, tokens from the start of the text.", least=0, tokens=True, panel=_DETAILS)
+    same_tokens: bool = _setting(
+        False,
+        "Take it as given that a draft model numbers its tokens as the target does, whatever the sizes of their "
+        "(padded) vocabularies or their tokenizers say. Where that is wrong, drafts are, and nothing else.",
+        panel=_DRAFTING,
+    )
+    tile: int | None = _setting(
+        None,
+        "Tokens per transfer, a multiple of the chunk; by default about 16 MB.",
+        least=1,
+        tokens=True,
+        panel=_MEMORY,
+    )
+    ring: int | None = _setting(
+        None, "Tiles in flight: staging buffers on the device; by default about 128 MB.", least=1, panel=_MEMORY
+    )
+    resident: float | None = _setting(
+        None,
+        "Share of the KV cache that stays on the device, 0 to 1; by default what a GPU has room for.",
+        panel=_MEMORY,
+    )
+    link_gbps: float | None = _setting(
+        None, "Emulate a link of this speed, in GB/s; CPU only.", above=0, speed=True, panel=_MEMORY
+    )
+    prefill_chunk: int = _setting(
+        1024, "Tokens per prefill step through one layer.", least=1, tokens=True, panel=_DETAILS
+    )
+    graphs: bool = _setting(
+        True, "Replay the steps of levels 0 and 1 as CUDA graphs, where device and model allow it.", panel=_DRAFTING
+    )
 
     def __post_init__(self) -> None:
-        least = {"context": 2, "budget": 1, "gamma": 0, "gamma1": 0, "chunk": 1, "sink": 0, "recent": 1}
-        least |= {"tree": 0, "branches": 1, "width": 1}
-        least |= {"draft_cache": 4, "draft_sink": 0, "tile": 1, "ring": 1, "prefill_chunk": 1}
-        for name, lowest in least.items():
-            value, highest = getattr(self, name), _MOST.get(name, MOST_TOKENS)
-            if value is None and name in _CHOSEN:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise InputError(f"{name} must be a whole number of at least {lowest}, not {value!r}")
-            if value > highest:
-                raise InputError(f"{name} must be at most {highest:,}, not {value:,}")
-        for name in ("graphs", "adaptive", "refresh", "ahead", "same_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.bits not in BITS:
-            raise InputError(f"bits must be 4, 8 or 16, not {self.bits!r}")
-        if self.rule not in RULES:
-            raise InputError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
-        for name in ("draft_cost", "link_gbps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be greater than 0 and finite, not {value}")
-        if self.tree is not None and self.tree < self.gamma:
+        for each in fields(self):
+            _check(each, getattr(self, each.name))
+        if self.draft_tokens is not None and self.draft_tokens < self.gamma:
             raise InputError(
-                f"tree ({self.tree}) must not be smaller than gamma ({self.gamma}), the longest path in it"
+                f"draft_tokens ({self.draft_tokens}) must not be smaller than gamma ({self.gamma}), the longest path"
             )
         if self.resident is not None and not 0 <= self.resident <= 1:
             raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
@@ -132,24 +176,24 @@ class Settings:
 
     @classmethod
     def triforce(cls, **changes: Any) -> Settings:
-        """The paper's own way, as the yardstick: chains of 12 guesses, 2 of the draft at a time, chunks chosen once.
+        """The paper's own way, as the yardstick: chains of 12, 2 of the drafter at a time, chunks chosen once.
 
         ``changes``: other settings, such as the budget.
         """
-        fixed = {"gamma": 12, "gamma1": 2, "branches": 1, "width": 1, "adaptive": False, "rule": "resampled"}
-        return cls.from_mapping({**fixed, "bits": 16, "refresh": False, "ahead": False, **changes})
+        fixed = {"gamma": 12, "gamma1": 2, "topk": 1, "width": 1, "adaptive": False, "rule": "resampled"}
+        return cls.from_mapping({**fixed, "bits": 16, "refresh": False, "overlap": False, **changes})
 
     @property
-    def nodes(self) -> int:
-        """Most guesses per pass."""
-        if self.tree is not None:
-            return self.tree
-        return self.gamma if self.branches == 1 else 4 * self.gamma
+    def most_draft_tokens(self) -> int:
+        """Most draft tokens per pass."""
+        if self.draft_tokens is not None:
+            return self.draft_tokens
+        return self.gamma if self.topk == 1 else 4 * self.gamma
 
     @property
     def block(self) -> int:
-        """Most tokens that a pass reads: guesses, and the newest token of the text."""
-        return self.nodes + 1
+        """Most tokens that a pass reads: draft tokens, and the newest token of the text."""
+        return self.most_draft_tokens + 1
 
     @property
     def news(self) -> int:
@@ -157,9 +201,14 @@ class Settings:
         return self.gamma + 1
 
     @property
-    def drafts(self) -> int:
-        """Most tokens that the retrieval level holds behind the text: guesses, and those that turn out to be none."""
-        return (2 if self.ahead else 1) * self.nodes + 1 + self.width + self.gamma1
+    def room(self) -> int:
+        """Most tokens that the retrieval level holds behind the text: draft tokens, and what turned out to be none."""
+        return (2 if self.overlap else 1) * self.most_draft_tokens + 1 + self.width + self.gamma1
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget, with room for a single chunk."""
+        return self.sink + self.recent + self.chunk
 
     def budget_for(self, context: int) -> int:
         """The budget at a context of that many tokens: as set, but no more than the context can use."""
@@ -167,34 +216,55 @@ class Settings:
             return max(self.least_budget, min(DEFAULT_BUDGET, context // 4))
         return min(self.budget, max(self.least_budget, context))
 
-    @property
-    def least_budget(self) -> int:
-        """The smallest budget, with room for a single chunk."""
-        return self.sink + self.recent + self.chunk
+
+Settings.__doc__ = f"{Settings.__doc__}".rstrip() + "".join(
+    f"\n        {each.name}: {each.metadata['help']}" for each in fields(Settings)
+)
 
 
-# Settings that count tokens: they may be given as text too, as 128K or 131,072.
-IN_TOKENS = ("context", "budget", "sink", "recent", "draft_cache", "draft_sink", "tile", "prefill_chunk")
+def _check(each: Field, value: Any) -> None:
+    """Whether a value is what a field's metadata says. None stands for a choice of our own, where it is the default.
+
+    Raises:
+        InputError: it is not.
+    """
+    name, about = each.name, each.metadata
+    if value is None and each.default is None:
+        return
+    if isinstance(each.default, bool):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, not {value!r}")
+    elif "choices" in about:
+        if value not in about["choices"]:
+            *others, last = map(str, about["choices"])
+            raise InputError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
+    elif "least" in about:
+        if not isinstance(value, int) or isinstance(value, bool) or value < about["least"]:
+            raise InputError(f"{name} must be a whole number of at least {about['least']}, not {value!r}")
+        if value > (most := about.get("most", MOST_TOKENS)):  # a slip, and it would be looped over
+            raise InputError(f"{name} must be at most {most:,}, not {value:,}")
+    elif "above" in about and not about["above"] < value < math.inf:
+        raise InputError(f"{name} must be greater than {about['above']} and finite, not {value}")
 
 
-def _read(name: str, value: Any) -> Any:
+def _read(each: Field, value: Any) -> Any:
     """A setting's value, given as text where it has a unit: on the command line, in a file or from Python alike."""
     if not isinstance(value, str):
         return value
-    if name in IN_TOKENS:
-        return parse_tokens(value, name)
-    return parse_speed(value, name, bare=True) if name == "link_gbps" else value
+    if each.metadata.get("tokens"):
+        return parse_tokens(value, each.name)
+    return parse_speed(value, each.name, bare=True) if each.metadata.get("speed") else value
 
 
 def replace_settings(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """The same settings with some values changed; unknown keys raise InputError."""
-    known = [field.name for field in fields(Settings)]
+    known = {each.name: each for each in fields(Settings)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
             raise InputError(f"unknown setting {key!r}; {hint}")
     try:
-        return replace(settings, **{name: _read(name, value) for name, value in values.items()})
+        return replace(settings, **{name: _read(known[name], value) for name, value in values.items()})
     except TypeError as error:
         raise InputError(f"a setting has a value of the wrong type: {error}") from error

@@ -10,25 +10,27 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from offload_triforce.answer import Generation, TextStream
-from offload_triforce.async_stream import AsyncTextStream
-from offload_triforce.checks import Prompt, check_context, check_length, encode_prompt
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.decoding import Task, decode_answer
-from offload_triforce.drafts import DraftChoice, Drafts
+from offload_triforce.generation.answer import Generation, TextStream
+from offload_triforce.generation.async_stream import AsyncTextStream
+from offload_triforce.generation.checks import Prompt, check_context, check_length, encode_prompt
+from offload_triforce.generation.options import check_call
+from offload_triforce.generation.request import Request, interpret
+from offload_triforce.generation.turn import Answer, Closing, Turns
 from offload_triforce.model.fetch import check_source, draft_model
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.prefill import Progress
-from offload_triforce.options import check_call
 from offload_triforce.planner.choose import choose_for_loaded
-from offload_triforce.request import Request, interpret
-from offload_triforce.runtime import Runtime, on
+from offload_triforce.runtime.decoding import Task, decode_answer
+from offload_triforce.runtime.drafters import DraftChoice, Drafters
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Session
+from offload_triforce.scheduler.device import on
+from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.stats import DecodeStats
-from offload_triforce.turn import Answer, Closing, Turns
 
 
 class TriForce:
@@ -59,7 +61,7 @@ class TriForce:
             model: a transformers decoder, on one device. tokenizer: of both models.
             draft: a small model with the same vocabulary, "ngram" (look-up in the text), "self" (the target's
                 own weights over a streaming cache) or "none"; "ngram+self" or ("ngram", small model) takes whichever
-                serves better from guess to guess.
+                serves better from place to place.
             draft_tokenizer: checked against ``tokenizer``.
             settings: how to run; single ones may be given by name, as ``budget=2048``.
 
@@ -70,7 +72,7 @@ class TriForce:
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
         self.layout = probe(model)
-        self._drafts = Drafts(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
+        self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
         self._runtime: Runtime | None = None
@@ -208,8 +210,8 @@ class TriForce:
         """Decode a request that has been interpreted already."""
         return self._run(Answer(), request, seed, streamer, progress, pinning, wait)
 
-    def resume(self, runtime: Runtime, prompt: Prompt, seed: int, **options: Any) -> TextStream:
-        """Continue a text that a runtime's caches hold already, all but its last token. For measurements.
+    def resume(self, session: Session, prompt: Prompt, seed: int, **options: Any) -> TextStream:
+        """Continue a text that a session has begun: its caches hold all of ``prompt`` but the last token.
 
         ``options``: as for ``stream``.
         """
@@ -219,7 +221,7 @@ class TriForce:
         answer = Answer()
         try:
             self._turns.take(answer, wait=True)
-            return self._begin(answer, runtime, request, seed, None, filled=True)
+            return self._begin(answer, session, request, seed, None)
         except BaseException:
             self._turns.release(answer)
             raise
@@ -247,7 +249,7 @@ class TriForce:
 
     def _give_back(self) -> None:
         """For whoever has the turn."""
-        self._drafts.close()
+        self._drafters.close()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None
@@ -259,7 +261,7 @@ class TriForce:
             self._give_back()
         if self._runtime is None:
             context = self.settings.context or needed
-            settings = choose_for_loaded(self.model, self.layout, self.settings, context, self._drafts.bytes_to_come)
+            settings = choose_for_loaded(self.model, self.layout, self.settings, context, self._drafters.bytes_to_come)
             with on(self.layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
                 self._runtime = Runtime(self.model, self.layout, settings, context, pinning)
         return self._runtime
@@ -291,7 +293,7 @@ class TriForce:
             self._turns.take(answer, wait)
             runtime = self._ensure_runtime(len(request.prompt) + request.max_new_tokens, pinning)
             seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
-            return self._begin(answer, runtime, request, seed, streamer, progress=progress, wait=wait)
+            return self._begin(answer, Session(runtime), request, seed, streamer, progress=progress, wait=wait)
         except BaseException:
             self._turns.release(answer)
             raise
@@ -299,7 +301,7 @@ class TriForce:
     def _begin(
         self,
         answer: Answer,
-        runtime: Runtime,
+        session: Session,
         request: Request,
         seed: int,
         streamer: BaseStreamer | None,
@@ -308,7 +310,7 @@ class TriForce:
         """An answer whose turn it is. It keeps the turn until it is over, or until nobody refers to it any more."""
         with torch.inference_mode(False):
             text = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1)
-        task = Task(self.model, self._drafts, runtime, request, seed, text, DecodeStats(), **how)
+        task = Task(self.model, self._drafters, session, request, seed, text, DecodeStats(), **how)
         tokens = decode_answer(task, self._turns, answer, self._give_back)
         release = partial(self._turns.release, answer)
         stream = TextStream(tokens, request.prompt, self.tokenizer, task.stats, streamer, answer.cancel, release)

@@ -7,7 +7,7 @@ the computation. Everything is ordered by *events*; on CUDA, the host waits for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -189,3 +189,8 @@ class _CudaSpan:
 
     def _mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self._owner.device).record_event(torch.cuda.Event(enable_timing=True))
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a CUDA device the current one: Triton launches its kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

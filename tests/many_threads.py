@@ -12,7 +12,7 @@ import time
 import torch
 
 from offload_triforce import TriForce
-from tests.test_turn import all_at_once, assert_untouched
+from tests.generation.test_turn import all_at_once, assert_untouched
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 PROMPT, NEW = prompt_ids(150), 60

@@ -1,9 +1,26 @@
 """Settings as they are given: text where a setting has a unit, and one sentence for what cannot be read."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
-from offload_triforce.config import IN_TOKENS, Settings
+from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+IN_TOKENS = [each.name for each in fields(Settings) if each.metadata.get("tokens")]
+
+
+def test_every_setting_says_what_it_is_and_that_is_said_once():
+    """The class documents it, commands show it, and nobody writes it down a second time."""
+    sources = [path.read_text() for path in (ROOT / "offload_triforce").rglob("*.py")]
+    for each in fields(Settings):
+        text = each.metadata["help"]
+        assert text.endswith("."), each.name
+        assert f"        {each.name}: {text}" in Settings.__doc__
+        start = text[:40]
+        assert sum(source.count(start) for source in sources) == 1, each.name
 
 
 def test_lengths_and_speeds_may_be_text():

@@ -10,13 +10,14 @@ import torch
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from offload_triforce import InputError, MemoryLimitError, Settings, TriForce, runtime
-from offload_triforce.runtime import Runtime
+from offload_triforce import InputError, MemoryLimitError, Settings, TriForce
+from offload_triforce.runtime import runtime
+from offload_triforce.runtime.runtime import Runtime
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
 
 SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}
-SMALL |= {"adaptive": False, "ahead": False, "tree": 8, "branches": 2, "width": 2}  # the same guesses in each run
+SMALL |= {"adaptive": False, "overlap": False, "draft_tokens": 8, "topk": 2, "width": 2}  # the same drafts in each run
 PROMPT, NEW = prompt_ids(150), 60
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
@@ -142,7 +143,7 @@ def test_memory_too_small(monkeypatch):
     """Refused before any allocation; what the message says would fit, fits."""
     model = tiny_model("llama", max_position_embeddings=10**7)
     free = 500_000_000
-    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: free)
+    monkeypatch.setattr("offload_triforce.planner.sizes.free_on_host", lambda: free)
     monkeypatch.setattr(Runtime, "_make_caches", lambda *_: SimpleNamespace(static_view=None))
     with TriForce(model, context=5_000_000) as engine, pytest.raises(MemoryLimitError) as error:
         engine.generate(PROMPT, **GREEDY)
@@ -161,7 +162,7 @@ def test_memory_too_small(monkeypatch):
 
 
 def test_no_memory_at_all(model, monkeypatch):
-    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: 0)
+    monkeypatch.setattr("offload_triforce.planner.sizes.free_on_host", lambda: 0)
     with TriForce(model) as engine, pytest.raises(MemoryLimitError, match="free some memory or take a smaller model"):
         engine.generate(PROMPT, **GREEDY)
 
@@ -174,7 +175,7 @@ def test_allocation_that_fails(model, monkeypatch):
 
     engine = TriForce(model, draft="self", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("offload_triforce.runtime.TileStore", fails)
+        patch.setattr("offload_triforce.runtime.runtime.TileStore", fails)
         with pytest.raises(MemoryLimitError, match="the caches for 210 tokens could not be allocated"):
             engine.generate(PROMPT, **GREEDY)
     assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
@@ -189,7 +190,7 @@ def test_memory_that_runs_out_on_the_way(model, monkeypatch):
 
     with TriForce(model, **SMALL) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr("offload_triforce.runtime.prefill", fails)
+            patch.setattr("offload_triforce.runtime.session.prefill", fails)
             with pytest.raises(MemoryLimitError, match="Tried to allocate 2 GiB; take a shorter context") as error:
                 engine.generate(PROMPT, **GREEDY)
         assert "\n" not in str(error.value)
@@ -204,7 +205,7 @@ def test_memory_that_cannot_be_pinned(model, monkeypatch):
 
     with TriForce(model, **SMALL) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr("offload_triforce.scheduler.pipeline.TileStore.write", refused)
+            patch.setattr("offload_triforce.scheduler.store.TileStore.write", refused)
             with pytest.raises(MemoryLimitError, match=r"memory ran out while decoding: 0\.5 GB of host memory"):
                 engine.generate(PROMPT, **GREEDY)
         assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
@@ -212,7 +213,7 @@ def test_memory_that_cannot_be_pinned(model, monkeypatch):
 
 def test_a_machine_on_which_triton_cannot_compile(monkeypatch):
     """Refused before anything is allocated, with what to do."""
-    monkeypatch.setattr("offload_triforce.runtime.on", lambda device: nullcontext())
+    monkeypatch.setattr("offload_triforce.runtime.runtime.on", lambda device: nullcontext())
     monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: "Failed to find C compiler")
     runtime._check_kernels(torch.device("cpu"))
     with pytest.raises(InputError, match=r"Failed to find C compiler.*gcc and python3-dev.*OFFLOAD_TRIFORCE_KERNELS"):

@@ -1,10 +1,10 @@
-"""The real model on real text: 6,000 tokens of standard-library source."""
+"""The real model on real text: 3,600 tokens of standard-library source."""
 
 import pytest
 import torch
 
 from offload_triforce import TriForce
-from offload_triforce.demo import demo_prompt
+from offload_triforce.bench.texts import demo_prompt
 
 NEW_TOKENS = 48
 pytestmark = pytest.mark.xdist_group("smollm2")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("smollm2")
 def reference(smollm2):
     """The prompt and transformers' own greedy answer to it."""
     model, tokenizer = smollm2
-    prompt = demo_prompt(TriForce(model, tokenizer), 6000)
+    prompt = demo_prompt(TriForce(model, tokenizer), 3600)
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
@@ -26,15 +26,15 @@ def reference(smollm2):
 def test_greedy_equals_transformers(smollm2, reference, draft):
     """Token for token, at a sixth of the context; and the counts that a pass over a known cache must give."""
     prompt, expected = reference
-    with TriForce(*smollm2, draft=draft, budget=1024, draft_cache=256, tile=1024, draft_cost=0.05) as engine:
+    with TriForce(*smollm2, draft=draft, budget=600, draft_cache=256, tile=1024, draft_cost=0.05) as engine:
         result = engine.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     stats = result.stats
     assert result.token_ids == expected
     assert stats.tokens_per_pass > 6
     assert stats.draft.proposed > 0
-    # 5 whole tiles of 1,024 tokens in each of 30 layers; K and V of 3 heads of 64 float32 values.
+    # 3 whole tiles of 1,024 tokens in each of 30 layers; K and V of 3 heads of 64 float32 values.
     tile = 1024 * 2 * 3 * 64 * 4
-    assert len(prompt) // 1024 == 5
-    assert stats.prefill_link_bytes == 30 * 5 * tile
-    assert stats.link_bytes == stats.passes * 30 * 5 * tile
+    assert len(prompt) // 1024 == 3
+    assert stats.prefill_link_bytes == 30 * 3 * tile
+    assert stats.link_bytes == stats.passes * 30 * 3 * tile
     assert stats.full_kv_bytes == 30 * (len(prompt) + len(expected) - 1) * 2 * 3 * 64 * 4

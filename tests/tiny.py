@@ -117,8 +117,8 @@ def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 def tiny_model(family: str = "llama", seed: int = 0, calm: bool = False, **changes: Any) -> PreTrainedModel:
     """A random model of one of ``FAMILIES``.
 
-    As it comes, the least error in the attention changes what it says, and a guesser is nearly always wrong.
-    ``calm`` turns the attention down until cheap guesses are right about half of the time.
+    As it comes, the least error in the attention changes what it says, and a drafter is nearly always wrong.
+    ``calm`` turns the attention down until cheap drafts are right about half of the time.
     """
     prefix, settings = FAMILIES[family]
     if not calm:

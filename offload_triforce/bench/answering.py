@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_triforce.answer import TextStream
-from offload_triforce.bench.reading import Reading, chain
-from offload_triforce.bench.subject import synchronize
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
+from offload_triforce.generation.answer import TextStream
+from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
-from offload_triforce.runtime import Runtime, on
-from offload_triforce.scheduler.device import Device
+from offload_triforce.runtime.levels import RetrievalLevel
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.scheduler.device import Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
-from offload_triforce.speculation.levels import RetrievalLevel
+from offload_triforce.speculation.tree import chain
 
 # Tokens decoded on a CPU before the clock runs.
 WARM_UP = 16
@@ -59,10 +60,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Answering:
-    """Caches and a draft for one prompt. ``prefill_s``: what reading it took."""
+    """A session and a drafter for one prompt. ``prefill_s``: what reading it took."""
 
     engine: TriForce
-    runtime: Runtime
+    session: Session
     case: Case
     prefill_s: float
 
@@ -81,11 +82,12 @@ class Answering:
         mine = TriForce(engine.model, engine.tokenizer, "ngram" if settings.gamma else "none", settings=settings)
         runtime = Runtime(engine.model, engine.layout, settings, case.capacity, device=device)
         try:
+            session = Session(runtime)
             with _link_off(runtime.device):
-                _fill(runtime, case, read)
-                _warm_up(cls(mine, runtime, case, 0.0))
-                prefill_s = _fill(runtime, case, read)
-            yield cls(mine, runtime, case, prefill_s)
+                _begin(session, case, read)
+                _warm_up(cls(mine, session, case, 0.0))
+                prefill_s = _begin(session, case, read)
+            yield cls(mine, session, case, prefill_s)
         finally:
             runtime.close()
             mine.close()
@@ -93,7 +95,7 @@ class Answering:
     def answer(self, new_tokens: int | None = None) -> TextStream:
         """Decode, greedily; once, since the caches go on with the text."""
         wanted = new_tokens or self.case.new_tokens
-        stream = self.engine.resume(self.runtime, self.case.prompt, 0, max_new_tokens=wanted, do_sample=False)
+        stream = self.engine.resume(self.session, self.case.prompt, 0, max_new_tokens=wanted, do_sample=False)
         for _ in stream:
             pass
         return stream
@@ -105,7 +107,7 @@ def _warm_up(answering: Answering) -> None:
     On CUDA every shape of a step is compiled for at its first use, captured at its second and compared at its third,
     and passes have shapes too: those of the answer itself.
     """
-    runtime, case = answering.runtime, answering.case
+    runtime, case = answering.session.runtime, answering.case
     if runtime.layout.device.type != "cuda":
         answering.answer(min(WARM_UP, case.new_tokens))
         return
@@ -131,16 +133,17 @@ def _link_off(device: Device) -> Iterator[None]:
         device.gbps = gbps
 
 
-def _fill(runtime: Runtime, case: Case, read: Read | None) -> float:
-    """Fill the caches with all of the prompt but its last token; returns the seconds that reading it takes."""
+def _begin(session: Session, case: Case, read: Read | None) -> float:
+    """Begin with all of the prompt but its last token; returns the seconds that reading it takes."""
     if read is not None:
-        read.reading.fill(runtime)
+        session.begin_as_read(read.reading)
         return read.seconds
+    runtime = session.runtime
     if runtime.caches.full is not None:
         runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, once per process: not what is timed
     device = runtime.layout.device
     started = time.perf_counter()
     with on(device), attached(runtime.model), torch.no_grad():
-        runtime.prefill(torch.tensor(case.prompt[:-1]), None)
+        session.begin(torch.tensor(case.prompt[:-1]))
     synchronize(device)
     return time.perf_counter() - started

@@ -20,9 +20,9 @@ from offload_triforce.engine import TriForce
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.planner.choose import choose_for_loaded
 from offload_triforce.planner.sizes import make_plan, make_shape
-from offload_triforce.runtime import Runtime
-from offload_triforce.scheduler.cost import predict_prefill
+from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.scheduler.device import Device
+from offload_triforce.scheduler.simulate import predict_prefill
 
 OURS = {
     "plain": "ours, plain: one pass over the streamed cache per token",
@@ -93,7 +93,7 @@ def answer_ours(
         Answering.warm(engine, settings, case, read, make_device()) as answering,
     ):
         stream, prefill_s = answering.answer(), answering.prefill_s
-        ttft_s = prefill_s if read is None else _beside_link(read, answering.runtime)
+        ttft_s = prefill_s if read is None else _beside_link(read, answering.session.runtime)
     stats = stream.stats
     link_gbps = stats.link_bytes / stats.decode_s / 1e9
     figures = {

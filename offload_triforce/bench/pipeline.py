@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.shapes import random_model
 from offload_triforce.bench.subject import Subject
+from offload_triforce.bench.texts import demo_prompt
 from offload_triforce.config import Settings
-from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
+from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import fetch_model
 from offload_triforce.scheduler.emulated import EmulatedDevice
 

@@ -3,7 +3,8 @@
 Predicted is time. The model is told what the computation takes (a pass with all tiles on the device, piece by piece; an
 answer likewise, for steps of the retrieval level and for what else a round takes) and what the link gives. Then it
 walks the plan that the pipeline executes. How many passes and steps an answer takes depends on the text: a prediction
-is made once from the numbers that the run itself counted, and once, for chains of guesses, from their acceptance alone.
+is made once from the numbers that the run itself counted, and once, for chains of draft tokens, from their acceptance
+alone.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import torch
 
 from offload_triforce.bench.answering import Answering, Case, Read
 from offload_triforce.bench.contenders import OURS, settings_for
-from offload_triforce.bench.gpu import free_memory, link_ceiling
-from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.pipeline import two_digits
 from offload_triforce.bench.subject import QUERIES, Subject
+from offload_triforce.bench.texts import demo_prompt
 from offload_triforce.bench.work import REPEATS, Works, median_work, pieces
-from offload_triforce.checks import check_context, check_length
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.demo import demo_prompt
 from offload_triforce.engine import TriForce
+from offload_triforce.generation.checks import check_context, check_length
+from offload_triforce.machine.describe import describe_machine
+from offload_triforce.machine.measure import free_memory, link_ceiling
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import max_positions
 from offload_triforce.planner.sizes import make_plan
-from offload_triforce.scheduler.cost import LinkSpeed, RoundTime, chain, predict_pass, rounds
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.plan import TILE_BYTES, TilePlan
-from offload_triforce.stats import DecodeStats
+from offload_triforce.scheduler.simulate import LinkSpeed, RoundTime, chain, predict_pass, rounds
+from offload_triforce.speculation.stats import DecodeStats
 
 # Emulated links: a pass of QUERIES tokens takes so many times as long as its computation.
 DOMINANCE = (1.0, 3.0, 6.0)
@@ -182,13 +183,13 @@ def _answers(
     """A row for each link: one of OURS answers."""
     say(f"{way}: an answer without a link")
     free, plan, tiles = _answer(site, way, None)
-    told = predict_pass(plan, tiles, NO_LINK, works.of(free.nodes / free.passes + 1))
+    told = predict_pass(plan, tiles, NO_LINK, works.of(free.draft_tokens / free.passes + 1))
     rest = (free.decode_s - free.draft_s) / free.passes - told.seconds  # of a round, beside its steps and its pass
     rows = []
     for gbps in speeds:
         say(f"{way}: at {gbps:.3g} GB/s")
         run, plan, tiles = _answer(site, way, gbps)
-        work, step = works.of(run.nodes / run.passes + 1), step_like(run, free, works.step_token)
+        work, step = works.of(run.draft_tokens / run.passes + 1), step_like(run, free, works.step_token)
         passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + rest
         told = from_counts(run, passing, step)
         row = {"gbps": gbps, "way": way, "tokens_per_pass": run.tokens_per_pass}
@@ -217,9 +218,9 @@ def from_counts(run: DecodeStats, pass_s: float, step_s: float) -> RoundTime:
 
 
 def from_rates(run: DecodeStats, settings: Settings, pass_s: float, step_s: float) -> RoundTime:
-    """The same from nothing but the acceptance of guesses, as ``plan`` does it.
+    """The same from nothing but the acceptance of draft tokens, as ``plan`` does it.
 
-    Of a draft's guess: in ``gamma1`` of a step, whether it made them or not.
+    Drafting by level 0: in ``gamma1`` of a step, whether it drafted them or not.
     """
     asked = run.steps * settings.gamma1
     steps = rounds(settings.gamma, settings.gamma1, run.draft.accepted / asked if asked else 0.0)
@@ -230,7 +231,7 @@ def _answer(site: Site, way: str, gbps: float | None) -> tuple[DecodeStats, Tile
     """What an answer counted, and over which tiles it ran."""
     settings = site.settings(way, linked=gbps is not None)
     with Answering.warm(site.engine, settings, site.case, site.read, site.device(gbps)) as answering:
-        full = answering.runtime.caches.full
+        full = answering.session.runtime.caches.full
         plan, tiles = full.stream.plan, full.tiles
         stats = answering.answer().stats
     free_memory()

@@ -12,15 +12,9 @@ from offload_triforce.errors import InputError
 from offload_triforce.model.names import find_known, nearest
 
 # Llama-3.2-1B with the vocabulary of Llama-2, whose output head is a quarter as large: small enough for a CPU.
-_LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
+_PARTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_LLAMA_1B = {name: find_known("llama-3.2-1b").config[name] for name in _PARTS}
+_LLAMA_1B |= {"vocab_size": 32000, "tie_word_embeddings": False}
 
 # Beside those of ``model.names``.
 SHAPES: dict[str, tuple[type, dict[str, Any]]] = {"llama-1b": (LlamaConfig, _LLAMA_1B)}

@@ -6,7 +6,7 @@ and computation are slowed by one common factor. The computation cannot be chose
     factor = time of a step of the retrieval level here / time that the card's memory needs for the bytes of that step
     emulated link = the card's link / factor
 
-**Which computation.** A step of the retrieval level with one token: it reads all weights once, it is what guessing is
+**Which computation.** A step of the retrieval level with one token: it reads all weights once, it is what drafting is
 paid with, and of all that is computed while decoding it is what a CPU is least bad at, compared to a card. More tokens
 at a time cost a card next to nothing more, and a CPU nearly in proportion. No common factor fits both. With this one
 the link is too fast for all the wider steps and passes, rather than too slow: what speculation gains comes out too
@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 
 from offload_triforce.bench.subject import QUERIES, Subject
 from offload_triforce.config import Settings
+from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.shape import ModelShape, shape_of_loaded
-from offload_triforce.planner.machine import Machine
 from offload_triforce.planner.predict import layer_seconds, resident_step
-from offload_triforce.scheduler.cost import Speeds
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.simulate import Speeds
 
 STEPS, PASSES = 15, 3  # that are timed; the median counts
 

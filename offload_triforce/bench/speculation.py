@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offload_triforce.bench.machine import describe_machine
-from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.tasks import Task, common_start, loops, prompts
 from offload_triforce.cache.sizes import slot_bytes
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
+from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import check_source, find_source
-from offload_triforce.runtime import Runtime
-from offload_triforce.stats import DecodeStats
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.speculation.stats import DecodeStats
 
 TEMPERATURES = (0.0, 0.6, 1.0)
 # The paper's 4096 tokens of 128K.
@@ -30,11 +30,11 @@ DRAFT_COST = 0.01
 # What distinguishes ours from the yardstick, by the settings that do it.
 LEVERS = {
     "long chains": ("gamma", "gamma1", "adaptive"),
-    "trees": ("branches", "width", "tree"),
+    "trees": ("topk", "width", "draft_tokens"),
     "coupling": ("rule",),
     "refresh": ("refresh",),
     "packed chunks": ("bits",),
-    "guessing ahead": ("ahead",),
+    "overlapped drafting": ("overlap",),
 }
 
 Say = Callable[[str], None]
@@ -88,7 +88,7 @@ def yardstick(tokens: int, **changes: Any) -> Settings:
 def equal_memory(settings: Settings, reference: Settings, head_dim: int) -> Settings:
     """``settings`` with a budget that takes no more memory than that of ``reference``, both with a model in 16 bits.
 
-    What guesses take while they are judged is not counted: it does not grow with the text. See ``memory``.
+    What draft tokens take while they are judged is not counted: it does not grow with the text. See ``memory``.
     """
     slots = _slots(reference)
     room = slots * slot_bytes(reference.chunk, head_dim, reference.bits, 2)
@@ -101,11 +101,11 @@ def _slots(settings: Settings) -> int:
 
 
 def memory(settings: Settings, head_dim: int) -> dict[str, int]:
-    """Bytes of the retrieval cache per layer and KV head, with a model in 16 bits: what it holds, room for guesses."""
+    """Bytes of the retrieval cache per layer and KV head, with a model in 16 bits: held, and for draft tokens."""
     token = 2 * head_dim * 2
     held = _slots(settings) * slot_bytes(settings.chunk, head_dim, settings.bits, 2)
     held += (settings.sink + settings.recent) * token
-    return {"budget": settings.budget, "held_bytes": held, "guess_bytes": settings.drafts * token}
+    return {"budget": settings.budget, "held_bytes": held, "draft_token_bytes": settings.room * token}
 
 
 def make_ways(settings: Settings, reference: Settings, head_dim: int, levers: bool) -> dict[str, Settings]:
@@ -202,10 +202,10 @@ def _answers(
     engine: TriForce, runtime: Runtime, reading: Reading, prompt: list[int], temperature: float, plan: Plan
 ) -> list[Answer]:
     """Answers to one prompt; seeds count from 1."""
-    answers = []
+    answers, session = [], Session(runtime)
     for seed in range(1, 1 + (plan.runs if temperature > 0 else 1)):
-        reading.fill(runtime, prompt[len(reading.tokens) : -1])
-        stream = engine.resume(runtime, prompt, seed, max_new_tokens=plan.new_tokens, temperature=temperature)
+        session.begin_as_read(reading, prompt[len(reading.tokens) : -1])
+        stream = engine.resume(session, prompt, seed, max_new_tokens=plan.new_tokens, temperature=temperature)
         text = "".join(stream)
         answers.append(Answer(stream.token_ids, text, stream.stats))
     return answers
@@ -254,7 +254,7 @@ def _figures(answers: list[Answer], draft_cost: float) -> dict[str, Any]:
         "link_bytes_per_token": sum(s.link_bytes for s in stats) / new,
         "steps_per_pass": sum(s.steps for s in stats) / passes,
         "steps_ahead_per_pass": sum(s.steps_ahead for s in stats) / passes,
-        "guesses_per_pass": sum(s.nodes for s in stats) / passes,
+        "draft_tokens_per_pass": sum(s.draft_tokens for s in stats) / passes,
         # Of the time that decoding takes, by the cost of a step that was reckoned with.
         "draft_share": 1 - passes / (passes + draft_cost * sum(s.steps - s.steps_ahead for s in stats)),
     }

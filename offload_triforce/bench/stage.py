@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from offload_triforce.bench.ballast import BallastDevice
 from offload_triforce.bench.contenders import WAYS
-from offload_triforce.bench.gpu import free_memory, link_ceiling
 from offload_triforce.bench.slow_motion import SlowMotion
-from offload_triforce.checks import check_context
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
+from offload_triforce.generation.checks import check_context
+from offload_triforce.machine.hardware import Machine, find_machine
+from offload_triforce.machine.measure import free_memory, link_ceiling
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions
-from offload_triforce.planner.machine import Machine, find_machine
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Question:
+class ThroughputQuery:
     """What is to be measured.
 
     Attributes:
@@ -87,7 +87,7 @@ class Stage:
         return self._on_cpu[0]
 
 
-def check(asked: Question) -> None:
+def check(asked: ThroughputQuery) -> None:
     """What can be refused before the weights are read.
 
     Raises:
@@ -112,7 +112,7 @@ def check(asked: Question) -> None:
             raise InputError(f"--context must be at least 64 tokens, not {context}")
 
 
-def card_machine(asked: Question) -> Machine:
+def card_machine(asked: ThroughputQuery) -> Machine:
     """The card in slow motion; ``--link`` puts it into another slot."""
     try:
         return find_machine(asked.card, None, asked.link, None, None)
@@ -120,7 +120,7 @@ def card_machine(asked: Question) -> Machine:
         raise InputError(str(error).partition("; or describe")[0]) from error
 
 
-def set_up(asked: Question, say: Say) -> Stage:
+def set_up(asked: ThroughputQuery, say: Say) -> Stage:
     """Find out about the link, cap what is to be capped, load the model.
 
     Raises:

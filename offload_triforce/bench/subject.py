@@ -9,24 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.bench.reading import chain
 from offload_triforce.config import Settings
 from offload_triforce.kernels.ops import AttentionParams
+from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.runtime import PREFILL_QUERIES, Runtime, choosing, on
-from offload_triforce.scheduler.device import Device
-from offload_triforce.speculation.levels import FullLevel, RetrievalLevel
-from offload_triforce.speculation.tree import Node
+from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
+from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime, choosing
+from offload_triforce.runtime.session import Session
+from offload_triforce.scheduler.device import Device, on
+from offload_triforce.speculation.tree import Node, chain
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device is through, so that a clock means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# Queries of a pass that is timed: TriForce's 12 guesses, and the text's last token.
+# Queries of a pass that is timed: TriForce's 12 draft tokens, and the text's last token.
 QUERIES = 13
 
 
@@ -39,8 +33,8 @@ class Subject:
         self.layout = probe(model)
         self.runtime = Runtime(model, self.layout, settings, len(text) + 4 * settings.block, device=device)
         self.device = self.runtime.device
-        self.target = FullLevel(model, self.runtime.caches, choosing(settings))
-        self.middle = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
+        self.target = TargetLevel(model, self.runtime.caches, choosing(settings))
+        self.tree_drafter = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
 
     def read(self) -> float:
         """Prefill all of the text but its last token, for real; returns seconds."""
@@ -48,7 +42,7 @@ class Subject:
             self.runtime.caches.full.stream.store.wait_pinned()  # a machine's own pace, and not what is timed
         started = time.perf_counter()
         with on(self.layout.device), attached(self.model), torch.no_grad():
-            self.runtime.prefill(self.text[:-1], None)
+            Session(self.runtime).begin(self.text[:-1])
         synchronize(self.layout.device)
         return time.perf_counter() - started
 
@@ -65,7 +59,7 @@ class Subject:
             queries = torch.randn(
                 config.num_attention_heads, PREFILL_QUERIES, layer.head_dim, generator=chance, **where
             )
-            leaving = caches.fill_layer(index, kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window))
+            leaving = caches.fill(index, kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window))
             if leaving:
                 leaving.wait()
         caches.end_fill(length)
@@ -79,8 +73,8 @@ class Subject:
 
     def draft(self, queries: int = QUERIES) -> float:
         """One step of the retrieval level with so many queries, none of which is kept; returns seconds."""
-        seconds = self._timed(lambda nodes: self.middle.score(nodes, []), queries)
-        self.middle.keep([])
+        seconds = self._timed(lambda nodes: self.tree_drafter.score(nodes, []), queries)
+        self.tree_drafter.keep([])
         return seconds
 
     def _timed(self, work: Callable[[list[Node]], object], queries: int) -> float:

@@ -18,22 +18,25 @@ from offload_triforce.bench.contenders import (
     answer_theirs,
     streamed_bytes,
 )
-from offload_triforce.bench.gpu import free_memory
-from offload_triforce.bench.machine import describe_machine
 from offload_triforce.bench.slow_motion import calibrate
-from offload_triforce.bench.stage import Question, Say, Stage, card_machine, check, set_up
+from offload_triforce.bench.stage import Say, Stage, ThroughputQuery, card_machine, check, set_up
 from offload_triforce.bench.tasks import find_task, long_text
-from offload_triforce.checks import check_length
 from offload_triforce.errors import MemoryLimitError, TriForceError
-from offload_triforce.host_memory import free_on_host
-from offload_triforce.prompt import build_prompt
+from offload_triforce.generation.checks import check_length
+from offload_triforce.generation.prompt import build_prompt
+from offload_triforce.machine.describe import describe_machine
+from offload_triforce.machine.measure import free_memory
+from offload_triforce.machine.memory import free_on_host
+from offload_triforce.planner.sizes import activation_bytes
 
 SOUND = Version("5.23")  # of transformers: from here on its offloaded cache waits for its copies
 
 Keep = Callable[[dict[str, Any]], None]
 
 
-def bench_throughput(asked: Question, say: Say = lambda line: None, keep: Keep = lambda report: None) -> dict[str, Any]:
+def bench_throughput(
+    asked: ThroughputQuery, say: Say = lambda line: None, keep: Keep = lambda report: None
+) -> dict[str, Any]:
     """Measure.
 
     Args:
@@ -141,11 +144,8 @@ def _unavailable(stage: Stage, way: str, case: Case) -> str | None:
             return "its copies cannot be slowed: leave --link out to compare with it"
     if way == "transformers-cpu":
         tokens, config = case.capacity, stage.engine.model.config.get_text_config()
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         needed = tokens * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
-        needed += (
-            tokens * (3 * inner + 8 * config.hidden_size) * layout.dtype.itemsize
-        )  # the prompt is read in one piece
+        needed += activation_bytes(config, tokens, layout.dtype.itemsize)  # the prompt is read in one piece
         if cuda:
             needed += sum(weight.nbytes for weight in stage.engine.model.parameters())
         free = free_on_host()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from offload_triforce.bench.subject import QUERIES, Subject
-from offload_triforce.scheduler.cost import PassWork
 from offload_triforce.scheduler.device import COMPUTE
+from offload_triforce.scheduler.simulate import PassWork
 from offload_triforce.scheduler.trace import Trace
 
 REPEATS = 5  # of a pass; the median counts

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.kernels import ops
 from offload_triforce.scheduler.device import to_device
 
 
 class TreeStep(NamedTuple):
-    """How T new tokens of a tree of guesses see each other and the pending tokens before them.
+    """How T new tokens of a tree of draft tokens see each other and the pending tokens before them.
 
     ``mask`` (bool [T, M]) covers all M pending tokens, the T new ones last. ``depths`` (int64 [T]) are the new tokens'
     places in the text behind the committed ones: 0 is the first.
@@ -28,7 +29,7 @@ class GrowingBuffer:
 
     Index 0 of the second dimension is keys, 1 is values. Of the ``length`` tokens held, the last ``pending`` wait
     for a verdict. A forward step calls ``write`` (or ``attend``) once per layer and then ``end_step``, which makes
-    its tokens pending; ``commit`` and ``rollback`` are the only ways to settle them. Nothing is allocated later.
+    its tokens pending; ``commit`` and ``settle`` are the only ways to accept them. Nothing is allocated later.
     """
 
     def __init__(
@@ -119,14 +120,7 @@ class GrowingBuffer:
         self.length += tokens
         self.pending += tokens
 
-    def keep_pending(self, tokens: int) -> None:
-        """Drop all but the first ``tokens`` pending tokens; those stay pending."""
-        if not 0 <= tokens <= self.pending:
-            raise IndexError(f"cannot keep {tokens} of {self.pending} pending tokens")
-        self.length = self.committed + tokens
-        self.pending = tokens
-
-    def select_pending(self, kept: Sequence[int]) -> None:
+    def select(self, kept: Sequence[int]) -> None:
         """Keep these of the pending tokens (their numbers, ascending), moved together, and drop the others.
 
         Raises:
@@ -139,22 +133,18 @@ class GrowingBuffer:
         if same < count:
             source = to_device(torch.tensor(kept[same:], dtype=torch.long), self.kv.device)
             self.kv[:, :, :, start + same : start + count] = self.kv[:, :, :, start:].index_select(3, source)
-        self.keep_pending(count)
+        self.length, self.pending = start + count, count
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens and drop the others."""
-        self.keep_pending(tokens)
         self.settle(tokens)
+        self.length, self.pending = self.committed, 0
 
     def settle(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens; the others stay pending."""
         if not 0 <= tokens <= self.pending:
-            raise IndexError(f"cannot settle {tokens} of {self.pending} pending tokens")
+            raise IndexError(f"cannot accept {tokens} of {self.pending} pending tokens")
         self.pending -= tokens
-
-    def rollback(self) -> None:
-        """Drop all pending tokens."""
-        self.commit(0)
 
     def drop_front(self, tokens: int) -> None:
         """Forget the oldest ``tokens`` and move the rest to the front."""
@@ -170,3 +160,12 @@ class GrowingBuffer:
     def reset(self) -> None:
         """Forget everything."""
         self.length = self.pending = 0
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See ``CacheLayers``: the committed keys and values."""
+        return {"kv": self.settled.to("cpu", copy=True)}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See ``CacheLayers``."""
+        self.length, self.pending = snapshot["kv"].shape[3], 0
+        self.settled.copy_(snapshot["kv"])

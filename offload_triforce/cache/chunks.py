@@ -31,6 +31,9 @@ class ChunkStore(Protocol):
     def attend_static(self, attention: ops.RunningAttention, layer: int, tokens: Tensor) -> None:
         """The same in a step of fixed work: how many ``tokens`` are there is told by the device, int64 [1]."""
 
+    def parts(self) -> dict[str, Tensor]:
+        """The memory that all of it lies in, by name."""
+
 
 def make_store(
     layers: int,
@@ -53,6 +56,10 @@ class PlainChunks:
 
     def __init__(self, kv: Tensor) -> None:
         self.kv = kv
+
+    def parts(self) -> dict[str, Tensor]:
+        """See ``ChunkStore``."""
+        return {"chunks": self.kv}
 
     def calibrate(self, layer: int, key: Tensor) -> None:
         """Nothing to do."""
@@ -112,6 +119,10 @@ class PackedChunks:
     def slots(self, layer: int) -> ops.CodedChunks:
         """See ``ChunkStore``."""
         return self._layers[layer]
+
+    def parts(self) -> dict[str, Tensor]:
+        """See ``ChunkStore``."""
+        return self.coded._asdict()
 
     def calibrate(self, layer: int, key: Tensor) -> None:
         """The range of each channel, and a little more for what is yet to come."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.sizes import tail_capacity
 from offload_triforce.kernels import ops
-from offload_triforce.scheduler.pipeline import Leaving, Tile, TileStream
+from offload_triforce.scheduler.pipeline import Tile, TileStream
+from offload_triforce.scheduler.store import Leaving
 
 
 class TileObserver(Protocol):
@@ -26,7 +28,7 @@ Observe = Callable[[Tensor, Tensor, float], TileObserver]
 
 
 class FullCache:
-    """Every token's KV for the layers that attend to everything. Append-only, with explicit commit and rollback.
+    """Every token's KV for the layers that attend to everything. Append-only, with an explicit commit.
 
     Tokens [0, tiled) are read from whole tiles, held by the ``stream``'s store; tokens [tiled, length) are the tail,
     on the device, followed by pending tokens of a pass that has not been judged yet. Pending tokens never leave the
@@ -107,18 +109,18 @@ class FullCache:
         """The step is through all layers: its tokens are pending."""
         self.tail.end_step(tokens)
 
-    def keep_pending(self, tokens: int) -> None:
-        """Drop all but the first ``tokens`` pending tokens; those stay pending."""
-        self.tail.keep_pending(tokens)
-
-    def select_pending(self, kept: Sequence[int]) -> None:
+    def select(self, kept: Sequence[int]) -> None:
         """Keep these of the pending tokens (their numbers, ascending) and drop the others; those stay pending."""
-        self.tail.select_pending(kept)
+        self.tail.select(kept)
 
     def commit(self, tokens: int) -> None:
         """Accept the first ``tokens`` pending tokens, drop the others; whole tiles begin to leave the tail."""
         self._land()
         self.tail.commit(tokens)
+        self._send()
+
+    def _send(self) -> None:
+        """Whole tiles that the tail has to spare begin to leave."""
         tile, store = self.stream.plan.tile_tokens, self.stream.store
         while self.tail.length - self._left * tile >= tile + self.keep:
             start = self._left * tile
@@ -134,15 +136,8 @@ class FullCache:
         self.tiles += self._left
         self._left = 0
 
-    def rollback(self) -> None:
-        """Drop all pending tokens."""
-        self.commit(0)
-
-    def fill_layer(self, layer: int, kv: Tensor) -> Leaving:
-        """Prefill: all tokens of one layer at once, ``kv`` [2, K, n, D]. Follow the last layer with ``end_fill``.
-
-        Returns the copies that still read ``kv``: wait for those of a token before overwriting it.
-        """
+    def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving:
+        """See ``FilledLayers``. Whole tiles leave for their places at once."""
         tile, tiles = self.stream.plan.tile_tokens, self._whole_tiles(kv.shape[2])
         leaving = Leaving()
         for index in range(tiles):
@@ -165,6 +160,20 @@ class FullCache:
         self.stream.forget_speed()
         self.tiles = self._left = 0
         self.tail.reset()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See ``CacheLayers``: how many tiles there are, and the tail. The tiles themselves stay where they are."""
+        return {"tiles": torch.tensor([self.tiles]), "tail": self.tail.snapshot()["kv"]}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See ``CacheLayers``. The tiles must hold what they held then: the same text may have gone on since.
+
+        Tiles still on their way from the tail need not be awaited: what they become is written again, after them.
+        """
+        self._left = 0
+        self.tiles = int(snapshot["tiles"])
+        self.tail.restore({"kv": snapshot["tail"]})
+        self._send()
 
     def read(self, layer: int) -> Tensor:
         """All committed tokens of one layer as one tensor [2, K, length, D] on the device. For tests and tools."""

@@ -7,8 +7,12 @@ from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
 from offload_triforce.cache.chunks import make_store
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.kernels import ops
+
+# Tokens of a prompt that are scored at a time, in float32: about so many.
+FILL_PART = 1024
 
 
 class RetrievalCache(GrowingBuffer):
@@ -62,6 +66,27 @@ class RetrievalCache(GrowingBuffer):
         self.attend_on(self._attention, layer, key, value, params, step)
         return self._attention.finish()
 
+    def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> None:
+        """See ``FilledLayers``: the first choice, made by the newest queries of the prompt.
+
+        The sink and the recent window come with ``sync``.
+        """
+        self.store.calibrate(layer, kv[0])
+        length, tokens = kv.shape[2], queries.shape[1]
+        recent, sink = max(self.shape.recent, tokens), self.shape.sink
+        near, attention = kv[:, :, -recent:], ops.RunningAttention()
+        attention.start(queries, kv.shape[1], params)
+        attention.update(near[0], near[1], ops.own_tokens(tokens, kv.device))
+        if 0 < sink <= length - recent:
+            attention.update(kv[0, :, :sink], kv[1, :, :sink])
+        refresh = self.refresh(layer, attention.packed, attention.logsumexp(), params.scaling, length)
+        part = max(1, FILL_PART // self.shape.chunk) * self.shape.chunk
+        for start in range(0, length, part):
+            refresh.see(start, kv[:, :, start : start + part])
+
+    def end_fill(self, tokens: int) -> None:
+        """See ``FilledLayers``. Nothing to do: ``sync`` follows."""
+
     def refresh(
         self, layer: int, packed: Tensor, baseline: Tensor, scaling: float, length: int, anew: bool = True
     ) -> Refresh:
@@ -99,6 +124,24 @@ class RetrievalCache(GrowingBuffer):
         self.chosen.fill_(-1)
         self.held.fill_(False)
         self.pool, self.filled = range(0), 0
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See ``CacheLayers``: also which chunks are chosen, and their keys and values. Between two passes."""
+        parts = {name: part.to("cpu", copy=True) for name, part in self._parts().items()}
+        numbers = torch.tensor([self.pool.start, self.pool.stop, self.filled])
+        return {**super().snapshot(), "pool and filled": numbers, **parts}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See ``CacheLayers``."""
+        super().restore(snapshot)
+        for name, part in self._parts().items():
+            part.copy_(snapshot[name])
+        start, stop, self.filled = snapshot["pool and filled"].tolist()
+        self.pool = range(start, stop)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """The memory that the choice is in."""
+        return {"chosen": self.chosen, "scores": self.scores, "held": self.held, **self.store.parts()}
 
 
 # Score of a chunk that has left the recent window, where the choice stays: above all that were chosen, and higher the

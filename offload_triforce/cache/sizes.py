@@ -69,7 +69,7 @@ class RetrievalShape:
         return self.recent + self.chunk + news
 
     def near(self, news: int, drafts: int) -> int:
-        """Tokens to make room for beside the chosen chunks, per KV head and layer; ``drafts``: most guesses held."""
+        """Tokens to make room for beside the chosen chunks, per KV head and layer; ``drafts``: most draft tokens."""
         return self.sink + self.recent + self.chunk + news + drafts
 
     def chosen_bytes(self, head_dim: int, itemsize: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.errors import InputError
 
 # (keys [layers, K, n, D], e) -> the same keys, e positions earlier.
@@ -81,3 +82,12 @@ class StreamingCache(GrowingBuffer):
         """Forget everything."""
         super().reset()
         self.skipped = 0
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See ``CacheLayers``."""
+        return {**super().snapshot(), "skipped": torch.tensor([self.skipped])}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See ``CacheLayers``."""
+        super().restore(snapshot)
+        self.skipped = int(snapshot["skipped"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.sizes import window_room
 from offload_triforce.kernels import ops
 
@@ -13,8 +14,8 @@ from offload_triforce.kernels import ops
 class WindowCache(GrowingBuffer):
     """The newest tokens of the layers with a sliding window, on the device. Exact for every level.
 
-    What is committed always comes from the target. The retrieval level reads it too, and keeps its own guesses apart,
-    in ``drafts``: it may go on guessing while a pass of the target is under way.
+    What is committed always comes from the target. The retrieval level reads it too, and keeps its own draft tokens
+    apart, in ``drafts``: it may go on drafting while a pass of the target is under way.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class WindowCache(GrowingBuffer):
         if self.capacity - self.length < self.block:
             self.drop_front(max(0, self.length - self.reach))
 
-    def fill_layer(self, layer: int, kv: Tensor) -> None:
-        """Prefill: all tokens of one layer, ``kv`` [2, K, n, D]; only the newest are kept."""
+    def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> None:
+        """See ``FilledLayers``. Only the newest tokens are kept."""
         self.write(layer, kv[0, :, -self.reach :], kv[1, :, -self.reach :])
 
     def end_fill(self, tokens: int) -> None:
@@ -85,4 +86,9 @@ class WindowCache(GrowingBuffer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.drafts.reset()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See ``CacheLayers``. What is drafted follows another text, and goes."""
+        super().restore(snapshot)
         self.drafts.reset()

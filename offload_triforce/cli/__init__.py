@@ -15,7 +15,6 @@ from offload_triforce.cli import (
     pipeline,
     plan,
     prediction,
-    retrieval,
     speculation,
     throughput,
     trace,
@@ -44,7 +43,6 @@ app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 bench = typer.Typer(help="Measure, and say on what.", no_args_is_help=True)
 bench.command(epilog=pipeline.EXAMPLES)(pipeline.pipeline)
 bench.command(epilog=speculation.EXAMPLES)(speculation.speculation)
-bench.command(epilog=retrieval.EXAMPLES)(retrieval.retrieval)
 bench.command(epilog=throughput.EXAMPLES)(throughput.throughput)
 bench.command(epilog=prediction.EXAMPLES)(prediction.prediction)
 app.add_typer(bench, name="bench")

@@ -12,8 +12,8 @@ from offload_triforce.cli.ending import notes, say
 from offload_triforce.errors import InputError, TriForceError
 
 if TYPE_CHECKING:
-    from offload_triforce.answer import Generation
     from offload_triforce.engine import TriForce
+    from offload_triforce.generation.answer import Generation
 
 
 class Sink:
@@ -46,7 +46,7 @@ class Sink:
         Raises:
             InputError: the file could not be written; the answer is on standard output then.
         """
-        from offload_triforce import report
+        from offload_triforce.cli import report
 
         whole = report.as_json(result) if self._as_json else result.text
         if self._path is None:
@@ -65,7 +65,7 @@ def answer(
     engine: TriForce, ids: list[int], seed: int | None, sink: Sink, verbose: bool, sampling: dict[str, Any]
 ) -> None:
     """Decode and report. What came before an interruption or a mistake is given out first."""
-    from offload_triforce import report
+    from offload_triforce.cli import report
 
     stopped: BaseException | None = None
     with engine, report.bars(notes) as (progress, pinning):

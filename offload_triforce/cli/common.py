@@ -106,23 +106,3 @@ class Kept:
         if not shown:
             typer.echo(json.dumps(report))
         raise InputError(f"{self._path} could not be written: {self._failed}; the JSON is on standard output instead")
-
-
-def build_settings(config: str | None, **options: Any) -> Any:
-    """Settings from a file and from options that were given."""
-    from offload_triforce.config import Settings, replace_settings
-
-    values: dict[str, Any] = {}
-    if config is not None:
-        from offload_triforce.prompt import read_text
-
-        try:
-            values = json.loads(read_text(config))
-        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{config} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{config} must hold one JSON object of settings")
-    given = {name: value for name, value in options.items() if value is not None}
-    return replace_settings(Settings(), values | given)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from offload_triforce.cli.common import build_settings, examples, guarded
+from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import notes, paper
-from offload_triforce.cli.options import Ahead, AsJson, Budget, Device, DraftCache, Gamma, Gamma1, Seed, Temperature
+from offload_triforce.cli.options import AsJson, Device, Seed, Temperature
+from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models
 from offload_triforce.cli.values import check_temperatures, read_speed, read_tokens
 
@@ -17,30 +18,28 @@ EXAMPLES = examples("offload-triforce demo", "offload-triforce demo --temperatur
 
 
 @guarded
+@takes_settings("gamma", "gamma1", "overlap", "draft_cache", budget="1024")
 def demo(
+    *,
     draft: Annotated[str, typer.Option(help="ngram, self, ngram+self or none.")] = "ngram",
     prompt_tokens: Annotated[str, typer.Option(help="Length of the text, 512 to 8,000.")] = "6000",
     max_new_tokens: Annotated[str, typer.Option(help="Limit of each answer.")] = "64",
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    budget: Budget = "1024",
-    gamma: Gamma = None,
-    gamma1: Gamma1 = None,
-    ahead: Ahead = None,
-    draft_cache: DraftCache = None,
     device: Device = "auto",
     link_gbps: Annotated[str, typer.Option(help="Speed of the emulated link in GB/s; CPU only.")] = "0.2",
     as_json: AsJson = False,
+    given: dict[str, Any],
 ) -> None:
     """Watch it work: SmolLM2 reads 6,000 tokens and answers, plainly and through the hierarchy."""
     check_temperatures(temperature)
     length = read_tokens(prompt_tokens, "--prompt-tokens", 512, 8000)
     new_tokens, gbps = read_tokens(max_new_tokens, "--max-new-tokens"), read_speed(link_gbps, "--link-gbps")
-    settings = build_settings(None, budget=budget, gamma=gamma, gamma1=gamma1, ahead=ahead, draft_cache=draft_cache)
+    settings = build_settings(given)
     find_models("smollm2")
-    from offload_triforce import report
+    from offload_triforce.cli import report
+    from offload_triforce.cli.demonstration import run_demo
     from offload_triforce.config import replace_settings
-    from offload_triforce.demo import run_demo
     from offload_triforce.model.loader import resolve_device
 
     if resolve_device(device).type == "cpu":

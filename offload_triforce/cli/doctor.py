@@ -19,7 +19,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has and lacks, and measure its link and memory once, for plan."""
-    from offload_triforce.doctor import examine
+    from offload_triforce.machine.doctor import examine
 
     with notes.status("measuring"):
         report = examine()

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from offload_triforce.cli.answering import Sink, answer
-from offload_triforce.cli.common import build_settings, examples, guarded
+from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import loading, say
-from offload_triforce.cli.options import (
-    Adaptive,
-    Ahead,
-    AsJson,
-    Bits,
-    Branches,
-    Budget,
-    Config,
-    Device,
-    Draft,
-    DraftCache,
-    Gamma,
-    Gamma1,
-    Refresh,
-    Resident,
-    Ring,
-    SamplingRule,
-    Seed,
-    Temperature,
-    Tile,
-    Tree,
-    Width,
-)
+from offload_triforce.cli.options import AsJson, Config, Device, Draft, Seed, Temperature
+from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models, say_unpacked
 from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
 from offload_triforce.errors import InputError
@@ -50,7 +29,9 @@ PROMPT = {"rich_help_panel": "Prompt and answer"}
 
 
 @guarded
+@takes_settings()
 def generate(
+    *,
     model: Annotated[str, typer.Option(help="A name that models lists, a hub id, a folder or a GGUF file.")],
     draft: Draft = "ngram",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", **PROMPT)] = None,
@@ -74,57 +55,16 @@ def generate(
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
     seed: Seed = None,
-    context: Annotated[
-        str | None, typer.Option(help="Most tokens of prompt and answer together: 131072, 128K.")
-    ] = None,
-    budget: Budget = None,
-    gamma: Gamma = None,
-    gamma1: Gamma1 = None,
-    tree: Tree = None,
-    branches: Branches = None,
-    width: Width = None,
-    bits: Bits = None,
-    adaptive: Adaptive = None,
-    ahead: Ahead = None,
-    refresh: Refresh = None,
-    rule: SamplingRule = None,
-    draft_cache: DraftCache = None,
-    tile: Tile = None,
-    ring: Ring = None,
-    resident: Resident = None,
-    graphs: Annotated[
-        bool | None, typer.Option("--graphs/--no-graphs", help="Replay drafting steps as CUDA graphs.")
-    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
     device: Device = "auto",
     quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
-    link_gbps: Annotated[str | None, typer.Option(help="Emulate a link of this speed, in GB/s; CPU only.")] = None,
     config: Config = None,
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The whole report at the end.")] = False,
+    given: dict[str, Any],
 ) -> None:
     """Answer a question about a text, or continue it."""
-    settings = build_settings(
-        config,
-        context=context,
-        budget=budget,
-        gamma=gamma,
-        gamma1=gamma1,
-        tree=tree,
-        branches=branches,
-        width=width,
-        bits=bits,
-        adaptive=adaptive,
-        ahead=ahead,
-        refresh=refresh,
-        rule=rule,
-        draft_cache=draft_cache,
-        tile=tile,
-        ring=ring,
-        resident=resident,
-        graphs=graphs,
-        link_gbps=link_gbps,
-    )
+    settings = build_settings(given, config)
     new_tokens = read_tokens(max_new_tokens, "--max-new-tokens")
     check_temperatures(temperature)
     check_finite(top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
@@ -133,7 +73,7 @@ def generate(
     source, small = find_models(model, draft)
     text = _text(prompt, prompt_file, ask)
     from offload_triforce.engine import TriForce
-    from offload_triforce.prompt import build_prompt
+    from offload_triforce.generation.prompt import build_prompt
 
     say_unpacked(source, dtype, device, quantize)
     with loading(model):
@@ -152,7 +92,7 @@ def generate(
 
 def _check_words(stop: list[str] | None, prompt: str | None, ask: str | None, system: str | None, raw: bool) -> None:
     """What is written on the command line itself."""
-    from offload_triforce.prompt import check_text
+    from offload_triforce.generation.prompt import check_text
 
     for name, words in (("--prompt", prompt), ("--ask", ask), ("--system", system)):
         check_text(name, words)
@@ -170,7 +110,7 @@ def _text(prompt: str | None, prompt_file: str | None, ask: str | None) -> str |
     Raises:
         InputError: two texts, or neither text nor question.
     """
-    from offload_triforce.prompt import read_text
+    from offload_triforce.generation.prompt import read_text
 
     if prompt is not None and prompt_file is not None:
         raise InputError("--prompt and --prompt-file exclude each other; give one of them")
@@ -189,7 +129,7 @@ def _text(prompt: str | None, prompt_file: str | None, ask: str | None) -> str |
 
 def _standard_input(asked: bool) -> str:
     """What is piped in; it may be nothing unless it was ``asked`` for. Who leaves it open is told what is awaited."""
-    from offload_triforce.prompt import read_text
+    from offload_triforce.generation.prompt import read_text
 
     awaited = threading.Timer(PATIENCE, say, ["reading the prompt from standard input, up to its end"])
     awaited.daemon = True

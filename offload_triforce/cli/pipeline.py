@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from offload_triforce.cli.common import build_settings, examples, guarded
+from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import paper, say
-from offload_triforce.cli.options import LEAST_TEXT, AsJson, Queries, Resident, Ring, TextTokens, Tile
+from offload_triforce.cli.options import LEAST_TEXT, AsJson, Queries, TextTokens
+from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.values import read_speed, read_tokens
 from offload_triforce.model.fetch import check_source
 
@@ -18,7 +19,9 @@ EXAMPLES = examples("offload-triforce bench pipeline --model smollm2 --link-gbps
 
 
 @guarded
+@takes_settings("tile", "ring", "resident")
 def pipeline(
+    *,
     model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2 and llama-1b.")] = None,
     link_gbps: Annotated[
         list[str] | None,
@@ -26,14 +29,12 @@ def pipeline(
     ] = None,
     tokens: TextTokens = "6000",
     repeats: Annotated[int, typer.Option(min=1, help="Passes per row; the median counts.")] = 5,
-    tile: Tile = None,
-    ring: Ring = None,
-    resident: Resident = None,
     queries: Queries = 13,
     as_json: AsJson = False,
+    given: dict[str, Any],
 ) -> None:
     """Time passes against the time that their bytes take on the link alone (emulated, without a GPU)."""
-    settings = build_settings(None, tile=tile, ring=ring, resident=resident)
+    settings = build_settings(given)
     length = read_tokens(tokens, "--tokens", LEAST_TEXT)
     speeds = [read_speed(text, "--link-gbps") for text in link_gbps or ()]
     if "smollm2" in (model or ["smollm2"]):

@@ -13,13 +13,14 @@ from rich.text import Text
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import paper
 from offload_triforce.cli.options import AsJson
+from offload_triforce.cli.settings import takes_settings
 from offload_triforce.errors import InputError
 from offload_triforce.machine.units import parse_bytes, parse_speed
 from offload_triforce.model.fetch import BOTH, check_source, draft_model
 
 if TYPE_CHECKING:
-    from offload_triforce.planner.answer import Answer
-    from offload_triforce.planner.question import Question
+    from offload_triforce.planner.query import PlanQuery
+    from offload_triforce.planner.report import PlanReport
 
 
 def _list(wanted: bool) -> None:
@@ -27,7 +28,7 @@ def _list(wanted: bool) -> None:
     if not wanted:
         return
     from offload_triforce.cli.models import table_of_models
-    from offload_triforce.planner.cards import CARDS, PAGES
+    from offload_triforce.machine.cards import CARDS, PAGES
 
     cards = _table("card", "GiB", "memory GB/s", "TFLOPS", "PCIe", "link GB/s")
     for card in CARDS:
@@ -35,7 +36,7 @@ def _list(wanted: bool) -> None:
         cards.add_row(Text(card.name, f"link {card.source}"), str(card.gib), *figures, f"{card.link_gbps:g}")
     paper().print(table_of_models())
     paper().print(cards)
-    paper().print(f"Cards: figures of {PAGES}, the link assumed; planner/cards.py names each page.", style="dim")
+    paper().print(f"Cards: figures of {PAGES}, the link assumed; machine/cards.py names each page.", style="dim")
     raise typer.Exit
 
 
@@ -57,7 +58,9 @@ Share = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of dr
 
 
 @guarded
+@takes_settings("budget", "gamma", "gamma1", "tile", "ring", "resident")
 def plan(
+    *,
     model: Annotated[
         str,
         typer.Option(help="A name that `models` lists, a hub id, folder, config.json or GGUF file; no weights needed."),
@@ -71,26 +74,19 @@ def plan(
     quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: weights and KV cache.")] = "bfloat16",
     draft: Annotated[str, typer.Option(help="A small model, likewise; or ngram, self, none.")] = "ngram",
-    budget: Annotated[str | None, typer.Option(help="Tokens in the retrieval cache, per KV head and layer.")] = None,
-    gamma: Annotated[int | None, typer.Option(help="Draft tokens per pass over the full cache; 0 is none.")] = None,
-    gamma1: Annotated[int | None, typer.Option(help="Draft tokens of level 0 per step of the retrieval level.")] = None,
-    tile: Annotated[str | None, typer.Option(help="Tokens per transfer.")] = None,
-    ring: Annotated[int | None, typer.Option(help="Tiles in flight.")] = None,
-    resident: Annotated[float | None, typer.Option(help="Share of the KV cache that stays on the device.")] = None,
     acceptance: Share = None,
     draft_acceptance: Share = None,
     as_json: AsJson = False,
     known: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the models and cards known by name.")
     ] = False,
+    given: dict[str, Any],
 ) -> None:
     """Will it fit, how fast will it be, and which settings are best. Needs neither a GPU nor weights."""
-    given = {"budget": budget, "gamma": gamma, "gamma1": gamma1, "tile": tile, "ring": ring, "resident": resident}
-    given = {name: value for name, value in given.items() if value is not None}
     for name in filter(None, (model, draft_model(draft))):
         check_source(name, weights=False)  # before torch is imported, so that a no comes soon
-    from offload_triforce.planner.answer import answer
-    from offload_triforce.planner.machine import find_machine
+    from offload_triforce.machine.hardware import find_machine
+    from offload_triforce.planner.report import make_report
 
     machine = find_machine(
         gpu,
@@ -100,9 +96,9 @@ def plan(
         None if ram is None else parse_bytes(ram, "--ram"),
     )
     question = _question(model, draft, dtype, quantize, context, machine, given, acceptance, draft_acceptance)
-    found = answer(question)
+    found = make_report(question)
     if as_json:
-        from offload_triforce.planner.report import as_dict
+        from offload_triforce.planner.wording import as_dict
 
         typer.echo(json.dumps(as_dict(found)))
     else:
@@ -111,12 +107,12 @@ def plan(
 
 def _question(
     model: str, draft: str, dtype: str, quantize: str | None, context: str, machine: Any, given: dict, *rates: Any
-) -> Question:
+) -> PlanQuery:
     from offload_triforce.config import Settings, replace_settings
     from offload_triforce.model.counts import QUANTIZATIONS
     from offload_triforce.model.weights import DTYPES
     from offload_triforce.planner.models import find_shape
-    from offload_triforce.planner.question import Question
+    from offload_triforce.planner.query import PlanQuery
 
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
@@ -131,11 +127,11 @@ def _question(
     elif word == "self":
         small = target
     names = {"source": model, "draft_source": draft}
-    return Question(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+    return PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
 
 
-def _show(found: Answer) -> None:
-    from offload_triforce.planner import report
+def _show(found: PlanReport) -> None:
+    from offload_triforce.planner import wording as report
 
     console, asked = paper(), found.question
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -155,7 +151,7 @@ def _show(found: Answer) -> None:
         say(f"assumed: {line}", style="dim")
 
 
-def _footprint(found: Answer) -> Table:
+def _footprint(found: PlanReport) -> Table:
     table, used, machine = Table("what", "where"), found.used, found.question.machine
     table.add_column("GB", justify="right")
     for where, parts, loading, total, limit in (
@@ -171,7 +167,7 @@ def _footprint(found: Answer) -> Table:
     return table
 
 
-def _times(found: Answer) -> Table:
+def _times(found: PlanReport) -> Table:
     told, drafts = found.prediction, found.drafting
     table = _table("predicted", "")
     rows = {"prefill, s": f"{told.prefill_s:.1f}"}

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from offload_triforce.cli.common import (
     Kept,
-    build_settings,
     check_writable,
     examples,
     guarded,
 )
 from offload_triforce.cli.ending import paper, say
 from offload_triforce.cli.options import LEAST_TEXT, AsJson, Out, Png
-from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
+from offload_triforce.cli.settings import build_settings, takes_settings
+from offload_triforce.cli.values import check_temperatures, read_tokens
 from offload_triforce.model.fetch import check_source
 
 EXAMPLES = examples("offload-triforce bench speculation --task explain --out out.json")
 
 
 @guarded
+@takes_settings(draft_cost=0.01)
 def speculation(
+    *,
     model: Annotated[
         list[str] | None, typer.Option(help="May be repeated; smollm2 (6K), qwen-coder (24K, slow), or any other.")
     ] = None,
@@ -36,17 +38,14 @@ def speculation(
     tokens: Annotated[
         str | None, typer.Option(help="Length of the texts, 6000 or 6K; each model's own by default.")
     ] = None,
-    draft_cost: Annotated[
-        float, typer.Option(help="What a step of the retrieval level costs, in passes: how far to draft follows.")
-    ] = 0.01,
     levers: Annotated[bool, typer.Option(help="Also each lever alone, and all but that.")] = False,
     out: Out = None,
     png: Png = None,
     as_json: AsJson = False,
+    given: dict[str, Any],
 ) -> None:
     """Tokens per pass on real tasks, against TriForce's own setting with the same memory, in the same run."""
-    settings = build_settings(None, draft_cost=draft_cost)
-    check_finite(draft_cost=draft_cost)
+    settings = build_settings(given)
     check_temperatures(*(temperature or ()))
     answer = read_tokens(new_tokens, "--new-tokens", 8)
     length = None if tokens is None else read_tokens(tokens, "--tokens", LEAST_TEXT)

@@ -51,12 +51,12 @@ def throughput(
     check_source(model)
     from offload_triforce.bench.contenders import WAYS
     from offload_triforce.bench.figures import check_pictures
-    from offload_triforce.bench.stage import Question
+    from offload_triforce.bench.stage import ThroughputQuery
     from offload_triforce.bench.throughput import bench_throughput
     from offload_triforce.bench.throughput_report import draw, lines, tables
 
     check_pictures(png)
-    asked = Question(model, contexts, answer, list(dict.fromkeys(ways or WAYS)), emulate, *caps)
+    asked = ThroughputQuery(model, contexts, answer, list(dict.fromkeys(ways or WAYS)), emulate, *caps)
     report = bench_throughput(asked, say, kept)
     if as_json:
         typer.echo(json.dumps(report))

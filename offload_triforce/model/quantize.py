@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload_triforce.errors import MemoryLimitError
-from offload_triforce.host_memory import free_on_host
+from offload_triforce.machine.memory import free_on_host
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.gguf_header import read_header
 from offload_triforce.model.weights import note_on_unpacking, packed_modules

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.memory import free_on
+from offload_triforce.machine.hardware import Machine, this_machine
+from offload_triforce.machine.memory import free_on
 from offload_triforce.model.outline import ModelLayout, ModelShape
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
-from offload_triforce.planner.machine import Machine, this_machine
 from offload_triforce.planner.predict import (
     DRAFT_ACCEPTANCE,
     Assumed,
@@ -92,7 +92,7 @@ def choose_for_loaded(
 ) -> Settings:
     """What is None in ``settings``, for a model whose weights are on the card already. On a CPU nothing is changed.
 
-    How far to guess is found out while decoding (see ``Settings.adaptive``), so the gammas stay as they are.
+    How far to draft is found out while decoding (see ``Settings.adaptive``), so the gammas stay as they are.
 
     Args:
         context: tokens of prompt and answer. draft_bytes: what a draft model is yet to take.
@@ -126,7 +126,7 @@ def _ring(
 
     ``plan``: with the ring that nobody chose. Rather that one than none that fits.
     """
-    if settings.ring is not None or not settings.ahead or settings.gamma == 0:
+    if settings.ring is not None or not settings.overlap or settings.gamma == 0:
         return plan.ring
     step = MARGIN * step_seconds(model, settings, context, machine.speeds)
     ring = choose_ring(plan.tile_bytes, step * machine.link_gbps * 1e9)
@@ -145,9 +145,11 @@ def _gammas(
     draft_kind: str,
     rates: Assumed,
 ) -> Settings:
-    """The settings with those guesses per pass and per step that take the least time per token."""
+    """The settings with those draft tokens per pass and per step that take the least time per token."""
     gammas = (
-        (settings.gamma,) if "gamma" in fixed else [g for g in GAMMAS if g <= (settings.tree or g)] or [settings.tree]
+        (settings.gamma,)
+        if "gamma" in fixed
+        else [g for g in GAMMAS if g <= (settings.draft_tokens or g)] or [settings.draft_tokens]
     )
     if gammas == (0,):
         return settings

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload_triforce.config import Settings
-from offload_triforce.memory import work_out
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.planner.sizes import make_plan, make_shape, work_out
 from offload_triforce.scheduler.plan import TilePlan
 
 # Device memory that no allocation of ours accounts for: CUDA's own context, cuBLAS' workspaces, captured graphs.

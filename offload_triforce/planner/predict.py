@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from offload_triforce.config import Settings
+from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.machine import Machine
 from offload_triforce.planner.sizes import make_plan, make_shape
-from offload_triforce.scheduler.cost import (
+from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.simulate import (
     LinkSpeed,
     PassTime,
     PassWork,
@@ -20,25 +21,24 @@ from offload_triforce.scheduler.cost import (
     predict_prefill,
     rounds,
 )
-from offload_triforce.scheduler.plan import TilePlan
 
 # The host's time to launch an operation from Python, and the device's time between two of a replayed graph, in
 # seconds; operations per decoder layer and per tile. Orders of magnitude, not yet measured on a card.
 LAUNCH, REPLAY = 8e-6, 1.5e-6
 PER_LAYER, PER_TILE = 25, 6
 
-# Acceptance by the target of a guess of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K tokens of
-# Python source, T=0.6, chunks of 8, chosen anew every 16 tokens. Never assumed better than at the largest budget.
+# Acceptance by the target of a draft token of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K
+# tokens of Python source, T=0.6, chunks of 8, chosen anew every 16 tokens. Never assumed better than at the largest.
 ACCEPTANCE = ((1024, 0.886), (2048, 0.912), (4096, 0.944))
-# Acceptance by the retrieval level of a guess that a draft is asked for. Look-up in the text often has none to offer:
-# TriForce's chains take 10.2 steps for 12 guesses where the text is drawn (benchmarks/results/speculation_cpu.json, 10
+# Acceptance by the retrieval level of a token that a drafter is asked for. Look-up in the text often has none to offer:
+# TriForce's chains take 10.2 steps for 12 tokens where the text is drawn (benchmarks/results/speculation_cpu.json, 10
 # cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family.
 DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6}
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """Acceptance of a guess: of the retrieval level by the target, of the draft by the retrieval level."""
+    """Acceptance of a draft token: the retrieval level's by the target, the drafter's by the retrieval level."""
 
     retrieval: float
     draft: float
@@ -136,7 +136,7 @@ def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Sp
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
-    """All guesses of a draft model for one step of the retrieval level; look-up in the text costs nothing here."""
+    """All that a draft model drafts for one step of the retrieval level; look-up in the text costs nothing here."""
     if draft is None:
         return 0.0
     reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1, bits=16)
@@ -169,12 +169,12 @@ def round_time(
     draft: ModelShape | None,
     passing: PassTime,
 ) -> RoundTime:
-    """Guessing and the pass that judges it."""
-    guesses = settings.gamma > 0
+    """Drafting and the pass that verifies it."""
+    drafted = settings.gamma > 0
     return RoundTime(
         passing.seconds,
-        step_seconds(model, settings, context, speeds) if guesses else 0.0,
-        draft_seconds(draft, settings, speeds) if guesses else 0.0,
+        step_seconds(model, settings, context, speeds) if drafted else 0.0,
+        draft_seconds(draft, settings, speeds) if drafted else 0.0,
         rounds(settings.gamma, settings.gamma1, assumed.draft),
         chain(assumed.retrieval, settings.gamma),
     )

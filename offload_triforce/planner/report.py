@@ -1,174 +1,201 @@
-"""What a plan says in words: first whether it is the thing to do, last the command to paste."""
+"""The planner's answer: what lies where and how long it takes, or what is missing and what would fit."""
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import dataclass, replace
 from typing import Any
 
-from offload_triforce.machine.units import gigabytes
-from offload_triforce.model.weights import note_on_unpacking
-from offload_triforce.planner.answer import Answer
-from offload_triforce.planner.fit import unpacked_bytes
+from offload_triforce.config import Settings, replace_settings
+from offload_triforce.planner.choose import assume
+from offload_triforce.planner.fit import Footprint, footprint, missing
+from offload_triforce.planner.predict import Prediction, predict, predict_target
+from offload_triforce.planner.query import PlanQuery
+from offload_triforce.planner.suggest import suggest
 
-PROMPT = "prompt.txt"
-
-
-def verdict(found: Answer) -> str:
-    """One sentence: whether it fits and how much of what it takes, how fast it will be, and what to do."""
-    if found.missing:
-        return _refusal(found)
-    on_card, machine = found.chosen.on_card, found.question.machine
-    amount = f"{gigabytes(found.used.vram_bytes)} of {gigabytes(machine.memory)} on the card"
-    if machine.host is not None:
-        amount += f" and {gigabytes(found.used.host_bytes)} of {gigabytes(machine.host)} of host memory"
-    head = "Fits on the card as a whole" if on_card else "Fits"
-    if not is_accepted(found):
-        head += (
-            f", but `generate` refuses more than the model's {found.question.model.layout.max_positions:,} positions"
-        )
-    return f"{head}: {amount}; {_speed(found.ms_per_token)} {_what_to_do(found)}."
+# Texts beyond this are not looked at.
+LONGEST = 1 << 20
+# Where nothing crosses the link, drafting has to gain this much before it is recommended: predictions are no better.
+WORTH = 1.1
 
 
-def _what_to_do(found: Answer) -> str:
-    """By which way the speed is, how the other compares, and whether this runtime is the right thing."""
-    told = found.prediction
-    if found.way == "hierarchy":
-        if found.plain.missing:
-            return "through the hierarchy, where plain decoding has no room"
-        if told.round.ms_per_token > told.plain_ms:
-            return f"through the hierarchy, which plain decoding (--gamma 0) beats with {_digits(told.plain_ms)} ms"
-        ratio = f"{told.plain_ms / told.round.ms_per_token:.1f} times as fast as plain decoding"
-        right = ", which is what this runtime is for"
-        if found.plain.on_card:
-            right = ", but any engine that keeps its KV cache on the card serves too"
-        return f"through the hierarchy, {ratio} ({_digits(told.plain_ms)} ms){right}"
-    if found.hierarchy is found.plain:
-        against = ""
-    elif found.hierarchy.missing:
-        against = ", since there is no room for a retrieval cache"
-    else:
-        does = "hardly speed up" if told.round.ms_per_token < told.plain_ms else "slow down"
-        against = f", which drafting would {does} ({_digits(told.round.ms_per_token)} ms)"
-    if not found.chosen.on_card:
-        return f"by plain decoding{against}"
-    others = "any engine that keeps its KV cache on the card serves as well"
-    if found.pays_from is not None:
-        others += f", and this one pays from about {found.pays_from:,} tokens on"
-    return f"by plain decoding{against}: {others}"
+@dataclass(frozen=True)
+class Way:
+    """One way to decode: its settings, what they take, and what of that is not there."""
+
+    settings: Settings
+    used: Footprint
+    missing: list[dict[str, int | str]]
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the whole KV cache stays on the card: nothing crosses the link."""
+        return self.used.plan is None or self.used.plan.host_bytes == 0
 
 
-def is_accepted(found: Answer) -> bool:
-    """Whether ``generate`` would take a text of that length."""
-    positions = found.question.model.layout.max_positions
-    return positions is None or found.question.context <= positions
+@dataclass(frozen=True)
+class PlanReport:
+    """Two ways to decode compared, each with its own split of the memory.
 
-
-def command(found: Answer) -> str:
-    """What to paste into a shell, with a file name to be replaced."""
-    words = ["offload-triforce", "generate", "--model", found.question.source]
-    if found.settings.gamma and found.question.draft_source != "ngram":
-        words += ["--draft", found.question.draft_source]
-    return shlex.join([*words, "--prompt-file", PROMPT, *_options(found)])
-
-
-def notes(found: Answer) -> list[str]:
-    """What else there is to know of this model."""
-    asked, said = found.question, []
-    layout = asked.model.layout
-    if not is_accepted(found):
-        said.append(
-            f"{asked.context:,} tokens are more than the model's {layout.max_positions:,} positions: `generate` "
-            "refuses them until its config.json has a longer rotary scaling, such as YaRN"
-        )
-    if not layout.full:
-        said.append("all layers have a sliding window, which stays on the card: nothing is streamed")
-    for model in [asked.model] if asked.draft in (None, asked.model) else [asked.model, asked.draft]:
-        if model.gguf is not None:
-            said.append(note_on_unpacking(model.gguf, unpacked_bytes(model), layout.dtype, model.quantize))
-    if asked.model.quantize and asked.model.weights.experts:
-        said.append("bitsandbytes leaves the experts in 16 bits")
-    if found.packed_fits:
-        said.append(f"with --quantize {found.packed_fits}, all of the KV cache would fit on the card")
-    return said
-
-
-def as_dict(found: Answer) -> dict[str, Any]:
-    """For JSON. Sizes in bytes; times in the unit of their name; null where it does not fit.
-
-    ``ms_per_token`` and what follows it are of the hierarchy, ``ms_per_token_plain`` of plain decoding; ``way`` tells
-    which to take, and all sizes are of that one.
+    Attributes:
+        hierarchy, plain: the two ways; one and the same where gamma is given as 0.
+        way: the one to take, "hierarchy" or "plain": what fits and is faster, or what was asked for.
+        suggestions: what would fit, where nothing does.
+        prediction: of both ways; None where the one to take does not fit.
+        pays_from: where plain decoding is the way to take, the length of text from which the hierarchy is faster, in
+            steps of 1,024 tokens; None if there is none that fits.
+        packed_fits: where the cache has to be streamed, the quantisation under which all of it would stay on the card.
     """
-    asked, told, drafts, used = found.question, found.prediction, found.drafting, found.used
-    return {
-        "fits": not found.missing,
-        "verdict": verdict(found),
-        "model": asked.model.name,
-        "parameters": asked.model.weights.parameters,
-        "quantize": asked.model.quantize,
-        "context": asked.context,
-        "machine": asked.machine.name,
-        "vram_bytes": used.vram_bytes,
-        "vram_limit": asked.machine.memory,
-        "host_bytes": used.host_bytes,
-        "host_limit": asked.machine.host,
-        "way": found.way,
-        "on_card": found.chosen.on_card,
-        "pays_from": found.pays_from,
-        "ms_per_token": drafts and drafts.round.ms_per_token,
-        "ms_per_token_plain": told and (None if found.plain.missing else told.plain_ms),
-        "prefill_s": told and told.prefill_s,
-        "tokens_per_pass": drafts and drafts.round.tokens,
-        "pass_s": drafts and drafts.passing.seconds,
-        "pass_link_s": drafts and drafts.passing.link,
-        "step_ms": drafts and 1e3 * drafts.round.step_s,
-        "steps_per_pass": drafts and drafts.round.steps,
-        "missing": found.missing,
-        "suggestions": found.suggestions,
-        "settings": {name: value for name, value in vars(found.settings).items() if name != "link_gbps"},
-        "device": used.device,
-        "host": used.host,
-        "loading": {"device": used.loading.device, "host": used.loading.host},
-        "device_plain": found.plain.used.device,
-        "assumptions": found.assumptions,
-        "notes": notes(found),
-        "options": shlex.join(_options(found)),
-        "command": command(found),
-    }
+
+    question: PlanQuery
+    hierarchy: Way
+    plain: Way
+    way: str
+    suggestions: list[dict[str, str]]
+    prediction: Prediction | None
+    pays_from: int | None
+    packed_fits: str | None
+    assumptions: list[str]
+
+    @property
+    def chosen(self) -> Way:
+        """The way to take."""
+        return self.plain if self.way == "plain" else self.hierarchy
+
+    @property
+    def settings(self) -> Settings:
+        """Of the way to take."""
+        return self.chosen.settings
+
+    @property
+    def used(self) -> Footprint:
+        """By the way to take."""
+        return self.chosen.used
+
+    @property
+    def missing(self) -> list[dict[str, int | str]]:
+        """For the way to take."""
+        return self.chosen.missing
+
+    @property
+    def drafting(self) -> Prediction | None:
+        """The prediction, where the hierarchy fits and drafts at all."""
+        return None if self.hierarchy.missing or not self.hierarchy.settings.gamma else self.prediction
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Of the way to take; None where it does not fit."""
+        told = self.prediction
+        return told and (told.plain_ms if self.way == "plain" else told.round.ms_per_token)
 
 
-def _options(found: Answer) -> list[str]:
-    """The settings as options of ``generate``."""
-    asked, settings = found.question, found.settings
-    drafting = ("budget", "gamma", "gamma1") if settings.gamma else ("gamma",)
-    names = (*drafting, "tile", "ring", "resident")
-    given: dict[str, Any] = {"context": asked.context} | {name: getattr(settings, name) for name in names}
-    given["quantize"] = asked.model.quantize
-    dtype = str(asked.model.layout.dtype)[6:]
-    given["dtype"] = dtype if dtype != "bfloat16" else None
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+def make_report(question: PlanQuery) -> PlanReport:
+    """Whether it fits, what lies where, and how fast it will be.
+
+    Raises:
+        InputError: settings that contradict each other.
+    """
+    hierarchy = _way(question)
+    plain = _plain(question) if hierarchy.settings.gamma else hierarchy
+    told = None if hierarchy.missing and plain.missing else _predict(question, hierarchy, plain)
+    way = _better(question, hierarchy, plain, told)
+    chosen = plain if way == "plain" else hierarchy
+    return PlanReport(
+        question,
+        hierarchy,
+        plain,
+        way,
+        suggest(question) if chosen.missing else [],
+        None if chosen.missing else told,
+        _pays_from(question) if way == "plain" and "gamma" not in question.fixed else None,
+        None if chosen.missing or chosen.on_card else _packed_fits(question),
+        _assumptions(question, None if hierarchy is plain or hierarchy.missing or chosen.used.plan is None else told),
+    )
 
 
-def _refusal(found: Answer) -> str:
-    machine = found.question.machine
-    used = {"device memory": found.used.vram_bytes, "host memory": found.used.host_bytes}
-    limits = {"device memory": machine.memory, "host memory": machine.host}
-    parts = [
-        f"{gigabytes(used[gap['what']])} of {gap['what']} where there are {gigabytes(limits[gap['what']])}, "
-        f"{gigabytes(gap['bytes'])} too little"
-        for gap in found.missing
+def _way(question: PlanQuery, **changes: Any) -> Way:
+    """The best settings for a question, some of them given."""
+    settings = question.choose(**changes)
+    used = footprint(question.model, settings, question.context, question.draft)
+    return Way(settings, used, missing(used, question.machine.memory, question.machine.host))
+
+
+def _plain(question: PlanQuery) -> Way:
+    """Plain decoding: no draft model, no retrieval cache to speak of, and all the more resident tiles."""
+    fixed = tuple(name for name in question.fixed if name != "budget")
+    settings = replace_settings(question.settings, {"budget": None})
+    return _way(replace(question, settings=settings, fixed=fixed, draft=None, draft_kind="none"), gamma=0)
+
+
+def _predict(question: PlanQuery, hierarchy: Way, plain: Way) -> Prediction:
+    """Each way by its own settings; the prefill by the hierarchy's, which takes about as long as plain decoding's."""
+    asked, machine = question, question.machine
+    rates = assume(hierarchy.settings, asked.context, asked.draft_kind, asked.retrieval, asked.drafted)
+    told = predict(asked.model, hierarchy.settings, asked.context, machine, rates, asked.draft)
+    alone = predict_target(asked.model, plain.settings, asked.context, machine, 1, refresh=False)
+    return replace(told, plain=alone)
+
+
+def _better(question: PlanQuery, hierarchy: Way, plain: Way, told: Prediction | None) -> str:
+    if hierarchy is plain:
+        return "plain"
+    if told is None or "gamma" in question.fixed:
+        return "hierarchy"
+    if hierarchy.missing or plain.missing:
+        return "plain" if hierarchy.missing else "hierarchy"
+    return "hierarchy" if _gains(plain, told) else "plain"
+
+
+def _gains(plain: Way, told: Prediction) -> bool:
+    """Whether drafting pays."""
+    return told.plain_ms > told.round.ms_per_token * (WORTH if plain.on_card else 1.0)
+
+
+def _pays_from(question: PlanQuery) -> int | None:
+    """The shortest longer text, in steps of 1,024 tokens, at which the hierarchy fits and is faster."""
+    most = min(question.model.layout.max_positions or LONGEST, LONGEST) // 1024
+    low = high = -(-question.context // 1024)
+    while not _pays(question, high * 1024):
+        if high >= most:
+            return None
+        low, high = high, min(most, high + high // 2 + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _pays(question, middle * 1024) else (middle, high)
+    return high * 1024
+
+
+def _pays(question: PlanQuery, context: int) -> bool:
+    longer = replace(question, context=context)
+    hierarchy = _way(longer)
+    if hierarchy.missing:
+        return False
+    plain = _plain(longer)
+    told = _predict(longer, hierarchy, plain)
+    return bool(plain.missing) or _gains(plain, told)
+
+
+def _packed_fits(question: PlanQuery) -> str | None:
+    """The quantisation that makes room for the whole KV cache on the card, the one that changes least first."""
+    for model in sorted(question.variants, key=lambda model: -model.weights.total):
+        way = _plain(replace(question, model=model))
+        if not way.missing and way.on_card:
+            return model.quantize
+    return None
+
+
+def _assumptions(question: PlanQuery, told: Prediction | None) -> list[str]:
+    """Of the machine, and of drafting where that is predicted."""
+    said = list(question.machine.said)
+    if told is None:
+        return said
+    rates = told.assumed
+    given = ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
+    if question.retrieval is not None:
+        given = " (as given)"
+    return [
+        *said,
+        f"the target accepts {rates.retrieval:.1%} of the retrieval level's draft tokens{given}",
+        f"the retrieval level accepts {rates.draft:.0%} of the draft's tokens ({question.draft_kind})",
+        "one path of draft tokens at a time: branches, and drafting that passes hide, are left out; both help",
+        "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out",
     ]
-    if len(found.missing) == 1:
-        remedies = " or ".join(other["option"] for other in found.suggestions[:2])
-    else:  # one of each
-        remedies = " and ".join({other["for"]: other["option"] for other in reversed(found.suggestions)}.values())
-    remedy = f"{remedies} would make it fit" if remedies else "take a smaller model"
-    return f"Does not fit: it takes {', and '.join(parts)}; {remedy}."
-
-
-def _speed(ms: float) -> str:
-    return f"about {_digits(ms)} ms per token ({_digits(1e3 / ms)} tokens per second)"
-
-
-def _digits(value: float) -> str:
-    """A number for people, with two digits at least."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

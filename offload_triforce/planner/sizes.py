@@ -1,14 +1,25 @@
-"""How a context is cut into tiles, and a budget into chunks: from settings alone, for planning and running alike."""
+"""How a context is cut into tiles, a budget into chunks, and what it all takes: before anything is allocated.
+
+From settings and a model's layout alone, for planning and running alike.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from offload_triforce.cache.sizes import RetrievalShape
+import torch
+
+from offload_triforce.cache.sizes import RetrievalShape, tail_capacity, window_room
 from offload_triforce.config import Settings
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.machine.memory import free_on, free_on_host
 from offload_triforce.model.outline import ModelLayout
 from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
@@ -43,3 +54,101 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
 def make_shape(settings: Settings, context: int) -> RetrievalShape:
     """How the retrieval cache's budget is spent at a context of that many tokens."""
     return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent, settings.bits)
+
+
+class Configured(Protocol):
+    """A model, loaded or only planned."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """transformers' own."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes beside the weights: in host memory, and on the device by purpose."""
+
+    host: int
+    caches: dict[str, int]  # held all along
+    prefill: dict[str, int]  # held while the prompt is read; decoding takes less
+
+    @property
+    def device(self) -> int:
+        """Most bytes on the device at one time."""
+        return sum(self.caches.values()) + sum(self.prefill.values())
+
+    @property
+    def fixed(self) -> int:
+        """Of these, those that hardly depend on the length of the text."""
+        everything = self.caches | self.prefill
+        return sum(everything.get(part, 0) for part in ("ring", "tail", "retrieval cache", "activations of a chunk"))
+
+
+def work_out(
+    model: Configured,
+    layout: ModelLayout,
+    settings: Settings,
+    shape: RetrievalShape,
+    plan: TilePlan | None,
+    context: int,
+) -> Needs:
+    """What a text of ``context`` tokens takes. ``plan`` is None when all layers have a sliding window."""
+    config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.block
+    caches, host = {}, 0
+    if layout.sliding:
+        room = window_room([layout.layers[i].window for i in layout.sliding], context, block) + settings.room
+        caches["sliding windows"] = room * sum(layout.token_bytes(i) for i in layout.sliding)
+    if plan is not None:
+        token = plan.token_bytes * plan.layers
+        caches["resident tiles"] = plan.resident_bytes
+        caches["ring"] = plan.ring_bytes
+        keep = shape.tail_needed(settings.news)
+        caches["tail"] = tail_capacity(plan, keep, block, settings.news) * token
+        near = shape.near(settings.news, settings.room)
+        chosen = plan.layers * plan.kv_heads * shape.chosen_bytes(plan.head_dim, itemsize)
+        caches["retrieval cache"] = chosen + near * token
+        # Which chunks are chosen: one byte per chunk, one int64 and one float32 per slot.
+        caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 12 * shape.slots)
+        host = plan.host_bytes
+    chunk = min(settings.prefill_chunk, context)
+    prefill = {
+        "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
+        "hidden states": context * config.hidden_size * itemsize,
+        "rotary embeddings": context * 2 * max(layer.head_dim for layer in layout.layers) * itemsize,
+        "activations of a chunk": activation_bytes(config, chunk, itemsize),
+    }
+    return Needs(host, caches, prefill)
+
+
+def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
+    """What a layer holds on the way for that many tokens, roughly. ``config``: transformers' own, of a text model.
+
+    Gate, up and their product; queries, keys, values, residuals and norms in float32.
+    """
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return tokens * (3 * inner + 8 * config.hidden_size) * itemsize
+
+
+def check_memory(needs: Needs, device: torch.device, context: int) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        MemoryLimitError: how much is missing, and a context that would fit.
+    """
+    free = free_on_host()
+    if device.type == "cuda":
+        _compare("device", needs.device, needs.fixed, free_on(device), context)
+        _compare("host", needs.host, 0, free, context)
+    else:
+        _compare("host", needs.host + needs.device, needs.fixed, free, context)
+
+
+def _compare(kind: str, needed: int, fixed: int, free: int, context: int) -> None:
+    if needed <= free:
+        return
+    fits = max(0, int(context * (free - fixed) / (needed - fixed) * 0.95) // 1024 * 1024)
+    hint = f"a context of {fits:,} tokens would fit" if fits else "free some memory or take a smaller model"
+    raise MemoryLimitError(
+        f"a context of {context:,} tokens needs {needed / 1e9:.1f} GB of {kind} memory, but {free / 1e9:.1f} GB are "
+        f"free, {(needed - free) / 1e9:.1f} GB too little; {hint}"
+    )

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from offload_triforce.machine.cards import CARDS
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.cards import CARDS
 from offload_triforce.planner.choose import LEAST_BUDGET, resident_share
 from offload_triforce.planner.fit import Footprint, footprint, missing
-from offload_triforce.planner.question import Question
+from offload_triforce.planner.query import PlanQuery
 
 DEVICE, HOST = "device memory", "host memory"
 
 
-def suggest(asked: Question) -> list[dict[str, str]]:
+def suggest(asked: PlanQuery) -> list[dict[str, str]]:
     """Options that make room, each with why and with what it makes room in. Where both are short, take one of each."""
     bare = _used(asked, resident=0.0)
     settings = asked.choose()
@@ -38,7 +38,7 @@ def suggest(asked: Question) -> list[dict[str, str]]:
     return found
 
 
-def _smaller(asked: Question) -> Iterator[tuple[str, str]]:
+def _smaller(asked: PlanQuery) -> Iterator[tuple[str, str]]:
     """What takes less of the card."""
     memory = asked.machine.memory
     if "resident" in asked.fixed and asked.settings.resident:
@@ -56,7 +56,7 @@ def _smaller(asked: Question) -> Iterator[tuple[str, str]]:
             yield f"--quantize {model.quantize}", f"weights take {gigabytes(model.weights.total)} then"
 
 
-def _longest(asked: Question) -> int | None:
+def _longest(asked: PlanQuery) -> int | None:
     """The longest shorter context that fits, a multiple of 1,024; None if there is none."""
     low, high = 0, -(-asked.context // 1024)  # the first fits (nothing does), the second does not
     while high - low > 1:
@@ -66,12 +66,12 @@ def _longest(asked: Question) -> int | None:
     return low * 1024 or None
 
 
-def _used(asked: Question, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Footprint:
+def _used(asked: PlanQuery, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Footprint:
     """What it takes with something changed. The gammas stay as they are: seeking better ones takes time."""
     kept = {"gamma": asked.settings.gamma, "gamma1": asked.settings.gamma1}
     settings = asked.choose(model, context, **kept, **changes)
     return footprint(model or asked.model, settings, context or asked.context, asked.draft)
 
 
-def _limits(asked: Question) -> tuple[int, int | None]:
+def _limits(asked: PlanQuery) -> tuple[int, int | None]:
     return asked.machine.memory, asked.machine.host

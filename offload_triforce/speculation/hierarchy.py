@@ -2,9 +2,10 @@
 
     draft (L0)  ->  retrieval level (L1)  ->  target with the full cache (L2)
 
-Level 1 grows a tree of guesses behind the text, with the help of a draft that it judges itself; the target reads all of
-it in one pass, and walks from the root as far as the guesses are right. Each token on the way is the target's own,
-by a rule that makes it so whatever was guessed (``rules``). While the pass streams, level 1 goes on guessing.
+Level 1 grows a tree of draft tokens behind the text, with the help of a drafter that it judges itself; the target
+reads all of it in one pass, and accepts draft tokens from the root on as far as they are right (``verify_tree``). Each
+token on the way is the target's own, by a rule that makes it so whatever was drafted (``acceptance``). While the pass
+streams, level 1 drafts ahead.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Protocol
 from torch import Tensor
 
 from offload_triforce.scheduler.pipeline import Slack
+from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.place import Place
-from offload_triforce.speculation.rules import Rule
+from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node
-from offload_triforce.stats import DecodeStats
 
 
 class Target(Protocol):
     """The level that has the last word."""
 
     def score(self, nodes: Sequence[Node], idle: Callable[[], object] | None) -> Tensor:
-        """Read the root of a tree and some of its guesses, parents first: the logits after each, [T, V].
+        """Read the root of a tree and some of its draft tokens, parents first: the logits after each, [T, V].
 
         ``idle`` is called whenever there is time for something else.
         """
@@ -40,13 +41,13 @@ class Target(Protocol):
 
 
 class Proposer(Protocol):
-    """Whoever guesses for the target, in a tree."""
+    """Whoever drafts for the target, in a tree."""
 
     def propose(self, text: TokenText, limit: int) -> list[Node]:
-        """The text's newest token as the root, then guesses of at most ``limit`` tokens behind it, parents first."""
+        """The text's newest token as the root, then draft tokens at most ``limit`` deep behind it, parents first."""
 
     def go_on(self) -> object:
-        """Guess further while those are judged, if there is time."""
+        """Draft further while those are judged, if there is time."""
 
     def learn(self, node: Node, taken: int) -> None:
         """The target took token ``taken`` after a node."""
@@ -60,8 +61,8 @@ class Proposer(Protocol):
 
 def decode(
     target: Target,
-    middle: Proposer,
-    rule: Rule,
+    tree_drafter: Proposer,
+    rule: AcceptanceRule,
     text: TokenText,
     limit: int,
     stats: DecodeStats,
@@ -70,8 +71,8 @@ def decode(
     """Decode up to ``limit`` tokens; yields the new ones after each pass of the target.
 
     Args:
-        target: the authority. middle: whoever guesses for it.
-        rule: how guesses are judged.
+        target: the authority. tree_drafter: whoever drafts for it.
+        rule: how draft tokens are judged.
         text: prompt in, everything out.
         limit: most new tokens.
         stats: what is counted.
@@ -80,12 +81,12 @@ def decode(
     end = len(text) + limit
     while len(text) < end:
         start = len(text)
-        nodes = middle.propose(text, end - start - 1)
+        nodes = tree_drafter.propose(text, end - start - 1)
         started = time.perf_counter()
-        nodes, logits = read(target, nodes, middle, stats)
+        nodes, logits = read(target, nodes, tree_drafter, stats)
         path, ended, failure = [], False, None
         try:
-            for node in walk(nodes, logits, rule, text, middle):
+            for node in verify_tree(nodes, logits, rule, text, tree_drafter):
                 path.append(node)
                 ended = stop(text)
                 if ended:
@@ -95,12 +96,15 @@ def decode(
                 raise
             failure = error
         place, token = {node: number for number, node in enumerate(nodes)}, text[-1:][0]
-        middle.move_to(path[-1], token)
+        # The drafter first: the commit moves all that is still drafted to where the text now ends, so what the verdict
+        # has ruled out has to be gone by then. Times are told after it, as it is part of the round; and all of this
+        # before the yield, since whoever reads may take long, or never come back.
+        tree_drafter.move_to(path[-1], token)
         target.commit([place[node] for node in path])
         right = path[-1].known.get(token) in place  # the text ended before anybody asked what follows that draft token
         rejected = not right and any(node.parent is path[-1] for node in nodes)
         stats.add_pass(len(nodes) - 1, len(path) - 1 + right, rejected, len(text) - start)
-        middle.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.slack())
+        tree_drafter.passed(len(nodes), time.perf_counter() - started, len(text) - start, target.slack())
         yield text[start:]
         if failure is not None:
             raise failure
@@ -108,13 +112,13 @@ def decode(
             return
 
 
-def read(target: Target, nodes: list[Node], middle: Proposer, stats: DecodeStats) -> tuple[list[Node], Tensor]:
+def read(target: Target, nodes: list[Node], tree_drafter: Proposer, stats: DecodeStats) -> tuple[list[Node], Tensor]:
     """A pass over the root and its draft tokens: what was read, and the logits after each, [T, V].
 
     Keys or values that are no numbers (NaN) spoil the whole pass, even where nobody attends to them. They may be a
     draft token's, and the text itself without any: so the root is read again, alone.
     """
-    logits = target.score(nodes, middle.go_on)
+    logits = target.score(nodes, tree_drafter.go_on)
     if len(nodes) == 1 or not bool(logits.isnan().any()):
         return nodes, logits
     target.commit([])
@@ -122,8 +126,10 @@ def read(target: Target, nodes: list[Node], middle: Proposer, stats: DecodeStats
     return nodes[:1], target.score(nodes[:1], None)
 
 
-def walk(nodes: Sequence[Node], logits: Tensor, rule: Rule, text: TokenText, middle: Proposer) -> Iterator[Node]:
-    """Follow the target through the tree, from the root as far as the draft tokens are right.
+def verify_tree(
+    nodes: Sequence[Node], logits: Tensor, rule: AcceptanceRule, text: TokenText, tree_drafter: Proposer
+) -> Iterator[Node]:
+    """Verify a tree of draft tokens: follow the target from the root, as far as they are right.
 
     Yields each node on the way, once the text has got the target's token after it. The rule is asked about the text
     alone, place by place, and about none behind its end: this generator is then left where it is.
@@ -134,7 +140,7 @@ def walk(nodes: Sequence[Node], logits: Tensor, rule: Rule, text: TokenText, mid
     node: Node | None = nodes[0]
     while node in rows:
         token = rule.verdict(rows[node], Place(text.ids_on, len(text)), node.candidates, len(node.children))
-        middle.learn(node, token)
+        tree_drafter.learn(node, token)
         text.append([token])
         text.decide()
         yield node

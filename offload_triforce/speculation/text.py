@@ -1,4 +1,4 @@
-"""The token sequence that all levels share: decided tokens, and guesses at its end."""
+"""The token sequence that all levels share: decided tokens, and draft tokens at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TokenText:
     def __init__(self, prompt: Tensor, capacity: int) -> None:
         """``prompt``: (n,) token ids. ``capacity``: most tokens there will ever be.
 
-        ``decided`` counts the tokens that are final; all behind them are guesses.
+        ``decided`` counts the tokens that are final; all behind them are draft tokens.
         """
         self._ids = torch.empty(capacity, dtype=torch.long, device="cpu")
         self._ids[: len(prompt)] = prompt
@@ -49,8 +49,8 @@ class TokenText:
             news = slice(self._arrived, self.decided)
             self._there[news] = to_device(self._ids[news], device)
             self._arrived = self.decided
-        decided, guesses = self._there[: self.decided], self.ids[self.decided :]
-        return torch.cat([decided, to_device(guesses, device)]) if len(guesses) else decided
+        decided, drafted = self._there[: self.decided], self.ids[self.decided :]
+        return torch.cat([decided, to_device(drafted, device)]) if len(drafted) else decided
 
     def append(self, tokens: Sequence[int]) -> None:
         """Put tokens at the end."""

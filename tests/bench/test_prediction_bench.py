@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from offload_triforce import cli
 from offload_triforce.bench.prediction import bench_prediction, from_counts, from_rates, step_like
 from offload_triforce.config import Settings
-from offload_triforce.scheduler.cost import chain, rounds
-from offload_triforce.stats import Acceptance, DecodeStats
+from offload_triforce.scheduler.simulate import chain, rounds
+from offload_triforce.speculation.stats import Acceptance, DecodeStats
 from tests.byte_tokenizer import save_tiny_llama
 
 
@@ -41,7 +41,7 @@ def test_rounds_from_counts():
 
 
 def test_rounds_from_acceptance():
-    """Of 180 guesses that the draft was asked for, 45 were accepted; of the retrieval level's, 30 of 38 judged."""
+    """Of 180 tokens that the drafter was asked for, 45 were accepted; of the retrieval level's, 30 of 38 judged."""
     told = from_rates(RUN, Settings.triforce(), 2.0, 0.1)
     assert (told.steps, told.tokens) == (rounds(12, 2, 0.25), chain(30 / 38, 12))
 

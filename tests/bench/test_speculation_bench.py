@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from offload_triforce import TriForce, cli
 from offload_triforce.bench import speculation
-from offload_triforce.bench.reading import Reading
 from offload_triforce.bench.speculation import (
     LEVERS,
     Answer,
@@ -29,8 +28,9 @@ from offload_triforce.bench.speculation_report import draw, table
 from offload_triforce.bench.tasks import TASKS, common_start, find_task, long_text, loops, prompts
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
-from offload_triforce.runtime import Runtime
-from offload_triforce.stats import DecodeStats
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.speculation.stats import DecodeStats
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.tiny import prompt_ids, tiny_model
 
@@ -80,9 +80,9 @@ def test_figures_are_what_was_counted(tiny):
             assert 0 < way["draft_share"] < 1
         assert cell["temperature"] > 0 or cell["same_tokens"]
         reference = cell["ways"]["triforce"]  # chains of 12, and nothing ahead
-        assert reference["guesses_per_pass"] <= 12
+        assert reference["draft_tokens_per_pass"] <= 12
         assert reference["steps_ahead_per_pass"] == 0
-        assert cell["ways"]["ours"]["guesses_per_pass"] > 12
+        assert cell["ways"]["ours"]["draft_tokens_per_pass"] > 12
     counted = [cell["ratio"] for cell in report["cells"] if not cell["looped"]]
     assert report["mean_ratio_with_loops"] == statistics.mean(cell["ratio"] for cell in report["cells"])
     if counted:
@@ -141,7 +141,7 @@ def test_levers(tiny):
     report = run(temperatures=(0.0,), tasks=("explain",), levers=True)
     (cell,) = report["cells"]
     assert len(cell["ways"]) == 2 + 2 * len(LEVERS)
-    assert cell["same_tokens"], "greedy answers do not depend on how they were guessed"
+    assert cell["same_tokens"], "greedy answers do not depend on how they were drafted"
     assert report["mean_ratio_by_way"]["triforce"] == 1.0 if "mean_ratio_by_way" in report else cell["looped"]
 
 
@@ -186,8 +186,9 @@ def test_a_reading_fills_a_runtime_as_its_own_prefill_would():
         reading = Reading.of(model, engine.layout, prompt[:270])
         runtime = Runtime(model, engine.layout, settings, 350)
         for _ in range(2):  # as often as one likes
-            reading.fill(runtime, prompt[270:-1])
-            stream = engine.resume(runtime, prompt, 3, max_new_tokens=40, temperature=0.9)
+            session = Session(runtime)
+            session.begin_as_read(reading, prompt[270:-1])
+            stream = engine.resume(session, prompt, 3, max_new_tokens=40, temperature=0.9)
             assert list(stream) == []
             assert stream.result.token_ids == expected.token_ids
         assert torch.equal(runtime.caches.full.read(0)[:, :, :270], reading.layers[0][0])
@@ -282,8 +283,9 @@ def test_a_runtimes_own_rule_counts():
         reading = Reading.of(model, engine.layout, prompt[:-1])
         for rule in ("coupled", "resampled"):
             runtime = Runtime(model, engine.layout, Settings(budget=96, tile=32, rule=rule, draft_cost=0.05), 350)
-            reading.fill(runtime)
-            stream = engine.resume(runtime, prompt, 3, max_new_tokens=40, temperature=1.0)
+            session = Session(runtime)
+            session.begin_as_read(reading)
+            stream = engine.resume(session, prompt, 3, max_new_tokens=40, temperature=1.0)
             assert list(stream) == []
             said.append(stream.token_ids)
             runtime.close()

@@ -27,12 +27,12 @@ from offload_triforce.bench.slow_motion import card_pass, compare
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, MemoryLimitError, TriForceError
+from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.layout import probe
 from offload_triforce.model.shape import shape_of_loaded
-from offload_triforce.planner.machine import Machine
 from offload_triforce.planner.predict import resident_step
-from offload_triforce.scheduler.cost import Speeds
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.simulate import Speeds
 from tests.byte_tokenizer import save_tiny_llama
 from tests.scheduler.fake_cuda import FakeCuda, FakeCudaDevice
 from tests.scheduler.test_chaos import EXPECTED, run
@@ -222,7 +222,7 @@ def test_a_device_is_closed_where_the_caches_do_not_fit(monkeypatch):
             super().close()
             self.closed = True
 
-    monkeypatch.setattr("offload_triforce.memory.free_on_host", lambda: 0)
+    monkeypatch.setattr("offload_triforce.planner.sizes.free_on_host", lambda: 0)
     with pytest.raises(MemoryLimitError):
         answer_ours(TriForce(model), "plain", Case(prompt_ids(300)[0].tolist(), NEW), None, Device)
     assert [device.closed for device in devices] == [True]
@@ -269,7 +269,11 @@ def test_on_cuda_every_shape_of_a_step_is_warmed_up(gamma, monkeypatch):
     settings = Settings(gamma=gamma, width=3, gamma1=2)
     here = SimpleNamespace(model=engine.model, caches=runtime.caches, graphs=None, settings=settings)
     here.layout = SimpleNamespace(device=torch.device("cuda"))
-    work = SimpleNamespace(runtime=here, case=Case(list(range(20)), NEW), answer=lambda *asked: answered.append(asked))
+    work = SimpleNamespace(
+        session=SimpleNamespace(runtime=here),
+        case=Case(list(range(20)), NEW),
+        answer=lambda *asked: answered.append(asked),
+    )
     answering._warm_up(work)
     assert scored == ([n for n in range(1, 6) for _ in range(3)] if gamma else [])
     assert answered == [()], "and then the whole answer"
@@ -369,7 +373,7 @@ def big_card(monkeypatch):
 
 
 def test_a_big_card_stands_in_for_a_small_one(folder, big_card):
-    asked = stage.Question(str(folder), [300], vram=24 * 10**9, link=25.0)
+    asked = stage.ThroughputQuery(str(folder), [300], vram=24 * 10**9, link=25.0)
     stage.check(asked)
     found = stage.set_up(asked, lambda line: None)
     assert big_card == [0.3]
@@ -378,18 +382,18 @@ def test_a_big_card_stands_in_for_a_small_one(folder, big_card):
 
 
 def test_a_card_as_it_is(folder, big_card):
-    found = stage.set_up(stage.Question(str(folder), [300]), lambda line: None)
+    found = stage.set_up(stage.ThroughputQuery(str(folder), [300]), lambda line: None)
     assert (found.gbps, found.link, found.h2d) == (50.0, "measured", 0.0)
     assert big_card == []
-    emulated = stage.set_up(stage.Question(str(folder), [300], card="RTX 4090"), lambda line: None)
+    emulated = stage.set_up(stage.ThroughputQuery(str(folder), [300], card="RTX 4090"), lambda line: None)
     assert (emulated.engine.device, emulated.h2d) == ("cpu", 0.0)
 
 
 def test_a_small_card_does_not_stand_in_for_a_big_one(folder, big_card):
     with pytest.raises(InputError, match=r"--vram 96\.0GB is more than the card's 80\.0GB"):
-        stage.check(stage.Question(str(folder), vram=96 * 10**9))
+        stage.check(stage.ThroughputQuery(str(folder), vram=96 * 10**9))
     with pytest.raises(InputError, match=r"--link 60GB/s is more than the 50\.0 GB/s that this link gives"):
-        stage.set_up(stage.Question(str(folder), [300], link=60.0), lambda line: None)
+        stage.set_up(stage.ThroughputQuery(str(folder), [300], link=60.0), lambda line: None)
 
 
 class FakeBallastDevice(FakeCudaDevice, BallastDevice):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from offload_triforce.bench.work import PASS, Works, median_work, split
-from offload_triforce.scheduler.cost import PassWork
 from offload_triforce.scheduler.device import COMPUTE
+from offload_triforce.scheduler.simulate import PassWork
 from offload_triforce.scheduler.trace import Span
 
 

@@ -57,7 +57,7 @@ def gather(kv, places):
 
 
 def held_tokens(cache, layer, kv, length, refreshed):
-    """All that the retrieval level sees of a text ``kv`` [2, K, n, D] but for its own guesses: [2, K, m, D]."""
+    """All that the retrieval level sees of a text ``kv`` [2, K, n, D] but for its draft tokens: [2, K, m, D]."""
     near, chosen = positions(cache, layer, length, refreshed)
     return torch.cat([kv[:, :, near], gather(kv, chosen)], dim=2)
 

@@ -81,7 +81,8 @@ class PlainText:
 def operations(most, restart=60):
     """Lists of operations that grow by at most ``most`` tokens each. For hypothesis."""
     few = st.integers(0, most)
-    kinds = [st.tuples(st.just(name), few) for name in ("step", "step", "commit", "commit", "keep", "rollback")]
+    names = ("step", "step", "commit", "commit", "keep", "rollback", "save", "back")
+    kinds = [st.tuples(st.just(name), few) for name in names]
     return st.lists(st.one_of(*kinds, st.tuples(st.just("restart"), st.integers(0, restart))), min_size=15, max_size=60)
 
 
@@ -99,6 +100,7 @@ class Rig:
 
     def __init__(self, cache, text, limit=10**9):
         self.cache, self.text, self.limit = cache, text, limit
+        self.saved = None
 
     def run(self, operations):
         for name, tokens in operations:
@@ -119,7 +121,7 @@ class Rig:
 
     def keep(self, tokens):
         tokens = min(tokens, self.text.pending)
-        self.cache.keep_pending(tokens)
+        self.cache.select(range(tokens))
         self.text.keep_pending(tokens)
 
     def commit(self, tokens):
@@ -128,11 +130,23 @@ class Rig:
         self.text.commit(tokens)
 
     def rollback(self, _):
-        self.cache.rollback()
+        self.cache.commit(0)
         self.text.commit(0)
+
+    def save(self, _):
+        """A snapshot of what is committed; another one replaces it."""
+        self.saved = self.cache.snapshot(), self.text.kv[:, :, :, : self.text.committed]
+
+    def back(self, _):
+        """The text goes on from the snapshot, however it went on before."""
+        if self.saved is not None:
+            snapshot, self.text.kv = self.saved
+            self.text.pending = 0
+            self.cache.restore(snapshot)
 
     def restart(self, tokens):
         """Another text, with a prompt of that many tokens."""
+        self.saved = None
         tokens = min(tokens, self.limit)
         self.cache.reset()
         assert self.cache.length == self.cache.pending == 0
@@ -141,7 +155,7 @@ class Rig:
 
     def fill(self, kv):
         for layer in range(self.text.layers):
-            self.cache.fill_layer(layer, kv[layer])
+            self.cache.fill(layer, kv[layer], self.text.queries(1)[layer], RULE)
         self.cache.end_fill(kv.shape[3])
         self.text.append(kv)
         self.text.pending = 0

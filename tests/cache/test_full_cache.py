@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from offload_triforce.cache.full import FullCache
 from offload_triforce.scheduler.emulated import EmulatedDevice
-from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import TileStore
 from tests.cache.plain_text import CPU, RULE, PlainText, Rig, assert_attends, many_operations, operations
 from tests.scheduler.devices import LateDevice
 
@@ -35,6 +36,12 @@ class FullRig(Rig):
     def restart(self, tokens):
         self.written = self.outgoing.moved
         super().restart(tokens)
+
+    def back(self, tokens):
+        super().back(tokens)
+        if self.saved is not None:  # tiles that were leaving then leave once more
+            left = max(0, self.cache.length - self.keep_on_device) // self.plan.tile_tokens
+            self.written = self.outgoing.moved - self.plan.streamed_bytes(left)
 
     def begin(self):
         self.fetched = self.incoming.moved + self.plan.streamed_bytes(self.cache.tiles)

@@ -72,9 +72,9 @@ def test_a_full_buffer_refuses_and_stays_as_it_is():
 
 
 @pytest.mark.parametrize("tokens", [-1, 4])
-def test_keep_commit_and_settle_take_pending_tokens_only(tokens):
+def test_commit_and_settle_take_pending_tokens_only(tokens):
     buffer, _ = filled(committed=5, pending=3)
-    for act in (buffer.keep_pending, buffer.commit, buffer.settle):
+    for act in (buffer.commit, buffer.settle):
         with pytest.raises(IndexError, match=f"{tokens} of 3 pending tokens"):
             act(tokens)
     assert (buffer.committed, buffer.pending) == (5, 3)

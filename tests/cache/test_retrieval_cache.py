@@ -76,7 +76,7 @@ class RetrievalRig:
             assert_holds(self.cache, layer, self.text.kv[layer], len(self.text), refreshed)
 
     def draft(self, tokens):
-        """Guesses behind the text, attending to what is held; then taken back."""
+        """Draft tokens behind the text, attending to what is held; then taken back."""
         kv, queries = self.text.draw(tokens), self.text.queries(tokens)
         for layer in range(self.text.layers):
             held = held_tokens(self.cache, layer, self.text.kv[layer], len(self.text), self.refreshed)
@@ -84,7 +84,7 @@ class RetrievalRig:
             output = self.cache.attend_draft(layer, queries[layer], *kv[layer], RULE)
             assert_attends(output, queries[layer], seen)
         self.cache.end_step(tokens)
-        self.cache.rollback()
+        self.cache.commit(0)
 
     def run(self, operations):
         for name, tokens in operations:

@@ -11,7 +11,7 @@ from offload_triforce.cache.buffer import GrowingBuffer, TreeStep
 from offload_triforce.cache.chunks import make_store
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.kernels import ops
-from tests.model.replay import ReplayCapture
+from tests.graphs.replay import ReplayCapture
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, DIM, GROUPS = 2, 2, 4, 3
@@ -94,18 +94,18 @@ class Twins:
         assert torch.equal(self.static.kv[:, :, :, :end], self.plain.kv[:, :, :, :end])
 
     def settle(self):
-        """Guesses are taken back or accepted, and the front is forgotten when there is no room."""
+        """Draft tokens are taken back or accepted, and the front is forgotten when there is no room."""
         pending, kept = self.plain.pending, self.chance.randint(0, self.plain.pending)
         move = self.chance.choice(["keep", "commit", "rollback", "go on"])
         if pending > SIGHT - 5:
             move = "commit"
         for buffer in (self.static, self.plain):
             if move == "keep":
-                buffer.keep_pending(kept)
+                buffer.select(range(kept))
             elif move == "commit":
                 buffer.commit(kept)
             elif move == "rollback" and pending:
-                buffer.rollback()
+                buffer.commit(0)
             if buffer.capacity - buffer.length < 8:
                 buffer.commit(buffer.pending)
                 buffer.drop_front(buffer.length - self.rest)
@@ -217,7 +217,7 @@ def test_refuses_what_does_not_fit():
     view = StaticView([make_buffer(20), buffer], lambda layer, _: Held(None, buffer, layer), 4, 4)
     with pytest.raises(IndexError, match="11 tokens do not fit a buffer of 10"):
         view.held()
-    buffer.keep_pending(6)
+    buffer.select(range(6))
     assert view.held() == [4, 10, 0, 0]
 
 

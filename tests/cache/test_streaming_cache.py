@@ -33,7 +33,7 @@ def make(capacity, sink, text=None):
 
 
 class StreamingRig(Rig):
-    """Reads as ModelDraft does: what is unread, or what ``begin`` asks for."""
+    """Reads as ModelDrafter does: what is unread, or what ``begin`` asks for."""
 
     def __init__(self, capacity, sink):
         text = PlainText()
@@ -42,10 +42,20 @@ class StreamingRig(Rig):
 
     def restart(self, tokens):
         """Another text, which nobody has read yet."""
+        self.saved = None
         self.cache.reset()
         self.text.clear()
         self.text.append(self.text.draw(tokens))
         self.text.commit(tokens)
+
+    def save(self, tokens):
+        super().save(tokens)
+        self.saved_held = self.held[: self.cache.committed]
+
+    def back(self, tokens):
+        if self.saved is not None:
+            self.held = self.saved_held[:]
+        super().back(tokens)
 
     def step(self, tokens):
         cache, text = self.cache, self.text

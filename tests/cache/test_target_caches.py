@@ -1,5 +1,5 @@
 """The caches as the two target levels use them: grow a tree, verify some of it, choose anew on the way, commit a path,
-keep what was guessed behind it, and again. The levels are the real ones; the model is replaced by random keys, values
+keep what was drafted behind it, and again. The levels are the real ones; the model is replaced by random keys, values
 and queries for every layer, and every query's attention is worked out from plain lists.
 """
 
@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalCache
 from offload_triforce.cache.sizes import RetrievalShape
+from offload_triforce.cache.target import TargetCaches
 from offload_triforce.cache.window import WindowCache
 from offload_triforce.kernels.ops import AttentionParams
-from offload_triforce.model.layout import LayerShape, ModelLayout
+from offload_triforce.runtime import levels
 from offload_triforce.scheduler.emulated import EmulatedDevice
-from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
-from offload_triforce.speculation import levels
-from offload_triforce.speculation.tree import Node, TokenTree, lineage, sight
+from offload_triforce.scheduler.store import TileStore
+from offload_triforce.speculation.tree import Node, TokenTree, ancestors, tree_mask
 from tests.cache.chunk_choice import assert_best_choice, assert_holds, held_tokens
 from tests.cache.plain_text import CPU, SCALING, PlainText
 from tests.scheduler.devices import LateDevice
@@ -44,23 +45,21 @@ class TargetRig:
         self.chance = random.Random(seed)
         text = self.kv_text = PlainText(layers=len(windows))
         where = (text.dtype, CPU)
-        shapes = tuple(LayerShape(text.kv_heads, text.dim, window) for window in windows)
-        layout = ModelLayout(shapes, *where, vocabulary=7, max_positions=None, longrope_switch=None)
+        count = windows.count(None)
         heads, news = (text.kv_heads, text.dim), GAMMA + 1
         full = retrieval = window = None
         self.device = device()
-        if layout.full:
-            count = len(layout.full)
+        if count:
             plan = TilePlan(count, *heads, 4, tile, -(-limit // tile), ring=ring, resident=resident)
             stream = TileStream(TileStore(plan, text.dtype, self.device), self.device, text.dtype)
             full = FullCache(stream, shape.tail_needed(news), BLOCK, news, *where)
             retrieval = RetrievalCache(count, *heads, shape, news, ROOM, *where, context=limit + 2 * BLOCK)
-        if layout.sliding:
+        if count < len(windows):
             window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where, drafts=ROOM)
-        self.caches = levels.TargetCaches(layout, full, retrieval, window)
+        self.caches = TargetCaches(windows, full, retrieval, window)
         model = mock.Mock(device=CPU)
-        self.target = levels.FullLevel(model, self.caches, choosing)
-        self.middle = levels.RetrievalLevel(model, self.caches)
+        self.target = levels.TargetLevel(model, self.caches, choosing)
+        self.tree_drafter = levels.RetrievalLevel(model, self.caches)
         self.nested = self.moved = self.tokens = 0
         self.prompt(0)
 
@@ -69,7 +68,7 @@ class TargetRig:
 
     def prompt(self, tokens):
         """Another text of that many tokens, and one more that nobody has read yet."""
-        kv_text, caches = self.kv_text, self.caches
+        kv_text, caches, self.saved = self.kv_text, self.caches, None
         kv_text.clear()
         kv_text.append(kv_text.draw(tokens))
         kv_text.commit(tokens)
@@ -79,7 +78,7 @@ class TargetRig:
             near = max(0, tokens - max(self.shape.recent, queries.shape[2]))
             for layer, window in enumerate(self.windows):
                 place, kv = caches.place[layer], kv_text.kv[layer]
-                caches.fill_layer(layer, kv, queries[layer], AttentionParams(SCALING, window))
+                caches.fill(layer, kv, queries[layer], AttentionParams(SCALING, window))
                 if window is None:
                     assert_best_choice(
                         caches.retrieval, place, queries[layer], kv, near, tokens, near >= self.shape.sink
@@ -87,6 +86,18 @@ class TargetRig:
         caches.end_fill(tokens)
         self.tree, self.drafts, self.refreshed = TokenTree(Node(0, None)), {}, tokens
         self.check()
+
+    def save(self):
+        """A snapshot between two passes."""
+        self.saved = self.caches.snapshot(), self.kv_text.kv, self.refreshed
+
+    def back(self):
+        """The text goes on from the snapshot, however it went on before. What was drafted is gone."""
+        if self.saved is not None:
+            snapshot, self.kv_text.kv, self.refreshed = self.saved
+            self.caches.restore(snapshot)
+            self.tree, self.drafts = TokenTree(Node(0, None)), {}
+            self.check()
 
     def draft(self, most):
         """The retrieval level reads the root, or some unread nodes behind those that it has read."""
@@ -97,26 +108,26 @@ class TargetRig:
             if parent is None:
                 break
             self.tokens += 1
-            new.append(self.tree.guess(parent, self.tokens, 0.5))
+            new.append(self.tree.add(parent, self.tokens, 0.5))
         if not new:
             return
         with mock.patch.object(levels, "run", self.run_middle):
-            self.middle.score(new, held)
+            self.tree_drafter.score(new, held)
         held += new
 
     def forget(self, most):
-        """The newest of what the retrieval level has read turn out to be no guesses."""
+        """The newest of what the retrieval level has read turn out to be no draft tokens."""
         held = self.tree.held
         gone = min(most, len(held) - 1)
         if gone > 0:
             dropped = set(held[-gone:])
             del held[-gone:]
-            self.tree.guesses = [node for node in self.tree.guesses if node not in dropped]
-            self.middle.keep(range(len(held)))
+            self.tree.draft_tokens = [node for node in self.tree.draft_tokens if node not in dropped]
+            self.tree_drafter.keep(range(len(held)))
 
     def run_middle(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)
-        nodes = self.middle._nodes
+        nodes = self.tree_drafter._nodes
         assert keep == len(nodes)
         kv, queries = kv_text.draw(len(nodes)), kv_text.queries(len(nodes))
         for number, node in enumerate(nodes):
@@ -136,11 +147,11 @@ class TargetRig:
         """Each node sees what is held, its ancestors and itself, as far as the window reaches."""
         for number, (node, position) in enumerate(zip(nodes, positions, strict=True)):
             assert position == length + node.depth
-            line = list(lineage(node))[::-1]
+            line = list(ancestors(node))[::-1]
             if window is not None:
                 line = [other for other in line if node.depth - other.depth < window]
-                reach = max(0, position - window + 1)
-                seen = held[:, :, reach:]
+                path_probability = max(0, position - window + 1)
+                seen = held[:, :, path_probability:]
             else:
                 seen = held
             seen = torch.cat([seen, *(known[other][layer] for other in line)], dim=2)
@@ -153,7 +164,7 @@ class TargetRig:
             self.prompt(20)
             return
         tree, nodes = self.tree, [self.tree.root]
-        for node in tree.guesses:
+        for node in tree.draft_tokens:
             if (
                 len(nodes) < min(count, BLOCK)
                 and node.parent in nodes
@@ -194,7 +205,7 @@ class TargetRig:
             self.tree = tree.moved_to(self.chance.choice(last.children))
         else:
             self.tree = TokenTree(Node(0, None))
-        self.middle.keep([place[node] for node in self.tree.held])
+        self.tree_drafter.keep([place[node] for node in self.tree.held])
 
     def run_target(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)
@@ -210,7 +221,7 @@ class TargetRig:
                 output, queries[layer], whole[:, :, :length], layer, window, nodes, self.pending, length, positions
             )
             if window is None and self.choosing == "each pass":
-                tail, seen = caches.full.tiled, torch.from_numpy(sight(nodes))
+                tail, seen = caches.full.tiled, torch.from_numpy(tree_mask(nodes))
                 assert_best_choice(caches.retrieval, place, queries[layer], whole, tail, length, known, seen)
 
     def check(self):
@@ -253,6 +264,8 @@ rounds = st.lists(
         st.tuples(st.just("draft"), st.integers(1, 5)),
         st.tuples(st.just("verify"), st.integers(1, BLOCK), few, st.integers(0, 3)),
         st.tuples(st.just("forget"), st.integers(1, 4)),
+        st.tuples(st.just("save")),
+        st.tuples(st.just("back")),
         st.tuples(st.just("prompt"), st.integers(0, 150)),
     ),
     min_size=8,
@@ -267,7 +280,7 @@ def shapes(draw):
     return RetrievalShape(sink + recent + chunk * draw(st.integers(1, 8)), chunk, sink, recent)
 
 
-# The narrowest window is shorter than a tree is deep: there, not all guesses see all that they follow.
+# The narrowest window is shorter than a tree is deep: there, not all draft tokens see all that they follow.
 LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [3, 17]}
 
 
@@ -277,6 +290,26 @@ LAYERS = {"full": [None, None], "mixed": [6, None, 17, None], "sliding": [3, 17]
 def test_levels_see_what_a_plain_list_says(windows, shape, chunks, ring, resident, rounds, seed):
     rig = TargetRig(windows, shape, tile=chunks * shape.chunk, ring=ring, resident=resident, seed=seed)
     rig.run(rounds)
+
+
+@pytest.mark.parametrize("choosing", ["each pass", "once"])
+def test_from_a_snapshot_a_text_goes_on_as_it_did_the_first_time(choosing):
+    """Bit by bit, whatever came in between."""
+    rig = TargetRig(LAYERS["mixed"], RetrievalShape(24, 4, 4, 8), tile=8, choosing=choosing)
+    on = [("draft", 1), ("draft", 4), ("verify", BLOCK, GAMMA, 2)]
+    for start in (40, 90):
+        rig.run([("prompt", start), *on * 3, ("draft", 2), ("save",), ("back",)])
+        luck, kv_luck = rig.chance.getstate(), rig.kv_text.random.get_state()
+        rig.run(on * 8)
+        first = rig.caches.snapshot()
+        rig.run([*on * 5, ("draft", 3), ("back",)])
+        rig.chance.setstate(luck)
+        rig.kv_text.random.set_state(kv_luck)
+        rig.run(on * 8)
+        again = rig.caches.snapshot()
+        assert int(first["length"]) > start + 8
+        assert again.keys() == first.keys()
+        assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
 @pytest.mark.parametrize("choosing", ["each pass", "once"])

@@ -119,7 +119,7 @@ def test_other_ends(error, sentence, monkeypatch):
 
 def test_a_bug_is_still_a_traceback(monkeypatch):
     """It is the program's fault, and its place must be known."""
-    monkeypatch.setattr("offload_triforce.doctor.examine", lambda: 1 / 0)
+    monkeypatch.setattr("offload_triforce.machine.doctor.examine", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("doctor")
 
@@ -131,6 +131,6 @@ def test_brackets_in_names_are_no_markup(name, model):
 
 
 def test_brackets_in_findings(monkeypatch):
-    monkeypatch.setattr("offload_triforce.doctor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("offload_triforce.machine.doctor.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("COLUMNS", "200")
     assert "pip install 'offload-triforce[bnb]'" in call("doctor").stdout

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from offload_triforce import MemoryLimitError, decoding
+from offload_triforce import MemoryLimitError
+from offload_triforce.runtime import decoding
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.cli.calling import FEW, SMALL, check_mistake, generate, refused
 
@@ -168,9 +169,10 @@ def test_too_little_host_memory_is_refused_with_numbers(tmp_path):
 READING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from offload_triforce import cli, runtime
-prefill = runtime.prefill
-runtime.prefill = lambda *args: (print("reading", flush=True), prefill(*args))
+from offload_triforce import cli
+from offload_triforce.runtime import session
+prefill = session.prefill
+session.prefill = lambda *args: (print("reading", flush=True), prefill(*args))
 cli.main()
 """
 
@@ -287,7 +289,7 @@ def test_who_leaves_standard_input_open_is_told(model, monkeypatch):
     read, write = os.pipe()
     slow = threading.Timer(1.0, os.close, [write])
     slow.start()
-    monkeypatch.setattr("offload_triforce.prompt._read_standard_input", lambda: os.read(read, 100))
+    monkeypatch.setattr("offload_triforce.generation.prompt._read_standard_input", lambda: os.read(read, 100))
     result = generate("--model", model)
     slow.join()
     assert result.stderr.splitlines()[0] == "reading the prompt from standard input, up to its end"

@@ -75,13 +75,13 @@ def quick(model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload_triforce.engine.load_model", load)
-        for module in ("demo", "bench.pipeline"):
+        for module in ("cli.demonstration", "bench.pipeline"):
             patch.setattr(f"offload_triforce.{module}.fetch_model", begins)
         patch.setattr("offload_triforce.model.fetch.is_reachable", lambda: False)
-        for module in ("bench.stage", "bench.prediction", "bench.speculation", "bench.retrieval"):
+        for module in ("bench.stage", "bench.prediction", "bench.speculation"):
             patch.setattr(f"offload_triforce.{module}.TriForce", type("Engine", (), {"load": staticmethod(begins)}))
         patch.setattr("offload_triforce.bench.pipeline.random_model", begins)
-        patch.setattr("offload_triforce.doctor.measure", lambda: ({}, []))
+        patch.setattr("offload_triforce.machine.doctor.measure", lambda: ({}, []))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.chdir(tmp_path_factory.mktemp("here"))
         yield
@@ -156,7 +156,6 @@ FILES = [
     (("bench", "throughput"), "--out"),
     (("bench", "throughput"), "--png"),
     (("bench", "prediction"), "--out"),
-    (("bench", "retrieval"), "--png"),
 ]
 
 

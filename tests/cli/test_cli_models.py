@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_triforce import cli
-from offload_triforce.model.fetch import cache_folder
+from offload_triforce.machine.folders import cache_folder
 from offload_triforce.model.names import MODELS
 
 

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_triforce import cli
+from offload_triforce.machine.cards import CARDS
 from offload_triforce.model.names import MODELS
-from offload_triforce.planner.cards import CARDS
 from tests.byte_tokenizer import save_tiny_llama
 from tests.tiny_gguf import save_tiny_gguf
 

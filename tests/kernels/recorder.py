@@ -18,8 +18,9 @@ from triton.backends.driver import DriverBase
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
 from offload_triforce.kernels import launch, ops, tile_choice, verify_attention
-from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import TileStore
 from tests.scheduler.devices import EagerDevice
 
 LAYERS, KV_HEADS, GROUP, DIM, TILE, CHUNK, TOKENS = 2, 2, 2, 64, 64, 8, 5
@@ -100,7 +101,7 @@ class Rig:
             arguments = (layer, self.query, self.key, self.key, ops.AttentionParams(0.125))
             self.kept.append(self.full.attend(*arguments, observe if refresh else None))
         self.full.end_step(TOKENS)
-        self.full.rollback()
+        self.full.select([])
         return list(self.recorder.launches)
 
 

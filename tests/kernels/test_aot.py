@@ -16,7 +16,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from offload_triforce.kernels import machine_code, tiling
+from offload_triforce.kernels import machine_code, tiling  # noqa: E402
 
 # What a block may have on RTX 30, 40 and 50 cards, and a multiprocessor (of which 1 KB per block is CUDA's own). The
 # H100 has more.

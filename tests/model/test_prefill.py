@@ -10,7 +10,8 @@ from offload_triforce import Settings
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.model.prefill import prefill
-from offload_triforce.runtime import Runtime
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Session
 from tests.tiny import FAMILIES, prompt_ids, tiny_model
 
 TOKENS = 150
@@ -146,7 +147,7 @@ def test_every_byte_crosses_the_link_once(family, resident):
     runtime = Runtime(model, layout, settings, 200)
     try:
         with attached(model):
-            runtime.prefill(prompt_ids(TOKENS + 1)[0, :TOKENS], None)
+            Session(runtime).begin(prompt_ids(TOKENS + 1)[0, :TOKENS])
         # The newest 8 + 4 + 4 tokens stay in the tail: (150 - 16) // 16 tiles.
         full, tiles = len(layout.full), 8
         moved = [runtime.device.incoming.moved, runtime.device.outgoing.moved]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from offload_triforce.errors import InputError
-from offload_triforce.planner.cards import CARDS, LINK_GBPS, find_card
+from offload_triforce.machine.cards import CARDS, LINK_GBPS, find_card
 from offload_triforce.planner.models import find_shape
 
 

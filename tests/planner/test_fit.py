@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from offload_triforce.config import Settings
+from offload_triforce.machine.cards import CARDS
+from offload_triforce.machine.hardware import of_card
 from offload_triforce.model.layout import probe
 from offload_triforce.model.names import MODELS
 from offload_triforce.model.shape import shape_of
-from offload_triforce.planner.answer import answer
-from offload_triforce.planner.cards import CARDS
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, HOST_OVERHEAD, footprint
-from offload_triforce.planner.machine import of_card
 from offload_triforce.planner.models import find_shape
-from offload_triforce.planner.question import Question
-from offload_triforce.runtime import Runtime
+from offload_triforce.planner.query import PlanQuery
+from offload_triforce.planner.report import make_report
+from offload_triforce.runtime.runtime import Runtime
 from tests.model.test_names import EXPECTED
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
@@ -57,7 +57,7 @@ def shape(name):
 
 
 def by_hand(name, budget):
-    """Bytes on the card, nothing resident, 192 guesses, 4 bits: a few products that anybody can redo with a pencil."""
+    """Bytes on the card, nothing resident, 192 draft tokens, 4 bits: a few products to redo with a pencil."""
     millions, token, full, sliding = EXPECTED[name]
     hidden, inner, kv, window = WIDTHS[name]
     layer_token = 4 * kv
@@ -68,7 +68,7 @@ def by_hand(name, budget):
     if full:
         tile = 1 << int(min(16 * 2**20 / layer_token, CONTEXT / 4)).bit_length() - 1
         chosen = 0.32 * (budget - 72)  # 4 of 16 bits, and what scales them
-        near = 72 + 8 + 49 + 2 * 192 + 13  # sink, recent window and a chunk; a pass' tokens; guesses, also those ahead
+        near = 72 + 8 + 49 + 2 * 192 + 13  # sink, recent window and a chunk; a pass' tokens; drafts, also ahead
         tail = tile + 72 + 49 + 49 + 193
         total += (chosen + near + tail) * token + 2**27  # and the ring
     if sliding:
@@ -85,8 +85,8 @@ def test_every_model_on_every_card_by_hand(name):
     assert used.vram_bytes == pytest.approx(expected, rel=0.01)
     assert used.host_bytes - HOST_OVERHEAD == EXPECTED[name][1] * CONTEXT
     for card in CARDS:
-        asked = Question(shape(name), CONTEXT, of_card(card), settings, ("budget", "gamma", "gamma1", "resident"))
-        found = answer(asked)
+        asked = PlanQuery(shape(name), CONTEXT, of_card(card), settings, ("budget", "gamma", "gamma1", "resident"))
+        found = make_report(asked)
         short = used.vram_bytes - card.gib * 2**30 * (0.92 if card.ecc else 0.975)
         assert bool(found.missing) == (short > 0), card.name
         if found.missing:

@@ -7,14 +7,14 @@ import torch
 
 from offload_triforce import TriForce
 from offload_triforce.config import Settings
-from offload_triforce.planner.answer import answer
-from offload_triforce.planner.cards import find_card
+from offload_triforce.machine.cards import find_card
+from offload_triforce.machine.hardware import of_card
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, HOST_OVERHEAD, footprint, loading, unpacked_bytes
-from offload_triforce.planner.machine import of_card
 from offload_triforce.planner.models import find_shape
 from offload_triforce.planner.predict import predict_target
-from offload_triforce.planner.question import Question
-from offload_triforce.planner.report import as_dict, command, notes, verdict
+from offload_triforce.planner.query import PlanQuery
+from offload_triforce.planner.report import make_report
+from offload_triforce.planner.wording import as_dict, command, notes, verdict
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 GB = 10**9
@@ -22,13 +22,13 @@ GB = 10**9
 
 def ask(name="llama-3.1-8b", context=131072, card="RTX 4090", ram=64, **settings):
     host = None if ram is None else ram * GB
-    return Question(
+    return PlanQuery(
         find_shape(name), context, of_card(find_card(card), host), Settings(**settings), tuple(settings), source=name
     )
 
 
 def test_plain_decoding_gets_what_drafting_does_not_take():
-    found = answer(ask())
+    found = make_report(ask())
     drafting, plain = found.hierarchy.used, found.plain.used
     assert found.plain.settings.budget == 8 + 64 + 8
     assert plain.device["retrieval cache"] < 0.1 * drafting.device["retrieval cache"]
@@ -41,20 +41,20 @@ def test_plain_decoding_gets_what_drafting_does_not_take():
 
 
 def test_a_budget_is_for_drafting_alone():
-    found = answer(ask(budget=32768))
+    found = make_report(ask(budget=32768))
     assert found.hierarchy.settings.budget == 32768
     assert found.plain.settings.budget == 80
 
 
 def test_plain_decoding_loads_no_draft_model():
     draft = find_shape("qwen3-0.6b")
-    found = answer(replace(ask("qwen3-8b", 32768), draft=draft, draft_kind="model"))
+    found = make_report(replace(ask("qwen3-8b", 32768), draft=draft, draft_kind="model"))
     assert found.hierarchy.used.device["draft"] > draft.weights.total
     assert "draft" not in found.plain.used.device
 
 
 def test_where_all_of_it_lies_on_the_card_there_is_no_ring():
-    found = answer(ask(context=16384))
+    found = make_report(ask(context=16384))
     assert found.plain.on_card
     assert (found.plain.settings.resident, found.plain.settings.ring) == (1.0, 1)
     assert found.plain.used.host["tiles of the full cache"] == 0
@@ -77,7 +77,7 @@ class TestWhatToDo:
     """The first sentence, and what stands behind it."""
 
     def test_a_cache_that_has_to_be_streamed_is_what_it_is_for(self):
-        found = answer(ask())
+        found = make_report(ask())
         said = verdict(found)
         assert found.way == "hierarchy"
         assert said.startswith("Fits: 24.6 GB of 25.1 GB on the card and 14.7 GB of 64.0 GB of host memory; about ")
@@ -86,7 +86,7 @@ class TestWhatToDo:
         assert found.pays_from is None
 
     def test_a_short_text_that_fits_the_card_needs_no_such_runtime(self):
-        found = answer(ask(context=16384))
+        found = make_report(ask(context=16384))
         said = verdict(found)
         assert (found.way, found.settings.gamma) == ("plain", 0)
         assert found.ms_per_token == found.prediction.plain_ms < 1.1 * found.prediction.round.ms_per_token
@@ -97,34 +97,34 @@ class TestWhatToDo:
         assert "--budget" not in command(found)
 
     def test_offloading_pays_from_there_on_and_not_before(self):
-        found = answer(ask(context=12288))
+        found = make_report(ask(context=12288))
         assert found.pays_from % 1024 == 0
-        assert answer(ask(context=found.pays_from)).way == "hierarchy"
-        assert answer(ask(context=found.pays_from - 1024)).way == "plain"
+        assert make_report(ask(context=found.pays_from)).way == "hierarchy"
+        assert make_report(ask(context=found.pays_from - 1024)).way == "plain"
         assert f"from about {found.pays_from:,} tokens on" in verdict(found)
 
     def test_where_it_never_pays_nothing_is_promised(self):
         """The whole context of the model lies on the card, and no draft token is ever right."""
-        found = answer(replace(ask("qwen3-0.6b", 16384), retrieval=0.0))
+        found = make_report(replace(ask("qwen3-0.6b", 16384), retrieval=0.0))
         assert found.way == "plain"
         assert found.pays_from is None
         assert "pays" not in verdict(found)
 
     def test_drafts_that_are_never_right_leave_plain_decoding_over_the_link(self):
-        found = answer(replace(ask(), retrieval=0.05, draft_kind="none"))
+        found = make_report(replace(ask(), retrieval=0.05, draft_kind="none"))
         assert found.way == "plain"
         assert not found.plain.on_card
         assert "by plain decoding, which drafting would slow down" in verdict(found)
 
     def test_who_asks_for_drafts_gets_them(self):
-        found = answer(ask(context=16384, gamma=4))
+        found = make_report(ask(context=16384, gamma=4))
         assert (found.way, found.settings.gamma) == ("hierarchy", 4)
-        found = answer(replace(ask(context=16384, gamma=4), retrieval=0.1))
+        found = make_report(replace(ask(context=16384, gamma=4), retrieval=0.1))
         assert found.way == "hierarchy"
         assert "which plain decoding (--gamma 0) beats" in verdict(found)
 
     def test_who_asks_for_plain_decoding_gets_it(self):
-        found = answer(ask(gamma=0))
+        found = make_report(ask(gamma=0))
         assert found.hierarchy is found.plain
         assert verdict(found).endswith("by plain decoding.")
 
@@ -132,7 +132,7 @@ class TestWhatToDo:
         asked = ask(ram=None)
         bare = footprint(asked.model, Settings(gamma=0, budget=80), asked.context).vram_bytes
         tight = replace(asked, machine=replace(asked.machine, memory=int(1.001 * bare)))
-        found = answer(tight)
+        found = make_report(tight)
         assert found.hierarchy.missing
         assert (found.way, found.missing) == ("plain", [])
         assert "since there is no room for a retrieval cache" in verdict(found)
@@ -143,28 +143,28 @@ class TestWhatToDo:
     def test_a_quantisation_that_would_keep_all_of_it_on_the_card(self):
         asked = ask("qwen2.5-7b-1m")
         asked = replace(asked, variants=tuple(asked.model.quantized(q) for q in ("nf4", "int8")))
-        found = answer(asked)
+        found = make_report(asked)
         assert not found.chosen.on_card
         assert found.packed_fits == "int8", "the one that changes least"
         assert "with --quantize int8, all of the KV cache would fit on the card" in notes(found)
-        whole = answer(replace(asked, model=asked.model.quantized("int8"), variants=()))
+        whole = make_report(replace(asked, model=asked.model.quantized("int8"), variants=()))
         assert whole.plain.on_card
 
     def test_more_positions_than_there_are(self):
-        said = verdict(answer(ask("qwen3-8b")))
+        said = verdict(make_report(ask("qwen3-8b")))
         assert said.startswith("Fits, but `generate` refuses more than the model's 40,960 positions: ")
 
     def test_what_does_not_fit_and_what_would(self):
         asked = ask("qwen3-14b", 40960, ram=4)
         asked = replace(asked, variants=tuple(asked.model.quantized(q) for q in ("nf4", "int8")))
-        said = verdict(answer(asked))
+        said = verdict(make_report(asked))
         assert said.startswith("Does not fit: it takes ")
         for words in ("device memory where there are 25.1 GB", "host memory where there are 4.00 GB", "too little"):
             assert words in said
         assert said.endswith("--quantize nf4 would make it fit.")
 
     def test_one_thing_missing_gets_two_ways_out(self):
-        said = verdict(answer(ask("llama-2-7b-128k", ram=48)))
+        said = verdict(make_report(ask("llama-2-7b-128k", ram=48)))
         assert said.endswith("--ram 71GB or --context 96256 would make it fit.")
 
 
@@ -185,7 +185,7 @@ class TestLoading:
         (tmp_path / "m.gguf").write_bytes(b"")
         asked = ask(context=16384, ram=16)
         asked = replace(asked, model=replace(asked.model, gguf=tmp_path / "m.gguf"))
-        found = answer(asked)
+        found = make_report(asked)
         assert found.used.host_bytes == found.used.loading.host
         assert found.missing == [{"what": "host memory", "bytes": found.used.loading.host - 16 * GB}]
         assert "m.gguf" in notes(found)[0]
@@ -200,10 +200,10 @@ class TestLoading:
 
 def test_the_command_names_what_was_named():
     asked = replace(ask("qwen3-8b", 32768), source="./my model", draft_source="ngram+qwen3-0.6b", fixed=("gamma",))
-    found = answer(replace(asked, settings=Settings(gamma=8)))
+    found = make_report(replace(asked, settings=Settings(gamma=8)))
     words = (
         "offload-triforce generate --model './my model' --draft ngram+qwen3-0.6b --prompt-file prompt.txt --context "
     )
     assert command(found).startswith(words)
-    other = answer(replace(asked, model=find_shape("qwen3-8b", torch.float16).quantized("int8")))
+    other = make_report(replace(asked, model=find_shape("qwen3-8b", torch.float16).quantized("int8")))
     assert command(other).endswith("--quantize int8 --dtype float16")

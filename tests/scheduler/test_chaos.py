@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from offload_triforce.scheduler import pipeline
-from offload_triforce.scheduler.pipeline import Leaving, TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import Leaving, TileStore
 from tests.scheduler.devices import EagerDevice, chaotic
 
 SEEDS = range(12)

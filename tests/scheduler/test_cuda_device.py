@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from offload_triforce.scheduler.device import CudaDevice, CudaLane
-from offload_triforce.scheduler.pipeline import TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import TileStore
 from offload_triforce.scheduler.trace import Trace
 from tests.scheduler.fake_cuda import FakeCuda, FakeCudaDevice
 from tests.scheduler.test_chaos import EXPECTED, run

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_triforce.scheduler import pipeline
 from offload_triforce.scheduler.emulated import EmulatedDevice
-from offload_triforce.scheduler.pipeline import Leaving, TileStore, TileStream
+from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import Leaving, TileStore
 from tests.scheduler.devices import DEVICES, LateDevice
 
 

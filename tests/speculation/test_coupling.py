@@ -1,4 +1,4 @@
-"""Coupling: whatever is guessed, however, and how much of it, the answer is the one of plain decoding."""
+"""Coupling: whatever is drafted, however, and how much of it, the answer is the one of plain decoding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from toys import BROUGHT, PROMPT, Case, Scores, real_sampler
 
-from offload_triforce.speculation import rules
-from offload_triforce.speculation.rules import Coupling, Noise, Place, Ranking
+from offload_triforce.speculation import acceptance as rules
+from offload_triforce.speculation.acceptance import Coupled, Noise, Place, Ranking
+from tests.speculation.toys import BROUGHT, PROMPT, Case, Scores, real_sampler
 
 CPU = torch.device("cpu")
 FIRST = 2  # position of the first new token
@@ -28,7 +28,7 @@ def cases(draw):
         "gamma": gamma,
         "gamma1": draw(st.integers(0, 3)),
         "nodes": draw(st.integers(gamma, 12)),
-        "branches": draw(st.integers(1, 3)),
+        "topk": draw(st.integers(1, 3)),
         "width": draw(st.integers(1, 4)),
         "spare": draw(st.integers(0, 4)),
         "tokens": draw(st.integers(1, 14)),
@@ -62,7 +62,7 @@ def plain_with(case, race, processor):
 @given(cases(), st.integers(0, 2**40))
 def test_sampling_is_plain_decoding_with_the_same_noise(options, seed):
     case, gumbel = Case(**options), noise(seed)
-    out, _ = case.run(Coupling(Scores(), noise(seed)))
+    out, _ = case.run(Coupled(Scores(), noise(seed)))
     assert out == plain(case, gumbel.at)
 
 
@@ -71,7 +71,7 @@ def test_sampling_is_plain_decoding_with_the_same_noise(options, seed):
 def test_so_it_is_with_processors_of_users(options, seed, brought):
     """Each is called as it would be without any drafts: once per token, in order, and never behind the end."""
     case, gumbel, sampler = Case(**options), noise(seed), real_sampler(brought)
-    out, _ = case.run(Coupling(sampler, noise(seed)))
+    out, _ = case.run(Coupled(sampler, noise(seed)))
     assert out == plain_with(case, gumbel.at, BROUGHT[brought]())
     if brought in ("unknown", "forks"):
         ids = [*PROMPT.tolist(), *out]
@@ -82,25 +82,25 @@ def test_so_it_is_with_processors_of_users(options, seed, brought):
 @given(cases())
 def test_greedy_is_plain_greedy(options):
     case = Case(**options)
-    out, _ = case.run(Coupling(Scores(), None))
+    out, _ = case.run(Coupled(Scores(), None))
     assert out == plain(case, lambda position: 0.0)
 
 
 def counted(**options):
-    """Accepted guesses, rejections and passes over many noises."""
+    """Accepted draft tokens, rejections and passes over many noises."""
     accepted = rejected = passes = 0
     for seed in range(40):
         case = Case(**{"tokens": 20, "likeness": 0.5, "seed": 3, **options}, endless=True)
-        _, stats = case.run(Coupling(Scores(), noise(seed)))
+        _, stats = case.run(Coupled(Scores(), noise(seed)))
         accepted, passes = accepted + stats.retrieval.accepted, passes + stats.passes
         rejected += stats.retrieval.judged - stats.retrieval.accepted
     return accepted, rejected, passes
 
 
-def test_it_is_not_plain_decoding_for_want_of_guesses():
-    """The tests above would hold as well if nothing were ever accepted. Trees accept more, and guessing ahead too."""
+def test_it_is_not_plain_decoding_for_want_of_draft_tokens():
+    """The tests above would hold as well if nothing were ever accepted. Trees accept more, and drafting ahead too."""
     chain = counted(gamma=4)
-    tree = counted(gamma=4, nodes=10, branches=3, width=2)
+    tree = counted(gamma=4, nodes=10, topk=3, width=2)
     assert chain[0] > 400
     assert chain[1] > 100
     assert tree[0] > chain[0]
@@ -110,35 +110,35 @@ def test_it_is_not_plain_decoding_for_want_of_guesses():
 
 @pytest.mark.parametrize("mutation", ["other noise", "no noise", "draft has a say", "wrong place"])
 def test_mistakes_show(monkeypatch, mutation):
-    """They change what comes out, or how much of it was guessed right."""
-    right, before, other = [], counted(gamma=4, nodes=8, branches=2), torch.Generator().manual_seed(0)
-    race, candidates_of = Coupling._race, Coupling.candidates
+    """They change what comes out, or how much of it was drafted right."""
+    right, before, other = [], counted(gamma=4, nodes=8, topk=2), torch.Generator().manual_seed(0)
+    race, candidates_of = Coupled._race, Coupled.candidates
 
     def mutant(self, scores, places):
         if mutation == "wrong place":
             places = [Place(place.prefix, place.position + 1) for place in places]
         return scores if mutation == "no noise" else race(self, scores, places)
 
-    def noisy(self, logits, places, guesses):
+    def noisy(self, logits, places, drafted):
         if mutation == "other noise":
             logits = logits + 2 * torch.randn(logits.shape, generator=other)
-        return candidates_of(self, logits, places, guesses)
+        return candidates_of(self, logits, places, drafted)
 
-    verdict = Coupling.verdict
+    verdict = Coupled.verdict
 
     def swayed(self, logits, place, candidates, offered):
         token = verdict(self, logits, place, candidates, offered)
         return candidates.tokens[0] if offered and mutation == "draft has a say" else token
 
-    monkeypatch.setattr(Coupling, "_race", mutant)
-    monkeypatch.setattr(Coupling, "verdict", swayed)
-    monkeypatch.setattr(Coupling, "candidates", noisy)
+    monkeypatch.setattr(Coupled, "_race", mutant)
+    monkeypatch.setattr(Coupled, "verdict", swayed)
+    monkeypatch.setattr(Coupled, "candidates", noisy)
     for seed in range(40):
-        case = Case(gamma=3, nodes=6, branches=2, width=2, tokens=10, likeness=0.8, seed=seed)
-        out, _ = case.run(Coupling(Scores(), noise(seed)))
+        case = Case(gamma=3, nodes=6, topk=2, width=2, tokens=10, likeness=0.8, seed=seed)
+        out, _ = case.run(Coupled(Scores(), noise(seed)))
         right.append(out == plain(case, noise(seed).at))
     if mutation == "other noise":  # at level 1 alone: exact all the same, but for nothing
-        assert counted(gamma=4, nodes=8, branches=2)[1] > 2 * before[1]
+        assert counted(gamma=4, nodes=8, topk=2)[1] > 2 * before[1]
     else:
         assert not all(right)
 

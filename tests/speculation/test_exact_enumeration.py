@@ -9,16 +9,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import toys
-from speculation_toys import distribution_of, walks
-from toys import BROUGHT, Case, Scores, real_sampler
 
-from offload_triforce.speculation import rules, sampling
+from offload_triforce.speculation import acceptance as rules
+from offload_triforce.speculation import sampling
+from offload_triforce.speculation.acceptance import Drawn, Resampled
 from offload_triforce.speculation.processors import Kind
-from offload_triforce.speculation.rules import Drawn, Resampling
+from tests.speculation import toys
+from tests.speculation.speculation_toys import distribution_of, walks
+from tests.speculation.toys import BROUGHT, Case, Scores, real_sampler
 
 
-def measured(case, rule=Resampling, sampler=Scores):
+def measured(case, rule=Resampled, sampler=Scores):
     """Distribution of the output, and the expected rejections of levels 1 and 2."""
     total, rejections = {}, np.zeros(2)
     for probability, (out, stats) in walks(lambda choices: case.run(rule(sampler(), choices))):
@@ -28,7 +29,7 @@ def measured(case, rule=Resampling, sampler=Scores):
     return total, rejections
 
 
-def error(case, rule=Resampling):
+def error(case, rule=Resampled):
     """Largest difference of a probability, and the expected rejections."""
     (got, rejections), expected = measured(case, rule), case.expected()
     assert set(got) <= set(expected)
@@ -51,17 +52,17 @@ def test_chains(gamma, draft, gamma1):
     wrong, (level1, level2) = error(Case(draft, gamma, gamma1, tokens=3 if gamma < 3 else 2))
     assert wrong < 1e-12
     assert level2 > 0.3
-    if draft != "none" and gamma > 1:  # with gamma 1, level 1 draws its only guess itself
+    if draft != "none" and gamma > 1:  # with gamma 1, level 1 draws its only draft token itself
         assert level1 > 0.3
 
 
 TREES = {
-    "two children": {"gamma": 1, "nodes": 2, "branches": 2, "tokens": 2},
-    "all children": {"gamma": 1, "nodes": 3, "branches": 3, "tokens": 2},
-    "a branch at the root": {"gamma": 2, "nodes": 3, "branches": 2, "tokens": 2, "more": 1},
-    "both children read at once": {"gamma": 2, "nodes": 4, "branches": 2, "width": 2, "tokens": 2, "more": 1},
-    "with a draft": {"gamma": 2, "nodes": 3, "branches": 2, "draft": "sampled", "gamma1": 1, "more": 1},
-    "with look-up": {"gamma": 3, "nodes": 4, "branches": 2, "draft": "onehot", "gamma1": 2, "more": 1},
+    "two children": {"gamma": 1, "nodes": 2, "topk": 2, "tokens": 2},
+    "all children": {"gamma": 1, "nodes": 3, "topk": 3, "tokens": 2},
+    "a branch at the root": {"gamma": 2, "nodes": 3, "topk": 2, "tokens": 2, "more": 1},
+    "both children read at once": {"gamma": 2, "nodes": 4, "topk": 2, "width": 2, "tokens": 2, "more": 1},
+    "with a draft": {"gamma": 2, "nodes": 3, "topk": 2, "draft": "sampled", "gamma1": 1, "more": 1},
+    "with look-up": {"gamma": 3, "nodes": 4, "topk": 2, "draft": "onehot", "gamma1": 2, "more": 1},
 }
 
 
@@ -76,23 +77,23 @@ def test_trees(tree, style, seed):
 AHEAD = {
     "chain": {"gamma": 1, "spare": 1, "tokens": 3, "more": 1},
     "longer chain": {"gamma": 2, "spare": 2, "tokens": 3, "more": 0},
-    "tree": {"gamma": 1, "nodes": 2, "branches": 2, "spare": 1, "tokens": 3, "more": 0},
+    "tree": {"gamma": 1, "nodes": 2, "topk": 2, "spare": 1, "tokens": 3, "more": 0},
     "with a draft": {"gamma": 2, "draft": "sampled", "gamma1": 1, "spare": 1, "tokens": 3, "more": 0},
 }
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", AHEAD.values(), ids=AHEAD)
-def test_guessing_ahead(case, seed):
-    """What was guessed while a pass was under way is judged in the next one: also behind corrections."""
+def test_drafting_ahead(case, seed):
+    """What was drafted while a pass was under way is judged in the next one: also behind corrections."""
     assert error(Case(**case, seed=seed))[0] < 1e-12
 
 
 @pytest.mark.parametrize("cost", [0.01, 0.3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_adaptive_length(cost, seed):
-    """How far it pays to guess depends on what has been drawn, but never on what is yet to be judged."""
-    case = Case(gamma=3, nodes=4, branches=2, tokens=3, more=0, adaptive=cost, seed=seed)
+    """How far it pays to draft depends on what has been drawn, but never on what is yet to be judged."""
+    case = Case(gamma=3, nodes=4, topk=2, tokens=3, more=0, adaptive=cost, seed=seed)
     assert error(case)[0] < 1e-12
 
 
@@ -107,7 +108,7 @@ def test_up_to_the_limit(draft):
 BRINGING = {
     "chain": {"draft": "sampled", "gamma": 2, "gamma1": 1, "tokens": 3, "more": 1},
     "look-up": {"draft": "onehot", "gamma": 3, "gamma1": 2, "tokens": 3, "more": 1},
-    "tree": {"gamma": 2, "nodes": 3, "branches": 2, "tokens": 3, "more": 0},
+    "tree": {"gamma": 2, "nodes": 3, "topk": 2, "tokens": 3, "more": 0},
     "ahead": {"gamma": 2, "spare": 2, "tokens": 3, "more": 0},
     "ahead with a draft": {"gamma": 2, "draft": "sampled", "gamma1": 1, "spare": 1, "tokens": 3, "more": 0},
 }
@@ -161,7 +162,7 @@ def wrong_accept(odds="p/q", rest="p-q", removes=True):
 
 
 CHAIN = {"draft": "sampled", "gamma": 2, "gamma1": 1}
-TREE = {"gamma": 1, "nodes": 2, "branches": 2}
+TREE = {"gamma": 1, "nodes": 2, "topk": 2}
 
 
 @pytest.mark.parametrize("case", [CHAIN, TREE], ids=["chain", "tree"])
@@ -177,7 +178,7 @@ def test_a_mistake_at_either_level_shows(monkeypatch, mistake, level):
     """At level 1 too: what counts as its own distribution must be what its tokens were really drawn from."""
     right, wrong = rules.accept_one, wrong_accept(**mistake)
     inside = []
-    verdict = Resampling.verdict
+    verdict = Resampled.verdict
 
     def noting(self, *args):
         inside.append(True)
@@ -185,7 +186,7 @@ def test_a_mistake_at_either_level_shows(monkeypatch, mistake, level):
         inside.pop()
         return token
 
-    monkeypatch.setattr(Resampling, "verdict", noting)
+    monkeypatch.setattr(Resampled, "verdict", noting)
     monkeypatch.setattr(rules, "accept_one", lambda *a: (wrong if bool(inside) == (level == "verdict") else right)(*a))
     assert error(Case(**CHAIN))[0] > 1e-3
 
@@ -197,13 +198,13 @@ def test_candidates_with_replacement_show(monkeypatch):
 
 
 def test_reporting_the_drafts_distributions_shows(monkeypatch):
-    """A token that the draft guessed and level 1 accepted has level 1's distribution, not the draft's."""
+    """A token that the drafter drew and level 1 accepted has level 1's distribution, not the drafter's."""
     token = Drawn.token
 
     def mutant(self, rank):
         found = token(self, rank)
-        if self._guess is not None and self._guess.q is not None:
-            self.q = self._guess.q
+        if self._draft_token is not None and self._draft_token.q is not None:
+            self.q = self._draft_token.q
         return found
 
     monkeypatch.setattr(Drawn, "token", mutant)

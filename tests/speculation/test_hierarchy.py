@@ -6,19 +6,19 @@ import itertools
 
 import pytest
 import torch
-from toys import EOS, PROMPT, Case, Turns, real_sampler
 from transformers import LogitsProcessorList
 
-from offload_triforce.speculation.rules import Coupling, Noise, Resampling
+from offload_triforce.speculation.acceptance import Coupled, Noise, Resampled
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
+from tests.speculation.toys import EOS, PROMPT, Case, Turns, real_sampler
 
 CPU = torch.device("cpu")
-WIDE = {"draft": "sampled", "gamma": 5, "gamma1": 2, "nodes": 12, "branches": 3, "width": 3, "tokens": 12}
+WIDE = {"draft": "sampled", "gamma": 5, "gamma1": 2, "nodes": 12, "topk": 3, "width": 3, "tokens": 12}
 WIDE |= {"likeness": 0.95, "spare": 2}
 
 
 def rules(sampler, seed):
-    return [Coupling(sampler, Noise(seed, len(PROMPT), 3, CPU)), Resampling(sampler, RandomChoices(seed, CPU))]
+    return [Coupled(sampler, Noise(seed, len(PROMPT), 3, CPU)), Resampled(sampler, RandomChoices(seed, CPU))]
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["coupled", "resampled"])

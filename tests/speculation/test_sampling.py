@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speculation_toys import Walk, distribution_of
 from transformers import LogitsProcessorList
 from transformers.generation import (
     EtaLogitsWarper,
@@ -25,6 +24,7 @@ from transformers.generation import (
 from offload_triforce import InputError, UnsupportedModelError
 from offload_triforce.speculation.place import PathState, Place
 from offload_triforce.speculation.sampling import RandomChoices, Sampler, accept_one, residual, without
+from tests.speculation.speculation_toys import Walk, distribution_of
 from tests.stateful import Counting, Forking, Fussy, Moody
 
 
@@ -50,10 +50,10 @@ def test_one_candidate_emits_p(data, vocabulary):
     """Summed by hand: q(x) min(1, p/q) + P(rejection) * residual, which is min(p, q) + max(p - q, 0) = p."""
     (p,), (q,) = rows(data, 1, vocabulary), rows(data, 1, vocabulary)
     emitted = torch.zeros(vocabulary).double()
-    for guess in range(vocabulary):
-        if q[guess] > 0:
-            for token, odds in outcomes([guess], q, p).items():
-                emitted[token] += q[guess] * odds
+    for draft_token in range(vocabulary):
+        if q[draft_token] > 0:
+            for token, odds in outcomes([draft_token], q, p).items():
+                emitted[token] += q[draft_token] * odds
     assert torch.allclose(emitted, p, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Trees of guesses: who sees whom, and what is left when the text moves on."""
+"""Trees of draft tokens: who sees whom, and what is left when the text moves on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree import Node, TokenTree, lineage, path_after, prefix_of, sight, tokens_of
+from offload_triforce.speculation.tree import Node, TokenTree, ancestors, path_after, prefix_of, tokens_of, tree_mask
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def text_of(*tokens):
 
 @st.composite
 def trees(draw):
-    """A tree, with some nodes read that are no guesses."""
+    """A tree, with some nodes read that are no draft tokens."""
     tree = TokenTree(Node(0, None))
     nodes = [tree.root]
     for _ in range(draw(st.integers(0, 14))):
@@ -27,13 +27,13 @@ def trees(draw):
         token = draw(st.integers(1, 4))
         if token in parent.known:
             continue
-        guess = parent is tree.root or parent in tree.guesses
-        if guess and draw(st.booleans()):
-            nodes.append(tree.guess(parent, token, parent.reach * 0.5))
+        draft_token = parent is tree.root or parent in tree.draft_tokens
+        if draft_token and draw(st.booleans()):
+            nodes.append(tree.add(parent, token, parent.path_probability * 0.5))
         else:
-            nodes.append(parent.follower(token))
+            nodes.append(parent.child(token))
     read = [node for node in nodes if draw(st.booleans()) or node is tree.root]
-    tree.held = [node for node in read if all(up in read for up in lineage(node))]
+    tree.held = [node for node in read if all(up in read for up in ancestors(node))]
     return tree, nodes
 
 
@@ -42,48 +42,48 @@ def test_a_node_sees_itself_and_what_it_follows(made):
     _, nodes = made
     for split in (0, len(nodes) // 2):
         before, after = nodes[:split], nodes[split:]
-        seen = sight(after, before)
+        seen = tree_mask(after, before)
         for row, node in enumerate(after):
             assert [other for column, other in enumerate(nodes) if seen[row, column]] == [
-                other for other in nodes if other in set(lineage(node))
+                other for other in nodes if other in set(ancestors(node))
             ]
 
 
 def test_sight_by_hand():
     root = Node(0, None)
-    left, right = root.follower(1), root.follower(2)
-    deep = left.follower(3)
+    left, right = root.child(1), root.child(2)
+    deep = left.child(3)
     expected = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=bool)
-    assert np.array_equal(sight([root, left, right, deep]), expected)
-    assert np.array_equal(sight([right, deep], [root, left]), expected[2:])
+    assert np.array_equal(tree_mask([root, left, right, deep]), expected)
+    assert np.array_equal(tree_mask([right, deep], [root, left]), expected[2:])
 
 
 def test_paths():
     text = text_of(5, 6, 7)
     tree = TokenTree.at_end(text)
-    node = tree.root.follower(8).follower(9)
-    assert (tree.root.token, node.depth, tokens_of(node.line())) == (7, 2, [7, 8, 9])
+    node = tree.root.child(8).child(9)
+    assert (tree.root.token, node.depth, tokens_of(node.path())) == (7, 2, [7, 8, 9])
     assert path_after(text, node) == prefix_of(text, node, CPU).tolist() == [5, 6, 7, 8, 9]
     assert prefix_of(text, tree.root, CPU).tolist() == [5, 6, 7]
-    assert tree.root.follower(8) is node.parent
+    assert tree.root.child(8) is node.parent
 
 
 @given(trees(), st.data())
 def test_what_is_left_is_what_followed(made, data):
-    """All below the new root that had been guessed or read, in the old order; nothing beside it."""
+    """All below the new root that had been drafted or read, in the old order; nothing beside it."""
     tree, nodes = made
     root = data.draw(st.sampled_from(nodes))
-    below = {node for node in nodes if root in set(lineage(node))}
-    guesses = [node for node in tree.guesses if node in below and node is not root]
+    below = {node for node in nodes if root in set(ancestors(node))}
+    drafted = [node for node in tree.draft_tokens if node in below and node is not root]
     held = [node for node in tree.held if node in below]
     depths = {node: node.depth - root.depth for node in below}
-    reaches = {node: node.reach / root.reach for node in guesses}
-    is_guess = root is tree.root or root in tree.guesses
+    reaches = {node: node.path_probability / root.path_probability for node in drafted}
+    is_offered = root is tree.root or root in tree.draft_tokens
     moved = tree.moved_to(root)
     assert moved.root is root
-    assert (root.parent, root.depth, root.reach) == (None, 0, 1.0)
+    assert (root.parent, root.depth, root.path_probability) == (None, 0, 1.0)
     assert moved.held == held
-    if is_guess:
-        assert moved.guesses == guesses
-        assert all(abs(node.reach - reaches[node]) < 1e-12 for node in guesses)
-    assert all(node.depth == depths[node] for node in (*moved.guesses, *moved.held))
+    if is_offered:
+        assert moved.draft_tokens == drafted
+        assert all(abs(node.path_probability - reaches[node]) < 1e-12 for node in drafted)
+    assert all(node.depth == depths[node] for node in (*moved.draft_tokens, *moved.held))

@@ -10,17 +10,17 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from offload_triforce.scheduler.pipeline import Slack
-from offload_triforce.speculation.drafting import Drafting
-from offload_triforce.speculation.economy import History, Pace
-from offload_triforce.speculation.growth import Limits, Middle
+from offload_triforce.speculation.acceptance import DraftToken
+from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
+from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.place import PathState, Place
 from offload_triforce.speculation.processors import stateless
-from offload_triforce.speculation.rules import Guess
 from offload_triforce.speculation.sampling import Sampler
+from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import path_after
-from offload_triforce.stats import DecodeStats
+from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
 
 VOCABULARY = 3
 EOS = 2
@@ -183,8 +183,8 @@ class ToyTarget:
         self.nodes = []
 
 
-class ToyDraft:
-    """Draws from its rows, as a model does ("sampled"); or is certain of itself and sometimes makes fewer guesses than
+class ToyDrafter:
+    """Draws from its rows, as a model does ("sampled"); or is certain of itself and sometimes drafts fewer tokens than
     it may, as look-up in the text does ("onehot").
     """
 
@@ -194,26 +194,26 @@ class ToyDraft:
     def offer(self, text):
         return "model"
 
-    def guess(self, text, count, before):
-        start, guesses, state = len(text), [], PathState(before)
+    def draft(self, text, count, before):
+        start, drafted, state = len(text), [], PathState(before)
         for i in range(count):
             row = self.tables.row(DRAFT, text.decided, text[len(PROMPT) :])
             if self.kind == "onehot":
                 if i and row[0] > 0.5:
                     break
-                guess = Guess(int(row.argmax()), None)
+                draft_token = DraftToken(int(row.argmax()), None)
             else:
-                guess = self.rule.draft(row.log()[None], Place(text.ids_on, len(text), state))
-                if guess is None:
+                draft_token = self.rule.draft(row.log()[None], Place(text.ids_on, len(text), state))
+                if draft_token is None:
                     break
                 state = PathState(state)
-            guesses.append(guess)
-            text.append([guess.token])
+            drafted.append(draft_token)
+            text.append([draft_token.token])
         text.truncate(start)
-        return guesses
+        return drafted
 
 
-# As many ranks and kinds as the rules have; good enough for branches to be made.
+# As many ranks and kinds as the rules have; good enough for topk to be made.
 FLAT = ((0.6,) * 16, (0.3,) * 16, (0.1,) * 16)
 
 
@@ -221,8 +221,8 @@ class Case:
     """Runs of ``decode`` over toys.
 
     Args:
-        draft: "none", "onehot" or "sampled". gamma1: its guesses at a time.
-        gamma, nodes, branches, width: see ``Limits``. spare: calls of idle per pass.
+        draft: "none", "onehot" or "sampled". gamma1: its tokens at a time.
+        gamma, nodes, topk, width: see ``Limits``. spare: calls of idle per pass.
         tokens: compared. more: how many more could have come, so that passes have full length.
         adaptive: what a step costs, in passes; None grows all trees to their limits.
         endless: whether no token ends a text.
@@ -234,7 +234,7 @@ class Case:
         gamma=2,
         gamma1=0,
         nodes=None,
-        branches=1,
+        topk=1,
         width=1,
         spare=0,
         tokens=2,
@@ -250,31 +250,40 @@ class Case:
         self.tokens, self.more, self.tables = tokens, more, Tables(seed, style, likeness=likeness)
         nodes = nodes or gamma
         room = 2 * nodes + 1 + width + gamma1
-        self.limits = Limits(gamma, nodes, branches, width, room, adaptive is not None, spare > 0)
+        self.limits = Limits(gamma, nodes, topk, width, room, adaptive is not None, spare > 0)
 
     def run(self, rule, out=None):
         """One run: the new tokens, and what was counted. ``out``: a list for what comes, if it may fail on the way."""
         limit = self.tokens + self.more
         text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
-        drafts = [] if self.draft == "none" else [ToyDraft(self.tables, self.draft, rule)]
+        drafts = [] if self.draft == "none" else [ToyDrafter(self.tables, self.draft, rule)]
         target, level = ToyTarget(self.tables, text, self.spare), ToyLevel(self.tables, text)
-        pace = Pace(self.adaptive)
+        controller = DraftController(make_costs(self.adaptive))
         if self.spare:
-            pace.has_time = lambda tokens: not pace.busy
-            pace.busy = True
+            controller.has_time = lambda tokens: not controller.busy
+            controller.busy = True
             score = target.score
 
             def during(nodes, idle):
-                pace.busy = False
+                controller.busy = False
                 rows = score(nodes, idle)
-                pace.busy = True
+                controller.busy = True
                 return rows
 
             target.score = during
-        drafting = Drafting(drafts, self.gamma1, adaptive=False)
-        middle = Middle(level, drafting, rule, self.limits, History(FLAT), pace, lambda token: token == self.end, stats)
+        selector = DraftSelector(drafts, self.gamma1, adaptive=False)
+        tree_drafter = TreeDrafter(
+            level,
+            selector,
+            rule,
+            self.limits,
+            AcceptanceModel(FLAT),
+            controller,
+            lambda token: token == self.end,
+            stats,
+        )
         out = [] if out is None else out
-        for new in decode(target, middle, rule, text, limit, stats, self.stop):
+        for new in decode(target, tree_drafter, rule, text, limit, stats, self.stop):
             assert new
             out += new
         assert text[:] == PROMPT.tolist() + out

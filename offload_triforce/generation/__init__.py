@@ -1,0 +1,1 @@
+"""A request interpreted, text in and out, the answer."""

@@ -1,0 +1,1 @@
+"""CUDA graphs: small steps that are captured once and replayed."""

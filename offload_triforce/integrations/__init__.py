@@ -1,0 +1,1 @@
+"""Other libraries' own doors to this runtime."""

@@ -1,0 +1,54 @@
+"""What the planner is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from offload_triforce.config import Settings, replace_settings
+from offload_triforce.machine.hardware import Machine
+from offload_triforce.model.outline import ModelShape
+from offload_triforce.planner.choose import choose_settings
+
+
+@dataclass(frozen=True)
+class PlanQuery:
+    """What is asked.
+
+    Attributes:
+        settings: as given so far. fixed: the names of those that are not to be chosen.
+        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        retrieval, drafted: acceptance, None where it is to be assumed.
+        variants: the same model under other quantisations, for suggestions.
+        source, draft_source: what the user called the two, as ``generate`` takes them.
+    """
+
+    model: ModelShape
+    context: int
+    machine: Machine
+    settings: Settings
+    fixed: Collection[str] = ()
+    draft: ModelShape | None = None
+    draft_kind: str = "ngram"
+    retrieval: float | None = None
+    drafted: float | None = None
+    variants: tuple[ModelShape, ...] = ()
+    source: str = "MODEL"
+    draft_source: str = "ngram"
+
+    def choose(self, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Settings:
+        """Settings for this question, or for one that differs."""
+        settings = replace_settings(self.settings, changes)
+        fixed = {*self.fixed, *changes}
+        return choose_settings(
+            model or self.model,
+            settings,
+            context or self.context,
+            self.machine,
+            fixed,
+            self.draft,
+            self.draft_kind,
+            self.retrieval,
+            self.drafted,
+        )

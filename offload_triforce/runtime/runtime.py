@@ -1,0 +1,187 @@
+"""One target model wired up: caches of a given capacity, the lanes of the link, and the levels that work on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.retrieval import RetrievalCache
+from offload_triforce.cache.sizes import RetrievalShape
+from offload_triforce.cache.target import TargetCaches
+from offload_triforce.cache.window import WindowCache
+from offload_triforce.config import Settings
+from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.graphs.steps import make_graphs
+from offload_triforce.kernels import ops
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.prefill import Progress
+from offload_triforce.planner.sizes import check_memory, make_plan, make_shape, work_out
+from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
+from offload_triforce.scheduler.device import CudaDevice, Device, on
+from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.pipeline import TileStream
+from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.store import TileStore
+from offload_triforce.speculation.acceptance import AcceptanceRule
+from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
+from offload_triforce.speculation.draft_selector import Drafter, DraftSelector
+from offload_triforce.speculation.stats import DecodeStats
+from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+
+# Newest queries of the prompt that make the first choice of chunks: about as many as a pass verifies later.
+PREFILL_QUERIES = 16
+
+
+def choosing(settings: Settings) -> Choosing:
+    """When passes choose chunks for the retrieval cache."""
+    return "never" if settings.gamma == 0 else "each pass" if settings.refresh else "once"
+
+
+class Runtime:
+    """The caches of one target model and everything that works on them. One text at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        settings: Settings,
+        context: int,
+        pinning: Progress | None = None,
+        device: Device | None = None,
+    ) -> None:
+        """Allocate everything; pinning the host memory goes on in the background.
+
+        Args:
+            model, layout: the target. settings: how to run.
+            context: most tokens of prompt and answer together.
+            pinning: told (bytes pinned, bytes in all).
+            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
+                closed with this runtime, or where this fails: it may hold pinned memory.
+
+        Raises:
+            MemoryLimitError, InputError: before anything is allocated.
+        """
+        self.model, self.layout, self.settings, self.context = model, layout, settings, context
+        self._open: list[Device | TileStore] = [] if device is None else [device]  # closed in this order
+        weakref.finalize(self, _close, self._open)
+        try:
+            self._set_up(device, pinning)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, device: Device | None, pinning: Progress | None) -> None:
+        model, layout, settings, context = self.model, self.layout, self.settings, self.context
+        if settings.link_gbps is not None and layout.device.type == "cuda":
+            raise InputError("link_gbps emulates a link on the CPU; on a CUDA device the real one is used")
+        _check_kernels(layout.device)
+        self.plan = plan = make_plan(layout, settings, context)
+        shape = make_shape(settings, context)
+        self.needs = work_out(model, layout, settings, shape, plan, context)
+        check_memory(self.needs, layout.device, context)
+        if device is None:
+            device = _make_device(layout.device, settings.link_gbps)
+            self._open.append(device)
+        self.device = device
+        try:
+            self.caches = self._make_caches(plan, shape, pinning)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
+                raise
+            raise MemoryLimitError(f"the caches for {context:,} tokens could not be allocated: {error}") from error
+        most, make_view = settings.width + settings.gamma1, self.caches.static_view
+        self.graphs = make_graphs(model, layout, make_view, most) if settings.graphs else None
+
+    def _make_caches(self, plan: TilePlan | None, shape: RetrievalShape, pinning: Progress | None) -> TargetCaches:
+        layout, settings = self.layout, self.settings
+        where = {"dtype": layout.dtype, "device": layout.device}
+        block, news, drafts = settings.block, settings.news, settings.room
+        full = retrieval = window = None
+        if plan is not None:
+            store = TileStore(plan, layout.dtype, self.device, pinning)
+            self._open.append(store)
+            stream = TileStream(store, self.device, layout.dtype)
+            full = FullCache(stream, shape.tail_needed(news), block, news, **where)
+            heads, dim = plan.kv_heads, plan.head_dim
+            retrieval = RetrievalCache(plan.layers, heads, dim, shape, news, drafts, **where, context=self.context)
+        if layout.sliding:
+            windows = [layout.layers[i].window for i in layout.sliding]
+            first = layout.layers[layout.sliding[0]]
+            window = WindowCache(windows, first.kv_heads, first.head_dim, self.context, block, **where, drafts=drafts)
+        return TargetCaches([layer.window for layer in layout.layers], full, retrieval, window)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that have crossed the link so far, both directions."""
+        return self.device.incoming.moved + self.device.outgoing.moved
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window."""
+        held = 0
+        for index, layer in enumerate(self.layout.layers):
+            reach = tokens if layer.window is None else min(tokens, layer.window)
+            held += reach * self.layout.token_bytes(index)
+        return held
+
+    def target(self, refresh: Choosing) -> TargetLevel:
+        """Level 2 over these caches."""
+        return TargetLevel(self.model, self.caches, refresh)
+
+    def levels(
+        self, drafters: Sequence[Drafter], rule: AcceptanceRule, stats: DecodeStats, ended: Callable[[int], bool]
+    ) -> tuple[TargetLevel, TreeDrafter]:
+        """Level 2, and level 1 with its drafters, for one text."""
+        settings, costs = self.settings, make_costs(self.settings.draft_cost)
+        limits = Limits(
+            depth=settings.gamma,
+            nodes=settings.most_draft_tokens,
+            topk=settings.topk,
+            width=settings.width,
+            room=settings.room,
+            adaptive=settings.adaptive,
+            overlap=settings.overlap and settings.gamma > 0,
+        )
+        tree_drafter = TreeDrafter(
+            RetrievalLevel(self.model, self.caches, self.graphs),
+            DraftSelector(drafters, settings.gamma1, settings.adaptive, costs.timed),
+            rule,
+            limits,
+            AcceptanceModel(rule.prior),
+            DraftController(costs),
+            ended,
+            stats,
+        )
+        return self.target(choosing(settings)), tree_drafter
+
+    def close(self) -> None:
+        """Stop the copies. The memory is given back with the last reference to the caches."""
+        _close(self._open)
+
+
+def _check_kernels(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    with on(device):
+        reason = ops.what_stops_triton()
+    if reason is not None:
+        raise InputError(
+            f"Triton cannot compile its kernels here ({reason}); install a C compiler and Python's headers (gcc and "
+            "python3-dev), or set OFFLOAD_TRIFORCE_KERNELS=torch, which is slower"
+        )
+
+
+def _make_device(device: torch.device, gbps: float | None) -> Device:
+    return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
+
+
+def _close(resources: list[Device | TileStore]) -> None:
+    try:
+        while resources:
+            resources.pop(0).close()
+    finally:
+        if resources:  # one could not be closed: the others still can
+            _close(resources)

@@ -1,0 +1,152 @@
+"""How a tree grows: where it is likeliest to be right, as far as it pays, within its limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_triforce.speculation.acceptance import Coupled
+from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, GivenCosts, make_costs
+from offload_triforce.speculation.draft_selector import DraftSelector
+from offload_triforce.speculation.sampling import Sampler
+from offload_triforce.speculation.stats import DecodeStats
+from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+
+WORDS = 12
+FLAT = ((0.7,) * 16, (0.2,) * 16, (0.05,) * 16)
+
+
+class Reader:
+    """A level whose logits follow from the token alone. It holds no more than ``room`` tokens."""
+
+    def __init__(self, room, seed=0):
+        self.room, self.read, self.asked = room, [], []
+        self.rows = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(seed))
+
+    def score(self, nodes, before):
+        assert list(before) == self.read
+        self.read += nodes
+        assert len(self.read) <= self.room
+        self.asked.append(len(nodes))
+        return torch.stack([self.rows[node.token] for node in nodes])
+
+    def keep(self, kept):
+        self.read = [self.read[number] for number in kept]
+
+
+def grower(cost=0.01, ended=lambda token: False, prior=FLAT, controller=None, **limits):
+    fixed = {"depth": 6, "nodes": 12, "topk": 3, "width": 3, "room": 60, "adaptive": True, "overlap": False}
+    limits = Limits(**{**fixed, **limits})
+    level, controller = Reader(limits.room), controller or DraftController(make_costs(cost))
+    rule = Coupled(Sampler([], False, WORDS), None)
+    acceptance = AcceptanceModel(prior)
+    return TreeDrafter(
+        level, DraftSelector([], 0, True), rule, limits, acceptance, controller, ended, DecodeStats()
+    ), level
+
+
+def text():
+    return TokenText(torch.tensor([1, 2, 3]), 40)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.003, 0.1, 0.5]),
+    st.integers(0, 9),
+)
+def test_limits_hold(depth, more, topk, width, adaptive, ahead, cost, limit):
+    nodes = depth + more
+    room = 2 * nodes + 1 + width
+    tree_drafter, level = grower(
+        cost, depth=depth, nodes=nodes, topk=topk, width=width, room=room, adaptive=adaptive, overlap=ahead
+    )
+    for _ in range(3):
+        block = tree_drafter.propose(text(), limit)
+        root, drafted = block[0], block[1:]
+        assert root.depth == 0
+        assert len(drafted) <= nodes
+        assert all(node.depth <= min(depth, limit) for node in drafted)
+        assert all(node.parent in block[:number] for number, node in enumerate(block) if number), "parents come first"
+        assert all(len(node.children) <= topk for node in block)
+        assert all(count <= width for count in level.asked)
+        taken = int(level.rows[root.token].argmax())
+        tree_drafter.learn(root, taken)
+        tree_drafter.move_to(root, taken)
+        tree_drafter.passed(len(block), 1.0, 1, 0.5)
+
+
+def test_the_likeliest_are_picked():
+    """No draft token that was left out is likelier than one that the target reads."""
+    tree_drafter, _ = grower(nodes=7, adaptive=False, width=4)
+    block = tree_drafter.propose(text(), 20)
+    left = [node for node in tree_drafter._tree.draft_tokens if node not in block]
+    assert len(block) == 8
+    assert left
+    assert max(node.path_probability for node in left) <= min(node.path_probability for node in block)
+
+
+def test_a_dear_step_is_not_made():
+    """After a round of known cost, cheap steps grow a larger tree than dear ones, and hopeless drafts none."""
+    sizes = {}
+    for cost in (0.001, 0.1, 0.6):
+        tree_drafter, level = grower(cost, nodes=40, depth=20)
+        block = tree_drafter.propose(text(), 30)
+        assert len(level.asked) <= GivenCosts.first_steps
+        tree_drafter.passed(len(block), 1.0, 3, 0.0)
+        tree_drafter.move_to(block[0], WORDS - 1)
+        level.asked.clear()
+        tree_drafter.propose(text(), 30)
+        sizes[cost] = len(level.asked)
+    assert sizes[0.001] > sizes[0.1] > sizes[0.6]
+
+
+def test_nothing_follows_an_end():
+    best = {}
+    tree_drafter, _ = grower(adaptive=False, topk=1, width=1)
+    for node in tree_drafter.propose(text(), 6):
+        best[node.depth] = node.token
+    end = best[2]
+    tree_drafter, _ = grower(adaptive=False, topk=1, width=1, ended=lambda token: token == end)
+    assert [node.token for node in tree_drafter.propose(text(), 6)] == [best[0], best[1], end]
+
+
+def test_what_follows_the_verdict_is_kept():
+    """Ahead of the verdict more is drafted; what lies behind the token that came is there for the next pass."""
+    tree_drafter, level = grower(overlap=True, nodes=6, width=2)
+    tree_drafter.propose(text(), 20)
+    tree_drafter.passed(7, 1.0, 3, 0.0)
+    block = tree_drafter.propose(text(), 20)
+    steps = len(level.asked)
+    child = block[0].children[0]
+    behind = [node for node in tree_drafter._tree.draft_tokens if child in node.path() and node is not child]
+    assert behind
+    tree_drafter.move_to(block[0], child.token)
+    assert tree_drafter._tree.root is child
+    assert tree_drafter._tree.draft_tokens == behind
+    assert level.read == tree_drafter._tree.held
+    assert len(level.asked) == steps
+
+
+@pytest.mark.parametrize("token", [WORDS - 1])
+def test_after_a_surprise_it_begins_anew(token):
+    tree_drafter, level = grower()
+    block = tree_drafter.propose(text(), 5)
+    assert token not in block[0].known
+    tree_drafter.move_to(block[0], token)
+    assert tree_drafter._tree is None
+    assert level.read == []
+
+
+def test_the_acceptance_model_steers_the_branches():
+    """Where second candidates never come, none is drafted."""
+    tree_drafter, _ = grower(prior=((0.9,) * 16, (0.0,) * 16, (0.0,) * 16), adaptive=False, nodes=6)
+    assert all(len(node.children) <= 1 for node in tree_drafter.propose(text(), 6))

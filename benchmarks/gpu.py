@@ -28,6 +28,7 @@ from offload_triforce.bench.subject import QUERIES
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.machine.describe import describe_machine
+from offload_triforce.machine.measure import free_memory, link_ceiling, memory_bandwidth
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.model.layout import probe
 from offload_triforce.planner.sizes import make_plan, make_shape, work_out
@@ -48,7 +49,7 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.vram * 1e9 / total))
     report: dict[str, Any] = {"machine": describe_machine(), "vram_cap_gb": arguments.vram, "models": []}
-    report["hbm_gbps"] = gpu.memory_bandwidth(device, 1 << 26 if arguments.rehearse else 1 << 30)
+    report["hbm_gbps"] = memory_bandwidth(device, 1 << 26 if arguments.rehearse else 1 << 30)
     for shape in arguments.shapes:
         measure_model(shape, arguments, device, report)
     print(json.dumps(report, indent=1))
@@ -75,7 +76,7 @@ def measure_context(model: PreTrainedModel, context: int, budget: int, row: dict
     layout = probe(model)
     plan, shape = make_plan(layout, settings, context), make_shape(settings, context)
     row["plan"] = {"tile_tokens": plan.tile_tokens, "tile_bytes": plan.tile_bytes, "ring": plan.ring}
-    parts.run("link", gpu.link_ceiling, model.device, plan.tile_bytes)
+    parts.run("link", link_ceiling, model.device, plan.tile_bytes)
     for queries in (QUERIES, 64, 512):
         sizes = (queries, shape.slots, settings.chunk, parts.report["hbm_gbps"])
         parts.run(f"kernels_{queries}", gpu.kernel_time, model, plan, *sizes)
@@ -114,7 +115,7 @@ class Parts:
         except Exception as error:
             traceback.print_exc()
             self.results[name] = {"error": f"{type(error).__name__}: {error}"}
-        gpu.free_memory()
+        free_memory()
         print(f"{name}: {time.perf_counter() - started:.1f} s {self.results[name]}", file=sys.stderr, flush=True)
         if self.out is not None:
             self.out.write_text(json.dumps(self.report, indent=1))

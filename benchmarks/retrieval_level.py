@@ -129,7 +129,7 @@ class ChosenLevel:
             self.chosen[layer] = best(scores, self.slots[layer]) + pool.start
             source = torch.full((kv.shape[1], max(self.slots)), -1, dtype=torch.long, device=kv.device)
             source[:, : self.chosen[layer].shape[1]] = self.chosen[layer]
-            self.store.put(layer, source, kv[:, :, :whole])
+            ops.put_chunks(source, kv[:, :, :whole], self.store.slots(layer))
 
     def _scores(self, layer: int, asking: Asking) -> Tensor:
         """Of all chunks that may be chosen, [K, C]."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.kernels import cpu, reference, reference_codec
-from offload_triforce.kernels.reference import causal_mask, gather_chunks, pack_queries
-from offload_triforce.kernels.reference_codec import encode_chunks
+from offload_triforce.kernels.reference import causal_mask, pack_queries, put_chunks
 from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
 
 try:
@@ -40,11 +39,10 @@ __all__ = [
     "causal_mask",
     "chunk_scores",
     "decode_keys",
-    "encode_chunks",
-    "gather_chunks",
     "own_tokens",
     "pack_queries",
     "prefill_attention",
+    "put_chunks",
     "take_chunks",
     "what_stops_triton",
 ]

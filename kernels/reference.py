@@ -204,7 +204,11 @@ def take_chunks(
 
     ``slots``: [2, K, k, chunk, D] for chunks as they are, or room for packed ones.
     """
-    source = select_chunks(selection, offered, first)
+    put_chunks(select_chunks(selection, offered, first), kv, slots)
+
+
+def put_chunks(source: Tensor, kv: Tensor, slots: Tensor | CodedChunks) -> None:
+    """``gather_chunks`` or ``encode_chunks``, as the slots want it: ``source`` [K, k] says which chunk, or -1."""
     if isinstance(slots, CodedChunks):
         encode_chunks(source, kv, slots)
     else:

@@ -17,7 +17,7 @@ from offload_triforce.generation.checks import Prompt, check_context, check_leng
 from offload_triforce.generation.options import check_call
 from offload_triforce.generation.request import Request, interpret
 from offload_triforce.generation.turn import Answer, Closing, Turns
-from offload_triforce.model.fetch import check_source, draft_model
+from offload_triforce.model.fetch import check_source, draft_model, find_source
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.local_files import find_gguf
@@ -109,6 +109,7 @@ class TriForce:
             check_source(small)
             find_gguf(small)
         if settings.context is not None:
+            model = find_source(model)  # once: what is kept here is hashed
             check_context(settings.context, max_positions(model))
         target, tokenizer = load_model(model, kind, where, quantize)
         if small is None:

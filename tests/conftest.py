@@ -14,6 +14,15 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch's: where tensors are tiny, or several threads of ours are at work, a second would be in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct with its tokenizer: (model, tokenizer). Brought once per machine."""

@@ -14,9 +14,10 @@ from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
+from offload_triforce.model.outline import LayerShape
+from offload_triforce.runtime.levels import RetrievalLevel
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime, choosing
-from offload_triforce.runtime.session import Session
+from offload_triforce.runtime.session import Layer, Session
 from offload_triforce.scheduler.device import Device, on
 from offload_triforce.speculation.tree import Node, chain
 
@@ -33,7 +34,7 @@ class Subject:
         self.layout = probe(model)
         self.runtime = Runtime(model, self.layout, settings, len(text) + 4 * settings.block, device=device)
         self.device = self.runtime.device
-        self.target = TargetLevel(model, self.runtime.caches, choosing(settings))
+        self.target = self.runtime.target(choosing(settings))
         self.tree_drafter = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
 
     def read(self) -> float:
@@ -49,20 +50,17 @@ class Subject:
     @torch.no_grad()
     def fill(self, seed: int = 0) -> None:
         """Fill the caches with random keys and values instead of computing them."""
-        caches, length = self.runtime.caches, len(self.text) - 1
+        length = len(self.text) - 1
         where = {"dtype": self.layout.dtype, "device": self.layout.device}
         chance = torch.Generator(self.layout.device).manual_seed(seed)
-        caches.reset()
-        config = self.model.config.get_text_config()
-        for index, layer in enumerate(self.layout.layers):
+        heads = self.model.config.get_text_config().num_attention_heads
+
+        def made_up(layer: LayerShape) -> Layer:
             kv = torch.randn(2, layer.kv_heads, length, layer.head_dim, generator=chance, **where)
-            queries = torch.randn(
-                config.num_attention_heads, PREFILL_QUERIES, layer.head_dim, generator=chance, **where
-            )
-            leaving = caches.fill(index, kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window))
-            if leaving:
-                leaving.wait()
-        caches.end_fill(length)
+            queries = torch.randn(heads, PREFILL_QUERIES, layer.head_dim, generator=chance, **where)
+            return kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window)
+
+        Session(self.runtime).begin_with(length, map(made_up, self.layout.layers))
         synchronize(self.layout.device)
 
     def verify(self, queries: int = QUERIES) -> float:

@@ -19,9 +19,6 @@ class ChunkStore(Protocol):
     def slots(self, layer: int) -> Tensor | ops.CodedChunks:
         """One layer's slots, for ``ops.take_chunks``."""
 
-    def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
-        """Copy chunks out of ``kv`` [2, K, C*chunk, D] into slots: ``source`` [K, k] says which, or -1."""
-
     def keys(self, layer: int, filled: int) -> Tensor:
         """Keys of the first ``filled`` slots of one layer, [K, filled*chunk, D]."""
 
@@ -67,10 +64,6 @@ class PlainChunks:
     def slots(self, layer: int) -> Tensor:
         """See ``ChunkStore``."""
         return self.kv[layer]
-
-    def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
-        """See ``ChunkStore``."""
-        ops.gather_chunks(source, kv, self.kv[layer])
 
     def keys(self, layer: int, filled: int) -> Tensor:
         """See ``ChunkStore``."""
@@ -131,10 +124,6 @@ class PackedChunks:
         spread = (1.2 * (high - low)).clamp(min=1e-3)
         coded.spread.copy_(spread)
         coded.floor.copy_((low + high - spread) / 2)
-
-    def put(self, layer: int, source: Tensor, kv: Tensor) -> None:
-        """See ``ChunkStore``."""
-        ops.encode_chunks(source, kv, self.slots(layer))
 
     def keys(self, layer: int, filled: int) -> Tensor:
         """See ``ChunkStore``."""

@@ -11,8 +11,8 @@ from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import notes, paper
 from offload_triforce.cli.options import AsJson, Device, Seed, Temperature
 from offload_triforce.cli.settings import build_settings, takes_settings
-from offload_triforce.cli.sources import find_models
 from offload_triforce.cli.values import check_temperatures, read_speed, read_tokens
+from offload_triforce.model.fetch import check_source
 
 EXAMPLES = examples("offload-triforce demo", "offload-triforce demo --temperature 0.8 --link-gbps 0.1")
 
@@ -36,7 +36,7 @@ def demo(
     length = read_tokens(prompt_tokens, "--prompt-tokens", 512, 8000)
     new_tokens, gbps = read_tokens(max_new_tokens, "--max-new-tokens"), read_speed(link_gbps, "--link-gbps")
     settings = build_settings(given)
-    find_models("smollm2")
+    check_source("smollm2")
     from offload_triforce.cli import report
     from offload_triforce.cli.demonstration import run_demo
     from offload_triforce.config import replace_settings

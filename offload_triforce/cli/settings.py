@@ -14,6 +14,8 @@ import typer
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.errors import InputError
 
+_KINDS = get_type_hints(Settings)
+
 
 def takes_settings(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these settings.
@@ -46,7 +48,7 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Callable[..., None
 def _option(each: Field, default: Any) -> inspect.Parameter:
     """A setting as an option. None stands for the setting's own default, which only the help shows."""
     about, words = each.metadata, each.name.replace("_", "-")
-    kind = get_type_hints(Settings)[each.name]
+    kind = _KINDS[each.name]
     names = [f"--{words}/--no-{words}"] if kind is bool else [f"--{words}"]
     shown = False if each.default is None else ("on" if each.default else "off") if kind is bool else str(each.default)
     text = str | None if about.get("tokens") or about.get("speed") else kind | None

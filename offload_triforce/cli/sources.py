@@ -7,7 +7,7 @@ from rich.text import Text
 from offload_triforce.cli.ending import notes, say
 
 
-def find_models(model: str, draft: str = "none") -> tuple[str, str]:
+def find_models(model: str, draft: str) -> tuple[str, str]:
     """Target and draft as ``TriForce.load`` takes them; what is not here yet is brought.
 
     Raises:

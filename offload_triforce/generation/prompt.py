@@ -6,11 +6,12 @@ import os
 import stat
 import sys
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from offload_triforce.errors import InputError
-from offload_triforce.generation.chat import chat_ids, has_chat_format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_BYTES = 1 << 30  # no model reads as much; an endless device would fill the memory
 _OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -99,6 +100,8 @@ def build_prompt(
     Raises:
         InputError: there is nothing to say, or the chat template refuses it.
     """
+    from offload_triforce.generation.chat import chat_ids, has_chat_format  # transformers: not before a mistake is told
+
     parts = [part for part in (text, ask) if part and part.strip()]
     if not parts:
         raise InputError("the prompt is empty; give a text, a question, or both")

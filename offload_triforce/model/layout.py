@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.errors import UnsupportedModelError
+from offload_triforce.errors import UnsupportedModelError, first_line
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import ATTENTION_NAME, Attachment, DetachedError, run
 from offload_triforce.model.outline import LayerShape, ModelLayout
@@ -103,9 +103,8 @@ def _one_step(model: PreTrainedModel, view: _Probe, watch: LayerWatch) -> tuple[
     except Exception as error:  # whatever a model that nobody has tried may raise
         if blank and isinstance(error, (RuntimeError, NotImplementedError)):
             raise WeightsNeededError from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
-            f"it does not run through the transformers attention registry ({reason})"
+            f"it does not run through the transformers attention registry ({first_line(error)})"
         ) from error
 
 

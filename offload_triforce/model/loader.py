@@ -96,8 +96,8 @@ def _load(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     packing = _quantization(quantize, dtype) if quantize else None
     header = check_files(folder, gguf)
-    if gguf:
-        check_room(Path(folder) / gguf, dtype, device, quantize)
+    if header is not None:
+        check_room(Path(folder) / gguf, header, dtype, device, quantize)
         options |= {"gguf_file": gguf, "attn_implementation": "sdpa"} | _unpacked()
     if packing is not None:
         # transformers does not quantise what it unpacks from a GGUF file: it is packed from host memory.

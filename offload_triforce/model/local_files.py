@@ -40,16 +40,27 @@ def locate(source: str) -> tuple[str, str | None]:
     if os.path.isdir(path):
         if os.path.exists(path / "config.json"):
             return str(path), None
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return str(path), files[0].name
-        held = f"{len(files)} GGUF files; name one" if files else "neither config.json nor a GGUF file"
-        raise InputError(f"folder {source} holds {held}")
+        file = lone_gguf(source, path)
+        if file is None:
+            raise InputError(f"folder {source} holds neither config.json nor a GGUF file")
+        return str(path), file.name
     if os.path.isfile(path):
         raise InputError(f"{source} is a file but not a .gguf file; give a model folder, a GGUF file or a hub id")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise InputError(f"no such file or folder: {source}")
     return source, None
+
+
+def lone_gguf(source: str, folder: Path) -> Path | None:
+    """The one GGUF file in a folder; None if there is none. ``source``: what the folder was called.
+
+    Raises:
+        InputError: there are several.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(f"folder {source} holds {len(files)} GGUF files; name one")
+    return files[0] if files else None
 
 
 def check_files(folder: str, gguf: str | None) -> GGUFHeader | None:

@@ -14,7 +14,7 @@ import torch
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.model.gguf_header import read_header
+from offload_triforce.model.gguf_header import GGUFHeader, read_header
 from offload_triforce.model.weights import note_on_unpacking, packed_modules
 
 if TYPE_CHECKING:
@@ -81,14 +81,13 @@ def move(model: torch.nn.Module, device: torch.device) -> None:
             part._buffers[name] = buffer.to(device)
 
 
-def check_room(path: Path, dtype: torch.dtype, device: torch.device, quantize: str | None) -> None:
-    """Refuse a GGUF file whose unpacked weights do not fit, before they are unpacked.
+def check_room(path: Path, header: GGUFHeader, dtype: torch.dtype, device: torch.device, quantize: str | None) -> None:
+    """Refuse a GGUF file whose unpacked weights do not fit, before they are unpacked. ``header``: the file's.
 
     Raises:
         MemoryLimitError: how much is missing, and what would help.
-        InputError: not a whole GGUF file.
     """
-    size = read_header(path).parameters * dtype.itemsize
+    size = header.parameters * dtype.itemsize
     unpacked = f"{path.name} is unpacked to {str(dtype)[6:]} on loading: {gigabytes(size)}"
     if device.type == "cuda" and quantize is None:
         free = torch.cuda.mem_get_info(device)[0]

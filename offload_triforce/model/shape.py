@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from offload_triforce.model.blank import blank_model, probe_blank
-from offload_triforce.model.counts import Weights, check_quantization
+from offload_triforce.model.counts import check_quantization
 from offload_triforce.model.outline import ModelLayout, ModelShape
 from offload_triforce.model.weights import count
 
@@ -34,8 +34,3 @@ def shape_of_loaded(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:
     """The same of a model that is there, with its layout."""
     heads, counts = model.config.get_text_config().num_attention_heads, count(model)
     return ModelShape("", model.config, layout, heads, counts.weights(model.dtype.itemsize, None), counts)
-
-
-def weigh(model: PreTrainedModel, quantize: str | None) -> Weights:
-    """The weights of a model. It may lie on the meta device; it is not quantised yet."""
-    return count(model).weights(model.dtype.itemsize, quantize)

@@ -31,7 +31,7 @@ class Footprint:
     plan: TilePlan | None
     device: dict[str, int]
     host: dict[str, int]
-    loading: Loading = Loading(0, 0)
+    loading: Loading
 
     @property
     def vram_bytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, first_line
 from offload_triforce.model.fetch import kept_file, looks_like_path
 from offload_triforce.model.hub import access, is_here, require
 from offload_triforce.model.names import find_known, nearest
@@ -49,11 +49,11 @@ def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
 
     from offload_triforce.model.gguf_header import read_header
     from offload_triforce.model.gguf_skim import skimming
+    from offload_triforce.model.local_files import lone_gguf
 
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
-    if len(files) > 1:
-        raise InputError(f"folder {source} holds {len(files)} GGUF files; name one")
-    gguf = path if path.suffix == ".gguf" else files[0] if files else None
+    gguf = path if path.suffix == ".gguf" else None
+    if path.is_dir():
+        gguf = None if (path / "config.json").exists() else lone_gguf(source, path)
     if gguf is not None:
         read_header(gguf)  # says what is wrong with a file that is not whole
     try:
@@ -63,8 +63,7 @@ def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
             else:
                 config = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever a file that somebody wrote makes of transformers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source} holds no configuration that transformers can read: {reason}") from error
+        raise InputError(f"{source} holds no configuration that transformers can read: {first_line(error)}") from error
     return _shape(config, dtype, path.name or source, gguf)
 
 
@@ -75,7 +74,7 @@ def _from_hub(source: str) -> PretrainedConfig:
         with access(source):
             return AutoConfig.from_pretrained(source)
     except Exception as error:  # whatever the reason, the table's nearest names are the answer
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{source!r} is no model whose configuration the hub gives out from here ({reason}); {nearest(source)}"
+            f"{source!r} is no model whose configuration the hub gives out from here ({first_line(error)}); "
+            f"{nearest(source)}"
         ) from error

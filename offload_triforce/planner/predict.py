@@ -187,9 +187,13 @@ def predict(
     machine: Machine,
     assumed: Assumed,
     draft: ModelShape | None = None,
+    plain: Settings | None = None,
 ) -> Prediction:
-    """Prefill, plain decoding and decoding through the hierarchy at a text of ``context`` tokens."""
-    plain = predict_target(model, settings, context, machine, 1, refresh=False)
+    """Prefill, plain decoding and decoding through the hierarchy at a text of ``context`` tokens.
+
+    ``plain``: settings of plain decoding, where they are others. The prefill takes about as long either way.
+    """
+    alone = predict_target(model, plain or settings, context, machine, 1, refresh=False)
     passing = predict_target(model, settings, context, machine, settings.block, settings.refresh and settings.gamma > 0)
     timing = round_time(model, settings, context, machine.speeds, assumed, draft, passing)
-    return Prediction(timing, passing, plain, prefill_seconds(model, settings, context, machine), assumed)
+    return Prediction(timing, passing, alone, prefill_seconds(model, settings, context, machine), assumed)

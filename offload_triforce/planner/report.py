@@ -8,7 +8,7 @@ from typing import Any
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.planner.choose import assume
 from offload_triforce.planner.fit import Footprint, footprint, missing
-from offload_triforce.planner.predict import Prediction, predict, predict_target
+from offload_triforce.planner.predict import Prediction, predict
 from offload_triforce.planner.query import PlanQuery
 from offload_triforce.planner.suggest import suggest
 
@@ -127,12 +127,10 @@ def _plain(question: PlanQuery) -> Way:
 
 
 def _predict(question: PlanQuery, hierarchy: Way, plain: Way) -> Prediction:
-    """Each way by its own settings; the prefill by the hierarchy's, which takes about as long as plain decoding's."""
+    """Each way by its own settings."""
     asked, machine = question, question.machine
     rates = assume(hierarchy.settings, asked.context, asked.draft_kind, asked.retrieval, asked.drafted)
-    told = predict(asked.model, hierarchy.settings, asked.context, machine, rates, asked.draft)
-    alone = predict_target(asked.model, plain.settings, asked.context, machine, 1, refresh=False)
-    return replace(told, plain=alone)
+    return predict(asked.model, hierarchy.settings, asked.context, machine, rates, asked.draft, plain.settings)
 
 
 def _better(question: PlanQuery, hierarchy: Way, plain: Way, told: Prediction | None) -> str:

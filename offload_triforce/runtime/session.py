@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import chain
+
+# Of one layer: keys and values [2, K, n, D], newest queries [H, m, D], and the attention's parameters.
+Layer = tuple[Tensor, Tensor, ops.AttentionParams]
 
 
 class Session:
@@ -50,24 +53,28 @@ class Session:
             # So that its time is not taken for decoding's.
             torch.cuda.current_stream(runtime.layout.device).synchronize()
 
+    def begin_with(self, tokens: int, layers: Iterable[Layer]) -> None:
+        """The same with ``tokens`` tokens whose keys, values and queries are there: ``layers``, on the device."""
+        caches = self.runtime.caches
+        caches.reset()
+        for index, (kv, queries, params) in enumerate(layers):
+            leaving = caches.fill(index, kv, queries, params)
+            if leaving:
+                leaving.wait()
+        caches.end_fill(tokens)
+        self.begun = True
+
     @torch.no_grad()
     def begin_as_read(self, reading: Reading, rest: Sequence[int] = ()) -> None:
         """The same with a text that was read before, and what follows it, which is read in passes."""
-        caches, device = self.runtime.caches, self.runtime.layout.device
-        caches.reset()
-        for index, (kv, queries, params) in enumerate(reading.layers):
-            leaving = caches.fill(index, kv.to(device), queries, params)
-            if leaving:
-                leaving.wait()
-        caches.end_fill(len(reading.tokens))
-        settings = self.runtime.settings
+        device, settings = self.runtime.layout.device, self.runtime.settings
+        self.begin_with(len(reading.tokens), ((kv.to(device), *others) for kv, *others in reading.layers))
         target, step = self.runtime.target("never" if settings.gamma == 0 else "each pass"), settings.news
         with on(device), attached(self.runtime.model):
             for start in range(0, len(rest), step):
                 nodes = chain(rest[start : start + step])
                 target.score(nodes)
                 target.commit(range(len(nodes)))
-        self.begun = True
 
     def continue_text(
         self,
@@ -113,11 +120,11 @@ class Reading:
     """What a prefill has computed, to begin any number of sessions with, over caches of any settings.
 
     Attributes:
-        tokens: (n,). layers: for each its keys and values [2, K, n, D], newest queries [H, m, D] and parameters.
+        tokens: (n,). layers: see ``Layer``.
     """
 
     tokens: Tensor
-    layers: list[tuple[Tensor, Tensor, ops.AttentionParams]]
+    layers: list[Layer]
 
     @classmethod
     def of(

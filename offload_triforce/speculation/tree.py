@@ -122,13 +122,8 @@ def tokens_of(nodes: Iterable[Node]) -> list[int]:
     return [node.token for node in nodes]
 
 
-def path_after(text: TokenText, node: Node) -> list[int]:
-    """The text up to a node, [n + depth]: the root is the text's own last token."""
-    return text[:] + tokens_of(node.path()[1:])
-
-
 def prefix_of(text: TokenText, node: Node, device: torch.device) -> Tensor:
-    """The same as a tensor on a device, (n + depth,)."""
+    """The text up to a node as a tensor on a device, (n + depth,): the root is the text's own last token."""
     ids, line = text.ids_on(device), node.path()[1:]
     if not line:
         return ids

@@ -293,7 +293,7 @@ def choose_with(level, asking, near):
         keys, scaling = kv[0, :, : asking.end], level.text.params[layer].scaling
         scores = chunk_scores(level.way, asking.queries[layer], keys, scaling, asking.refreshed, near)
         level.chosen[layer] = best(scores, level.slots[layer]) + pool.start
-        level.store.put(layer, level.chosen[layer], kv[:, :, : level.text.length])
+        ops.put_chunks(level.chosen[layer], kv[:, :, : level.text.length], level.store.slots(layer))
 
 
 def assert_same_choice(level, cache, asking):

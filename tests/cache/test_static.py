@@ -193,7 +193,7 @@ def test_chosen_chunks_count_as_far_as_the_device_says(bits, filled):
     """A store is read in full, and what is not filled is left out."""
     store = make_store(1, HEADS, 5, 3, DIM, bits, torch.float32, CPU)
     order = torch.arange(5).expand(HEADS, 5)
-    store.put(0, order, torch.randn(2, HEADS, 15, DIM))
+    ops.put_chunks(order, torch.randn(2, HEADS, 15, DIM), store.slots(0))
     buffer, plain = make_buffer(9), make_buffer(9)
     query, (key, value) = torch.randn(HEADS * GROUPS, 2, DIM), torch.randn(2, HEADS, 2, DIM)
 

@@ -1,17 +1,13 @@
 """Tiny models for the command line, and one thread each: there is nothing to share out among several."""
 
 import pytest
-import torch
 
 from tests.byte_tokenizer import save_tiny_llama
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def in_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from offload_triforce import cli
 from offload_triforce.machine.folders import cache_folder
 from offload_triforce.model.names import MODELS
-
-
-def call(*args):
-    return CliRunner().invoke(cli.app, list(args))
+from tests.cli.calling import call
 
 
 @pytest.fixture(autouse=True)

@@ -10,15 +10,12 @@ from offload_triforce import cli
 from offload_triforce.machine.cards import CARDS
 from offload_triforce.model.names import MODELS
 from tests.byte_tokenizer import save_tiny_llama
+from tests.cli.calling import call
 from tests.tiny_gguf import save_tiny_gguf
 
 KEYS = {"fits", "vram_bytes", "host_bytes", "ms_per_token", "ms_per_token_plain", "prefill_s", "missing"}
 KEYS |= {"suggestions", "settings", "options", "device", "host", "assumptions", "notes", "tokens_per_pass"}
 KEYS |= {"verdict", "command", "way", "on_card", "pays_from", "loading", "device_plain"}
-
-
-def call(*args):
-    return CliRunner().invoke(cli.app, list(args))
 
 
 def plan(*args):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from offload_triforce import cli
 from tests.byte_tokenizer import save_tiny_llama
+from tests.cli.calling import call
 
 TOKENS = {
     "context",
@@ -40,10 +40,6 @@ OPTIONS = [
     for parameter in command.params
     if parameter.name in TOKENS | BYTES | SPEEDS
 ]
-
-
-def call(*args):
-    return CliRunner().invoke(cli.app, list(args))
 
 
 def test_all_commands_are_looked_at():

@@ -11,9 +11,9 @@ import torch
 
 from offload_triforce import BusyError, InputError, TriForce
 from tests.byte_tokenizer import byte_tokenizer
-from tests.generation.test_turn import one_thread_per_operation  # noqa: F401 (a fixture)
 from tests.tiny import greedy, prompt_ids, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, NEW = prompt_ids(70), 24
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}

@@ -17,19 +17,11 @@ from tests.byte_tokenizer import byte_tokenizer
 from tests.model.test_lock import in_thread, raise_in_thread, until
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, NEW = prompt_ids(70), 24
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}
 SMALL |= {"prefill_chunk": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_per_operation():
-    """Two threads of ours with two of torch's each would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,7 @@ def test_operations_take_the_kernels(monkeypatch, device, dim):
         attention.update_coded(coded, 6)
         outputs.append((attention.finish(), ops.decode_keys(coded, 6, torch.float32)))
         fresh = new_coded(device, 2, 6, 4, dim, 4)
-        ops.encode_chunks(torch.tensor([[0, -1, 1, 2, 3, 4]] * 2, device=device), draw(device, 2, 2, 20, dim), fresh)
+        ops.put_chunks(torch.tensor([[0, -1, 1, 2, 3, 4]] * 2, device=device), draw(device, 2, 2, 20, dim), fresh)
         outputs[-1] += (decode_keys(fresh, 6),)
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -262,7 +262,7 @@ def test_gather_copies_what_enters_and_nothing_else():
     kv = torch.arange(2 * 2 * 12 * 3.0).reshape(2, 2, 12, 3)
     slots = torch.full((2, 2, 3, 4, 3), -1.0)
     source = torch.tensor([[2, -1, 0], [-1, 1, -1]])
-    ops.gather_chunks(source, kv, slots)
+    ops.put_chunks(source, kv, slots)
     for head, slot in itertools.product(range(2), range(3)):
         chunk = source[head, slot]
         expected = kv[:, head, 4 * chunk : 4 * chunk + 4] if chunk >= 0 else torch.full((2, 4, 3), -1.0)

@@ -9,6 +9,7 @@ import torch
 from offload_triforce import MemoryLimitError, TriForce
 from offload_triforce.model import loader, quantize
 from offload_triforce.model.fetch import fetch_model
+from offload_triforce.model.gguf_header import read_header
 from offload_triforce.model.loader import load_model
 from offload_triforce.planner.models import find_shape
 from tests.tiny import greedy, prompt_ids, tiny_model
@@ -147,19 +148,19 @@ class TestRoom:
 
     def refusal(self, gguf, device, how=None):
         with pytest.raises(MemoryLimitError) as error:
-            quantize.check_room(gguf, torch.bfloat16, torch.device(device), how)
+            quantize.check_room(gguf, read_header(gguf), torch.bfloat16, torch.device(device), how)
         assert "\n" not in str(error.value)
         return str(error.value)
 
     def test_enough(self, gguf):
         for device, how in (("cpu", None), ("cuda", None), ("cuda", "nf4")):
-            quantize.check_room(gguf, torch.bfloat16, torch.device(device), how)
+            quantize.check_room(gguf, read_header(gguf), torch.bfloat16, torch.device(device), how)
 
     def test_a_card_that_holds_the_packed_weights_alone(self, gguf):
         self.card = 10**5
         assert "tiny.gguf is unpacked to bfloat16 on loading" in self.refusal(gguf, "cuda")
         assert "--quantize nf4 packs it again" in self.refusal(gguf, "cuda")
-        quantize.check_room(gguf, torch.bfloat16, torch.device("cuda"), "nf4")
+        quantize.check_room(gguf, read_header(gguf), torch.bfloat16, torch.device("cuda"), "nf4")
 
     @pytest.mark.parametrize(("device", "how"), [("cpu", None), ("cuda", "nf4"), ("cuda", None)])
     def test_host_memory_that_is_too_small_to_unpack(self, gguf, device, how):

@@ -9,7 +9,7 @@ from offload_triforce.errors import InputError, UnsupportedModelError
 from offload_triforce.model.blank import layout_of
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model
-from offload_triforce.model.shape import shape_of, weigh
+from offload_triforce.model.shape import shape_of, shape_of_loaded
 from offload_triforce.planner.models import find_shape
 from tests.byte_tokenizer import save_tiny_llama
 from tests.tiny import FAMILIES, tiny_config, tiny_model
@@ -26,7 +26,7 @@ def test_a_configuration_says_what_the_runtime_finds_in_the_model(family):
     assert shape.layout.max_positions == found.max_positions
     assert shape.layout.vocabulary == found.vocabulary
     assert shape.weights.total == sum(weight.nbytes for weight in model.parameters())
-    assert shape.weights == weigh(model, None)
+    assert shape.weights == shape_of_loaded(model, found).weights
 
 
 def test_weights_by_part_add_up():

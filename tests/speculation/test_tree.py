@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree import Node, TokenTree, ancestors, path_after, prefix_of, tokens_of, tree_mask
+from offload_triforce.speculation.tree import Node, TokenTree, ancestors, prefix_of, tokens_of, tree_mask
+from tests.speculation.toys import path_after
 
 CPU = torch.device("cpu")
 

@@ -19,13 +19,19 @@ from offload_triforce.speculation.processors import stateless
 from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree import path_after
+from offload_triforce.speculation.tree import tokens_of
 from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+from tests.stateful import Moody
 
 VOCABULARY = 3
 EOS = 2
 PROMPT = torch.tensor([0, 1])
 TARGET, MIDDLE, DRAFT = range(3)
+
+
+def path_after(text, node):
+    """The text up to a node, [n + depth]: the root is the text's own last token."""
+    return text[:] + tokens_of(node.path()[1:])
 
 
 class Tables:
@@ -86,21 +92,6 @@ class ForkingTurns(Turns):
         return copy.deepcopy(self)
 
 
-class Swings(LogitsProcessor):
-    """What had the best score last time is ruled out: a state that comes from the scores of whoever asks."""
-
-    triforce_forkable = True
-
-    def __init__(self):
-        self.last = []
-
-    def __call__(self, input_ids, scores):
-        best = int(scores.argmax())
-        scores[:, self.last] = -torch.inf
-        self.last = [best]
-        return scores
-
-
 @stateless
 class Pedant(LogitsProcessor):
     """No token twice in a row: it rules that out, and a path where it has happened is an error."""
@@ -113,7 +104,7 @@ class Pedant(LogitsProcessor):
 
 
 # What users may bring along, by how it is treated.
-BROUGHT = {"unknown": Turns, "forks": ForkingTurns, "forks by scores": Swings, "rejects": Pedant}
+BROUGHT = {"unknown": Turns, "forks": ForkingTurns, "forks by scores": Moody, "rejects": Pedant}
 
 
 def real_sampler(brought):

@@ -24,7 +24,7 @@ from offload_triforce.kernels.attention_state import SplitAttention
 from offload_triforce.kernels.launch import Launch, run
 from offload_triforce.kernels.tiling import LARGEST_DIM, packed_tiling
 from offload_triforce.kernels.types import AttentionParams, CodedChunks
-from offload_triforce.kernels.verify_attention import _begin, _dot, _share, _tanh, interpreted, score_factors
+from offload_triforce.kernels.verify_attention import _begin, _dot, _share, _soften, _tanh, interpreted, score_factors
 
 
 def serves(dim: int) -> bool:
@@ -243,10 +243,7 @@ def _update_kernel(
         if softcap is not None:
             scores = _tanh(scores) * softcap
         scores = tl.where((column < stop)[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(highest - higher)
-        mass = mass * decay + tl.sum(weights, 1)
+        weights, decay, highest, mass = _soften(scores, highest, mass)
         token = tl.reshape(token, [BLOCK_KEYS])
         unit = tl.load(value_step + token).to(tl.float32)
         centre = tl.load(value_low + token).to(tl.float32) + CENTRE * unit
@@ -258,7 +255,7 @@ def _update_kernel(
         for part in tl.static_range(PARTS):
             v = _joined(_codes(value_codes + words + part * (WIDE // 8), HALF, BITS, CENTRE, SINGLE), BLOCK_KEYS, WIDE)
             added = added + (_dot(weights, v, sums[part] * decay[:, None], WIDEN),)
-        sums, highest = added, higher
+        sums = added
 
     tl.store(maximum + at, highest, mask=row < rows)
     tl.store(total + at, mass, mask=row < rows)

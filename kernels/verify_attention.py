@@ -171,6 +171,18 @@ def _begin(maximum, total, at, exists, FIRST: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
+def _soften(scores, highest, mass):
+    """A step of the running softmax over new scores, in powers of two.
+
+    Returns their weights, by how much what was summed so far decays, and the new largest score and mass of each row.
+    """
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    decay = tl.exp2(highest - higher)
+    return weights, decay, higher, mass * decay + tl.sum(weights, 1)
+
+
+@triton.jit
 def _share(first, stop, BLOCK_KEYS: tl.constexpr):
     """Which of the keys from ``first`` on this split takes: a whole number of steps, but for the last."""
     steps = tl.cdiv(tl.maximum(stop - first, 0), BLOCK_KEYS)
@@ -257,15 +269,12 @@ def _update_kernel(
             scores = tl.where((column < stop)[None, :], scores, float("-inf"))
         if mask is not None:
             scores = _visible(scores, column, place, token, end, mask, window, masked, mask_row, mask_column)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(highest - higher)
-        mass = mass * decay + tl.sum(weights, 1)
+        weights, decay, highest, mass = _soften(scores, highest, mass)
         weights = weights.to(v[0].dtype)
         added = ()
         for part in tl.static_range(PARTS):
             added = added + (_dot(weights, v[part], sums[part] * decay[:, None], WIDEN),)
-        sums, highest = added, higher
+        sums = added
 
     tl.store(maximum + at, highest, mask=exists)
     tl.store(total + at, mass, mask=exists)

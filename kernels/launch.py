@@ -38,6 +38,7 @@ class Bound:
 
     What changes must not change what would be compiled: tensors keep their dtype and are ``aligned``, or parameters
     whose alignment the kernel does not specialise on; numbers are parameters that it does not specialise on at all.
+    What stays the same is known by its address alone: whoever binds keeps it alive, or binds anew for another address.
     Profilers' launch hooks are passed by.
     """
 

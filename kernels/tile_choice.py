@@ -18,7 +18,7 @@ class TileChoice:
     """The Triton side of ``ops.RunningChoice``. One object serves layer after layer, on one stream at a time."""
 
     def __init__(self) -> None:
-        self._bound: dict[Hashable, dict[Hashable, tuple[Bound, Bound]]] = {}
+        self._bound: dict[Hashable, dict[Hashable, tuple[Bound, Bound, Tensor]]] = {}
         self._workspaces: dict[Hashable, Workspace] = {}
 
     def start(
@@ -42,13 +42,14 @@ class TileChoice:
 
     def see(self, first: int, kv: Tensor) -> None:
         """Score the chunks ``first``, first + 1, ... of a tile, [2, K, C*chunk, D], and take the best: two launches."""
-        usual = self._aligned and aligned(kv)
-        which = (kv.shape, kv.stride(), usual)
+        usual, which = self._aligned and aligned(kv), (kv.shape, kv.stride())
         bound = self._of_shape.get(which) if usual else None
         if bound is None:
-            self._of_shape[which] = self._bind(first, kv)
+            bound = self._bind(first, kv)
+            if usual:
+                self._of_shape[which] = bound
             return
-        scoring, taking = bound
+        scoring, taking, _ = bound
         if self._values is None:  # the layer's own, which stay the same from tile to tile
             held = self._selection.held
             self._values = (
@@ -58,8 +59,8 @@ class TileChoice:
         scoring(*self._values[0], kv, first)
         taking(*self._values[1], kv, first)
 
-    def _bind(self, first: int, kv: Tensor) -> tuple[Bound, Bound]:
-        """Launch both for the first time."""
+    def _bind(self, first: int, kv: Tensor) -> tuple[Bound, Bound, Tensor]:
+        """Launch both for the first time. With them comes the memory between them, which has to live as long."""
         heads, chunks = kv.shape[1], kv.shape[2] // self._chunk
         offered = torch.empty(heads, chunks, dtype=torch.float32, device=kv.device)
         selection, slots = self._selection, self._slots
@@ -70,4 +71,4 @@ class TileChoice:
             self._workspaces[size] = make_workspace(selection)
         stores = slots._fields if isinstance(slots, CodedChunks) else ("store",)
         launch = take_launch(selection, offered, first, kv, slots, self._workspaces[size])
-        return scoring, Bound(launch, (*selection._fields, *stores, "kv", "first"))
+        return scoring, Bound(launch, (*selection._fields, *stores, "kv", "first")), offered

@@ -6,9 +6,12 @@ in that of the tests they may belong to the interpreter.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import triton
@@ -134,21 +137,12 @@ def per_tile(recorder, count):
     return (numbers[1] - numbers[0]) / (4 * LAYERS)
 
 
-class TritonsWay:
-    """``launch.Bound`` without anything bound."""
+class TritonsWay(launch.Bound):
+    """The same launches, each of them in Triton's own way, as under the interpreter."""
 
     def __init__(self, made, changing):
-        self.made, self.places = made, [made.kernel.arg_names.index(name) for name in changing]
-        launch.run(made)
-
-    def values(self, *tensors):
-        return tensors
-
-    def __call__(self, *values):
-        arguments = list(self.made.arguments)
-        for place, value in zip(self.places, values, strict=True):
-            arguments[place] = value
-        launch.run(self.made._replace(arguments=tuple(arguments)))
+        super().__init__(made, changing)
+        self._launch = made
 
 
 def numbered(launches):
@@ -182,10 +176,30 @@ def unaligned(recorder):
     return found
 
 
+def scratch():
+    """Whether all that a choice allocates when it is bound is there as long as its addresses are launched with."""
+    made, allocate = [], torch.empty
+
+    def remembered(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    choice, packed = ops.RunningChoice(), torch.zeros(1, 6, DIM)
+    empty = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 99, dtype=torch.bool)
+    store, tile = torch.zeros(2, 1, 4, CHUNK, DIM), torch.zeros(2, 1, TILE, DIM)
+    choice.start(packed, torch.zeros(1, 6), 0.1, CHUNK, ops.ChunkSelection(*empty), store)
+    with mock.patch("torch.empty", remembered):
+        choice.see(0, tile)
+    choice.see(0, tile)
+    gc.collect()
+    return [tensor() is not None for tensor in made]
+
+
 def main():
     recorder = Recorder()
     triton.runtime.driver.set_active(recorder)
-    report = {"aligned": unaligned(recorder)}
+    report = {"aligned": unaligned(recorder), "scratch": scratch()}
     for refresh in (True, False):
         name = "refresh" if refresh else "plain"
         report[f"launches {name}"] = per_tile(recorder, lambda rig, refresh=refresh: len(rig.run(refresh)))

@@ -49,3 +49,9 @@ def test_what_is_not_aligned_takes_other_code(report):
     *before, last = report["aligned"]
     assert before == [[True] * 3] * 3
     assert last == [False] * 3
+
+
+def test_memory_that_bound_launches_write_to_stays_theirs(report):
+    """Only its address is bound: given back, it would soon be somebody else's."""
+    assert report["scratch"]
+    assert all(report["scratch"])

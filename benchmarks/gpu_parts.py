@@ -101,11 +101,11 @@ def step_time(subject: Subject, queries: int, repeats: int = 30) -> dict[str, fl
     """A step of the retrieval level with and without CUDA graphs, ms. On a CPU both are without."""
     result = {}
     for name, graphs in (("graphs_ms", subject.runtime.graphs), ("eager_ms", None)):
-        subject.tree_drafter.graphs = graphs
+        subject.retrieval.graphs = graphs
         for _ in range(5):  # a shape is captured after some uses
             subject.draft(queries)
         result[name] = 1e3 * statistics.median(subject.draft(queries) for _ in range(repeats))
-    subject.tree_drafter.graphs = subject.runtime.graphs
+    subject.retrieval.graphs = subject.runtime.graphs
     return result | {"queries": queries}
 
 

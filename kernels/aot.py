@@ -70,7 +70,7 @@ def build(launch: Launch, cc: int, parameters: dict[str, Any] | None = None) -> 
 
 def compile_launch(launch: Launch, cc: int) -> Any:
     """Build what this launch on a GPU of compute capability ``cc`` would build."""
-    if not isinstance(verify_attention._update_kernel, triton.JITFunction):
+    if verify_attention.interpreted():
         raise RuntimeError("Triton's interpreter does not compile: unset TRITON_INTERPRET")
     signature, constants, attributes = {}, {}, {}
     for place, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=True)):

@@ -215,8 +215,9 @@ class RunningChoice:
             return
         packed, baseline, scaling, chunk, selection, slots = self._arguments
         held = selection.held[:, first : first + kv.shape[2] // chunk]
-        offered = chunk_scores(packed, kv[0], chunk, scaling, baseline, held)
-        take_chunks(selection, offered, first, kv, slots)
+        functions = _torch_functions(kv)
+        offered = functions.chunk_scores(packed, kv[0], chunk, scaling, baseline, held)
+        functions.take_chunks(selection, offered, first, kv, slots)
 
 
 def decode_keys(coded: CodedChunks, slots: int, dtype: torch.dtype) -> Tensor:

@@ -130,9 +130,7 @@ def _natural(both, ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _query_range(
-    query, floor, spread, exists, DIM: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
-):
+def _query_range(query, floor, spread, exists, WIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """Per row: the product with floor + 128 u, and the largest of the query's elements times u."""
     dims = tl.arange(0, WIDE // 2)
     offset = tl.zeros([ROWS], tl.float32)
@@ -193,7 +191,7 @@ def _update_kernel(
 
     query += head * query_head + row.to(tl.int64)[:, None] * query_row
     spread += head * DIM
-    offset, largest = _query_range(query, floor + head * DIM, spread, exists, DIM, WIDE, PARTS, BLOCK_ROWS)
+    offset, largest = _query_range(query, floor + head * DIM, spread, exists, WIDE, PARTS, BLOCK_ROWS)
     tl.debug_barrier()  # else the compiler keeps all that was read, and spills it
     queries = _queries(query, spread, largest, exists, DIM, WIDE, PARTS, BLOCK_ROWS, SINGLE)
     offset *= scaling

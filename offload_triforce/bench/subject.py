@@ -35,7 +35,7 @@ class Subject:
         self.runtime = Runtime(model, self.layout, settings, len(text) + 4 * settings.block, device=device)
         self.device = self.runtime.device
         self.target = self.runtime.target(choosing(settings))
-        self.tree_drafter = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
+        self.retrieval = RetrievalLevel(model, self.runtime.caches, self.runtime.graphs)
 
     def read(self) -> float:
         """Prefill all of the text but its last token, for real; returns seconds."""
@@ -71,8 +71,8 @@ class Subject:
 
     def draft(self, queries: int = QUERIES) -> float:
         """One step of the retrieval level with so many queries, none of which is kept; returns seconds."""
-        seconds = self._timed(lambda nodes: self.tree_drafter.score(nodes, []), queries)
-        self.tree_drafter.keep([])
+        seconds = self._timed(lambda nodes: self.retrieval.score(nodes, []), queries)
+        self.retrieval.keep([])
         return seconds
 
     def _timed(self, work: Callable[[list[Node]], object], queries: int) -> float:

@@ -218,10 +218,10 @@ def test_folds_by_hand(rig):
     assert (added <= keenest + math.log(2) + 1e-5).all(), "but at least half"
     assert (keenest >= alone - 1e-5).all()
     plain = chunk_scores(Way("x", "", SHAPE, fold="mean", queries=4), one_head[1], kv[0, :1], params.scaling, READ)
-    tree_drafter = one_head[1][:, -4:].mean(1, keepdim=True)
+    average = one_head[1][:, -4:].mean(1, keepdim=True)
     pool = SHAPE.pool(READ)
     means = kv[0, :1, pool.start * 4 : pool.stop * 4].unflatten(1, (-1, 4)).mean(2)
-    torch.testing.assert_close(plain, (tree_drafter @ means.mT * params.scaling)[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain, (average @ means.mT * params.scaling)[:, 0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("refresh", [True, False])

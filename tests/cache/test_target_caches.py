@@ -59,7 +59,7 @@ class TargetRig:
         self.caches = TargetCaches(windows, full, retrieval, window)
         model = mock.Mock(device=CPU)
         self.target = levels.TargetLevel(model, self.caches, choosing)
-        self.tree_drafter = levels.RetrievalLevel(model, self.caches)
+        self.retrieval = levels.RetrievalLevel(model, self.caches)
         self.nested = self.moved = self.tokens = 0
         self.prompt(0)
 
@@ -112,7 +112,7 @@ class TargetRig:
         if not new:
             return
         with mock.patch.object(levels, "run", self.run_middle):
-            self.tree_drafter.score(new, held)
+            self.retrieval.score(new, held)
         held += new
 
     def forget(self, most):
@@ -123,11 +123,11 @@ class TargetRig:
             dropped = set(held[-gone:])
             del held[-gone:]
             self.tree.draft_tokens = [node for node in self.tree.draft_tokens if node not in dropped]
-            self.tree_drafter.keep(range(len(held)))
+            self.retrieval.keep(range(len(held)))
 
     def run_middle(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)
-        nodes = self.tree_drafter._nodes
+        nodes = self.retrieval._nodes
         assert keep == len(nodes)
         kv, queries = kv_text.draw(len(nodes)), kv_text.queries(len(nodes))
         for number, node in enumerate(nodes):
@@ -150,8 +150,8 @@ class TargetRig:
             line = list(ancestors(node))[::-1]
             if window is not None:
                 line = [other for other in line if node.depth - other.depth < window]
-                path_probability = max(0, position - window + 1)
-                seen = held[:, :, path_probability:]
+                first_seen = max(0, position - window + 1)
+                seen = held[:, :, first_seen:]
             else:
                 seen = held
             seen = torch.cat([seen, *(known[other][layer] for other in line)], dim=2)
@@ -205,7 +205,7 @@ class TargetRig:
             self.tree = tree.moved_to(self.chance.choice(last.children))
         else:
             self.tree = TokenTree(Node(0, None))
-        self.tree_drafter.keep([place[node] for node in self.tree.held])
+        self.retrieval.keep([place[node] for node in self.tree.held])
 
     def run_target(self, _model, _tokens, positions, view, keep):
         kv_text, caches, length = self.kv_text, self.caches, len(self.kv_text)

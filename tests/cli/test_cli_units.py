@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import typer
 
-from offload_triforce import cli
 from tests.byte_tokenizer import save_tiny_llama
 from tests.cli.calling import call
+from tests.cli.test_cli_help import LEAVES
 
 TOKENS = {
     "context",
@@ -24,19 +23,9 @@ BYTES, SPEEDS = {"vram", "ram"}, {"link", "hbm", "link_gbps"}
 NEEDED = {"generate": ["--model", "./x", "--prompt", "hi"], "plan": ["--model", "qwen3-8b", "--gpu", "4090"]}
 
 
-def commands(group=None, path=()):
-    """(words, command) of all commands."""
-    group = group or typer.main.get_command(cli.app)
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
-
 OPTIONS = [
     (words, parameter.name)
-    for words, command in commands()
+    for words, command in LEAVES.items()
     for parameter in command.params
     if parameter.name in TOKENS | BYTES | SPEEDS
 ]

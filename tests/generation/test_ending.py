@@ -8,13 +8,11 @@ from transformers.generation import EosTokenCriteria
 from offload_triforce import TriForce
 from offload_triforce.generation.ending import ending
 from tests.byte_tokenizer import byte_tokenizer
-from tests.test_engine import Dictate
+from tests.test_engine import SMALL, Dictate
 from tests.tiny import tiny_model
 
 TOKENIZER = byte_tokenizer()
 IDS = torch.tensor(TOKENIZER("a b").input_ids)
-SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}
-SMALL |= {"adaptive": False, "overlap": False, "draft_tokens": 8, "topk": 2, "width": 2}
 
 
 class AfterThree(StoppingCriteria):

@@ -58,7 +58,7 @@ def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS,
         with attached(model), torch.no_grad():
             Session(runtime).begin(prompt)
             target = TargetLevel(model, runtime.caches, "each pass")
-            tree_drafter = RetrievalLevel(model, runtime.caches)
+            retrieval = RetrievalLevel(model, runtime.caches)
             for _ in range(passes):
                 nodes, kept = block()
                 held = []
@@ -66,12 +66,12 @@ def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS,
                 def idle(nodes=nodes, held=held):
                     nonlocal steps
                     if ahead and len(held) < 4:
-                        tree_drafter.score([Node(9, held[-1]) if held else nodes[0]], held)
+                        retrieval.score([Node(9, held[-1]) if held else nodes[0]], held)
                         held.append(Node(9, held[-1] if held else None))
                         steps += 1
 
                 rows.append(target.score(nodes, idle))
-                tree_drafter.keep([])
+                retrieval.keep([])
                 target.commit(kept)
         assert bool(steps) == ahead
         kept = [runtime.caches.full.read(layer).clone() for layer in range(len(layout.full))]

@@ -41,10 +41,10 @@ def walks(program):
     """Run ``program(choices)`` once per possible sequence of outcomes: yields (probability, result)."""
     plan = []
     while plan is not None:
-        verify_tree = Walk(plan)
-        result = program(verify_tree)
-        yield verify_tree.probability, result
-        plan = verify_tree.next_plan()
+        walk = Walk(plan)
+        result = program(walk)
+        yield walk.probability, result
+        plan = walk.next_plan()
 
 
 def distribution_of(program):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.clock import Mark
 from offload_triforce.scheduler.trace import Span, Trace
 
 H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
@@ -60,6 +61,9 @@ class Device(Protocol):
     def record(self) -> Event:
         """The computation issued so far."""
 
+    def mark(self) -> Mark:
+        """The end of the computation issued so far, to tell the time by (see ``clock``)."""
+
     def release(self, buffer: Tensor) -> Event:
         """The computation issued so far was the last to use this buffer: a copy may overwrite it after the event."""
 
@@ -88,6 +92,17 @@ class _CudaEvent:
 
     def arrived(self) -> bool:
         return self.event.query()
+
+
+class _CudaMark:
+    """An event of the computation that is timed."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def since(self, earlier: _CudaMark) -> float:
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 class CudaLane:
@@ -135,6 +150,10 @@ class CudaDevice:
     def record(self) -> _CudaEvent:
         """The computation issued so far."""
         return _CudaEvent(torch.cuda.current_stream(self.device).record_event(), self.device)
+
+    def mark(self) -> _CudaMark:
+        """The end of the computation issued so far. Work that was queued before a mark is not counted after it."""
+        return _CudaMark(torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True)))
 
     def release(self, buffer: Tensor) -> _CudaEvent:
         """The computation issued so far was the last to use this buffer."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.clock import HostMark
 from offload_triforce.scheduler.device import COMPUTE, D2H, H2D
 from offload_triforce.scheduler.trace import Span, Trace
 
@@ -181,6 +182,10 @@ class EmulatedDevice:
         event = _Event()
         event.set()
         return event
+
+    def mark(self) -> HostMark:
+        """Now: the caller computes itself. Under chaos, ``finish`` first."""
+        return HostMark()
 
     def release(self, buffer: Tensor) -> _Event:
         """The computation issued so far was the last to use this buffer."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_triforce.scheduler.clock import Mark
 from offload_triforce.scheduler.device import Device, Event
 from offload_triforce.scheduler.store import TileStore
 
@@ -46,7 +47,8 @@ class TileStream:
         self._ring = device.empty(shape, dtype)
         self._tiles = 0
         self._waits: list[Callable[[], float]] = []
-        self._covered = 0.0  # seconds of other work in the pass, as far as the ring covers each piece
+        # Other work in the pass: from where, to where, and how long the ring covers such a piece.
+        self._others: list[tuple[Mark, Mark, float]] = []
         self._begun, self._fetched = 0.0, 0  # when the pass began, and bytes that it has asked for
         self._rate = 0.0  # bytes per second of the fastest pass of this text
         self._todo: Iterator[tuple[int, int]] = iter(())
@@ -59,7 +61,8 @@ class TileStream:
             self._flying.popleft()[1].wait()
         self._tiles = tiles
         self._waits.clear()
-        self._covered, self._begun, self._fetched = 0.0, time.perf_counter(), 0
+        self._others.clear()
+        self._begun, self._fetched = time.perf_counter(), 0
         self._todo = self.plan.stream_order(tiles)
         issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
         self._free = deque((slot, issued) for slot in range(self.plan.ring))
@@ -78,9 +81,9 @@ class TileStream:
             slot, landed = self._flying.popleft()
             if idle is not None and not landed.arrived():
                 self.device.finish()
-                started = time.perf_counter()
+                began = self.device.mark()  # tiles that are queued before it are no part of it
                 idle()
-                self._covered += min(time.perf_counter() - started, self._longest())
+                self._others.append((began, self.device.mark(), self._longest()))
             self._waits.append(self.device.await_landing(landed))
             yield Tile(index, self._ring[slot])
             self._free.append((slot, self.device.release(self._ring[slot])))
@@ -95,7 +98,8 @@ class TileStream:
         if not self._fetched:
             return Slack()
         self._rate = max(self._rate, self._fetched / (time.perf_counter() - self._begun))
-        return Slack(sum(wait() for wait in self._waits) + self._covered, self._longest())
+        covered = sum(min(ended.since(began), longest) for began, ended, longest in self._others)
+        return Slack(sum(wait() for wait in self._waits) + covered, self._longest())
 
     def _longest(self) -> float:
         return self.plan.ring_bytes / self._rate if self._rate else 0.0

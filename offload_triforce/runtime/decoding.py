@@ -19,7 +19,8 @@ from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.drafters import Drafters
 from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.device import on
-from offload_triforce.speculation.acceptance import AcceptanceRule, Coupled, Noise, Resampled
+from offload_triforce.speculation.acceptance import AcceptanceRule, Coupled, Resampled
+from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText

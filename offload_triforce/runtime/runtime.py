@@ -147,13 +147,14 @@ class Runtime:
         )
         tree_drafter = TreeDrafter(
             RetrievalLevel(self.model, self.caches, self.graphs),
-            DraftSelector(drafters, settings.gamma1, settings.adaptive, costs.timed),
+            DraftSelector(drafters, settings.gamma1, settings.adaptive, self.device if costs.timed else None),
             rule,
             limits,
             AcceptanceModel(rule.prior),
             DraftController(costs),
             ended,
             stats,
+            self.device,
         )
         return self.target(choosing(settings)), tree_drafter
 

@@ -12,17 +12,16 @@ TriForce. A chain of single draft tokens is accepted a little more often than by
 from __future__ import annotations
 
 import math
-import random
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.place import Place
-from offload_triforce.speculation.sampling import Choices, Sampler, accept_one, without
+from offload_triforce.speculation.sampling import Choices, Sampler, Survey, accept_one, without
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Candidates, Node, prefix_of
 
@@ -58,11 +57,23 @@ class AcceptanceRule(Protocol):
         ``drafted``: the drafter's token for each place, if there is one, which may become the first candidate.
         """
 
-    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+    def survey(self, logits: Tensor, nodes: Sequence[Node], text: TokenText) -> Survey:
+        """What ``verdict`` can go by at the T nodes of a tree behind the text, from their logits [T, V']: the host
+        waits once. No chance comes in, and of the logits processors none that a text could be told by.
+        """
+
+    def verdict(
+        self,
+        logits: Tensor,
+        place: Place,
+        candidates: Candidates | None,
+        offered: int,
+        told: Sequence[float] | None = None,
+    ) -> int:
         """The target's token for a place, from its logits [1, V'], given the first ``offered`` candidates.
 
         Whether one more is offered must have been decided before it was drawn. To be asked once for each place of the
-        text, in order: logits processors may count on it.
+        text, in order: logits processors may count on it. ``told``: by ``survey``, of this node.
 
         Raises:
             InputError, UnsupportedModelError: see ``Sampler.check``. Errors of the logits processors are passed on.
@@ -84,33 +95,6 @@ COUPLING_PRIOR = (
     tuple(0.12 * math.exp(-1.6 * gap) for gap in _MIDDLES),
 )
 RESAMPLING_PRIOR = tuple((share,) * KINDS for share in (0.9, 0.04, 0.02, 0.01))
-
-
-class Noise:
-    """Independent standard Gumbel noise (V,) for each position of a text, from a seed."""
-
-    def __init__(self, seed: int, first: int, vocabulary: int, device: torch.device) -> None:
-        """``first``: the position that decoding begins at."""
-        # torch's CPU generator takes 32 bits of a seed; let all bits of ours count.
-        self._generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(32))
-        self._first, self._vocabulary, self._device = first, vocabulary, device
-        self._rows: deque[Tensor] = deque()
-
-    def at(self, position: int) -> Tensor:
-        """The noise of a position, which must not have been forgotten."""
-        if position < self._first:
-            raise IndexError(f"the noise of position {position} has been forgotten")
-        while len(self._rows) <= position - self._first:  # in order, so that it does not matter who asks when
-            row = torch.empty(self._vocabulary, device=self._device)
-            self._rows.append(row.exponential_(generator=self._generator).log_().neg_())
-        return self._rows[position - self._first]
-
-    def forget(self, position: int) -> None:
-        """What comes before ``position`` will not be asked for again."""
-        while self._first < position:
-            self.at(self._first)  # what was never asked for is drawn all the same
-            self._rows.popleft()
-            self._first += 1
 
 
 class Ranking:
@@ -146,42 +130,82 @@ class Coupled:
             return scores
         return scores + torch.stack([self._noise.at(place.position) for place in places])
 
+    def _tell(self, scores: Tensor, places: Sequence[Place]) -> Tensor:
+        """The best score at each of T places, and the token that is taken there: float64 [T, 2]."""
+        return torch.stack([scores.amax(dim=1).double(), self._race(scores, places).argmax(dim=1).double()], dim=1)
+
+    def _rank(self, scores: Tensor, places: Sequence[Place]) -> Tensor:
+        """The best of the race at each of T places, best first: so many scores, then as many tokens, float64."""
+        race = self._race(scores, places)
+        best, tokens = race.topk(min(MOST_CANDIDATES, race.shape[1]), dim=1)
+        return torch.cat([best.double(), tokens], dim=1)
+
     def draft(self, logits: Tensor, place: Place) -> DraftToken | None:
         """See ``AcceptanceRule``."""
-        best, token = self._race(self._sampler.draft_scores(logits, [place]), [place]).max(dim=1)
-        return DraftToken(int(token), None) if float(best) > -math.inf else None
+
+        def tell(scores: Tensor, numbers: Sequence[int]) -> Tensor:
+            best, token = self._race(scores, [place]).max(dim=1)
+            return torch.stack([best.double(), token.double()], dim=1)
+
+        ((best, token),) = self._sampler.tell_drafts(logits, [place], tell)
+        return DraftToken(int(token), None) if best > -math.inf else None
 
     def candidates(
         self, logits: Tensor, places: Sequence[Place], drafted: Sequence[DraftToken | None]
     ) -> Sequence[Candidates]:
         """See ``AcceptanceRule``. The drafter's tokens have no say."""
-        race = self._race(self._sampler.draft_scores(logits, places), places)
-        scores, tokens = race.topk(min(MOST_CANDIDATES, race.shape[1]), dim=1)
-        return [Ranking(*row) for row in zip(scores.tolist(), tokens.tolist(), strict=True)]
+        rows = self._sampler.tell_drafts(
+            logits, places, lambda scores, numbers: self._rank(scores, [places[number] for number in numbers])
+        )
+        ranks = min(MOST_CANDIDATES, self._sampler.vocabulary)
+        return [Ranking(row[:ranks], [int(token) for token in row[ranks:]]) for row in rows]
 
-    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+    def survey(self, logits: Tensor, nodes: Sequence[Node], text: TokenText) -> Survey:
+        """See ``AcceptanceRule``."""
+        if self._noise is not None:
+            self._noise.forget(len(text))
+        places = [place_after(text, node) for node in nodes]
+        return self._sampler.survey(
+            logits, lambda scores, numbers: self._tell(scores, [places[number] for number in numbers])
+        )
+
+    def verdict(
+        self,
+        logits: Tensor,
+        place: Place,
+        candidates: Candidates | None,
+        offered: int,
+        told: Sequence[float] | None = None,
+    ) -> int:
         """See ``AcceptanceRule``. What was offered makes no difference."""
         if self._noise is not None:
             self._noise.forget(place.position)
-        scores = self._sampler.target_scores(logits, place)
-        self._sampler.check(float(scores.max()), logits, place)
-        return int(self._race(scores, [place]).argmax())
+        if told is None:
+            (told,) = self._tell(self._sampler.target_scores(logits, place), [place]).tolist()
+        best, token = told
+        self._sampler.check(best, logits, place)
+        return int(token)
 
 
 class Drawn:
     """Candidates drawn one after the other without replacement, when they are asked for."""
 
-    def __init__(self, q: Tensor, draft_token: DraftToken | None, choices: Choices) -> None:
-        """``q``: (V,). ``draft_token``: the drafter's; it is accepted as the first candidate, or resampled."""
+    def __init__(
+        self, q: Tensor, draft_token: DraftToken | None, choices: Choices, likeliest: float, support: int
+    ) -> None:
+        """``q``: (V,). ``draft_token``: the drafter's; it is accepted as the first candidate, or resampled.
+
+        ``likeliest``: the highest of its probabilities. ``support``: how many are not zero.
+        """
         self.q = q
         self.tokens: list[int] = []
-        self._rest, self._draft_token, self._choices = q, draft_token, choices
-        self._kind = int(min(float(q.max()) * KINDS, KINDS - 1))
+        self._rest, self._draft_token, self._choices, self._support = q, draft_token, choices, support
+        self._kind = int(min(likeliest * KINDS, KINDS - 1))
 
     def token(self, rank: int) -> int | None:
         """The candidate of that rank; None if there is none."""
         while len(self.tokens) <= rank:
-            if not bool(self._rest.sum() > 0):
+            if len(self.tokens) >= self._support:
                 return None
             if self._draft_token is not None and not self.tokens:
                 of_draft = (
@@ -209,30 +233,77 @@ class Resampled:
     def __init__(self, sampler: Sampler, choices: Choices) -> None:
         self._sampler, self._choices = sampler, choices
 
-    def _rows(self, logits: Tensor, places: Sequence[Place]) -> Tensor:
-        """What drafts are drawn from at T places, [T, V]; zeros where there can be none."""
-        return torch.softmax(self._sampler.draft_scores(logits, places), dim=-1).nan_to_num(0.0)
+    def _rows(self, logits: Tensor, places: Sequence[Place]) -> list[tuple[Tensor, float, int]]:
+        """What drafts are drawn from at T places: q (V,), zeros where there can be none; its maximum, and support."""
+        rows: list[Tensor] = [logits] * len(places)
+
+        def tell(scores: Tensor, numbers: Sequence[int]) -> Tensor:
+            found = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+            for number, q in zip(numbers, found, strict=True):
+                rows[number] = q
+            return torch.stack([found.amax(dim=1).double(), (found > 0).sum(dim=1).double()], dim=1)
+
+        told = self._sampler.tell_drafts(logits, places, tell)
+        return [(q, row[0], int(row[1])) for q, row in zip(rows, told, strict=True)]
 
     def draft(self, logits: Tensor, place: Place) -> DraftToken | None:
         """See ``AcceptanceRule``."""
-        q = self._rows(logits, [place])[0]
-        return DraftToken(self._choices.draw(q), q) if bool(q.sum() > 0) else None
+        ((q, _, support),) = self._rows(logits, [place])
+        return DraftToken(self._choices.draw(q), q) if support else None
 
     def candidates(
         self, logits: Tensor, places: Sequence[Place], drafted: Sequence[DraftToken | None]
     ) -> Sequence[Candidates]:
         """See ``AcceptanceRule``."""
         rows = self._rows(logits, places)
-        return [Drawn(row, draft_token, self._choices) for row, draft_token in zip(rows, drafted, strict=True)]
+        return [
+            Drawn(q, draft_token, self._choices, likeliest, support)
+            for (q, likeliest, support), draft_token in zip(rows, drafted, strict=True)
+        ]
 
-    def verdict(self, logits: Tensor, place: Place, candidates: Candidates | None, offered: int) -> int:
+    def survey(self, logits: Tensor, nodes: Sequence[Node], text: TokenText) -> Survey:
+        """See ``AcceptanceRule``. Of each node's first candidate it says p / q."""
+        first = [_first(node.candidates, len(node.children)) for node in nodes]
+        return self._sampler.survey(
+            logits, lambda scores, numbers: _tell(scores, [first[number] for number in numbers])
+        )
+
+    def verdict(
+        self,
+        logits: Tensor,
+        place: Place,
+        candidates: Candidates | None,
+        offered: int,
+        told: Sequence[float] | None = None,
+    ) -> int:
         """See ``AcceptanceRule``."""
-        scores = self._sampler.target_scores(logits, place)
-        self._sampler.check(float(scores.max()), logits, place)
-        p = torch.softmax(scores, dim=-1)[0]
+        p: Tensor | Callable[[], Tensor]
+        if told is None:
+            scores = self._sampler.target_scores(logits, place)
+            (told,), p = _tell(scores, [_first(candidates, offered)]).tolist(), torch.softmax(scores, dim=-1)[0]
+        else:  # by processors that may be asked twice; and often they need not be
+
+            def p() -> Tensor:
+                return torch.softmax(self._sampler.target_scores(logits, place), dim=-1)[0]
+
+        best, ratio = told
+        self._sampler.check(best, logits, place)
         if candidates is None:
-            return self._choices.draw(p)
-        return accept_one(p, candidates.q, candidates.tokens[:offered], self._choices)
+            return accept_one(p, logits, [], self._choices)
+        return accept_one(p, candidates.q, candidates.tokens[:offered], self._choices, ratio)
+
+
+def _first(candidates: Candidates | None, offered: int) -> tuple[int, Tensor] | None:
+    """The first candidate, if there is one, and what it was drawn from."""
+    return (candidates.tokens[0], candidates.q) if candidates is not None and offered else None
+
+
+def _tell(scores: Tensor, first: Sequence[tuple[int, Tensor] | None]) -> Tensor:
+    """The best of the target's scores at each of T places, and p / q of the first candidate there: float64 [T, 2]."""
+    best, p = scores.amax(dim=1), torch.softmax(scores, dim=-1)
+    nothing = best.new_zeros(())
+    ratios = [nothing if of is None else p[row, of[0]] / of[1][of[0]] for row, of in enumerate(first)]
+    return torch.stack([best.double(), torch.stack(ratios).double()], dim=1)
 
 
 def _certain(token: int, like: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Protocol
 import numpy as np
 
 from offload_triforce.scheduler.pipeline import Slack
+from offload_triforce.speculation.latency import LatencyFit
 from offload_triforce.speculation.tree import Candidates
 
 # Odds that a candidate is what the target takes, by rank and kind (see ``acceptance``). Where measurement begins.
 PRIOR_WEIGHT = 12.0
 # So many rounds of the past count.
 ROUNDS = 16
-SAMPLES = 48
 # A step may take so many times as long as the link goes on beside it: that holds the pass up by less than it spares.
 LATE = 1.25
 
@@ -46,47 +46,6 @@ class AcceptanceModel:
             kind = candidates.kind(rank)
             self._seen[rank, kind] += 1
             self._taken[rank, kind] += token == taken
-
-
-class LatencyFit:
-    """A straight-line fit of latency: seconds over a number of tokens, by the median of what was seen."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[int, float]] = deque(maxlen=SAMPLES)
-        self._line: tuple[float, float] | None = None
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """It took that long."""
-        self._seen.append((tokens, seconds))
-        self._line = None
-
-    def __bool__(self) -> bool:
-        return bool(self._seen)
-
-    def at(self, tokens: int) -> float:
-        """Seconds for that many tokens."""
-        if self._line is None:
-            self._line = self._fit()
-        return max(0.0, self._line[0] + self._line[1] * tokens)
-
-    @property
-    def tells_sizes_apart(self) -> bool:
-        """Whether more than one number of tokens has been seen."""
-        return len({tokens for tokens, _ in self._seen}) > 1
-
-    @property
-    def per_token(self) -> float:
-        """Seconds that one more token takes."""
-        return self.at(2) - self.at(1)
-
-    def _fit(self) -> tuple[float, float]:
-        """Theil and Sen's estimator: the median of all slopes. A few slow outliers do not move it."""
-        x, y = np.array(self._seen).T
-        i, j = np.triu_indices(len(x), 1)
-        apart = x[i] != x[j]
-        slopes = (y[j] - y[i])[apart] / (x[j] - x[i])[apart]
-        slope = max(0.0, float(np.median(slopes))) if len(slopes) else 0.0
-        return float(np.median(y - slope * x)), slope
 
 
 class Costs(Protocol):

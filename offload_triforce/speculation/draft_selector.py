@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from offload_triforce.scheduler.clock import Clock, Mark
 from offload_triforce.speculation.acceptance import DraftToken
-from offload_triforce.speculation.adaptive import LatencyFit
+from offload_triforce.speculation.latency import LatencyFit
 from offload_triforce.speculation.place import PathState
 from offload_triforce.speculation.text import TokenText
 
@@ -34,12 +34,13 @@ class Drafter(Protocol):
 class DraftSelector:
     """Selects the drafter to ask for draft tokens, and learns from what becomes of them."""
 
-    def __init__(self, drafts: Sequence[Drafter], most: int, adaptive: bool, timed: bool = True) -> None:
+    def __init__(self, drafts: Sequence[Drafter], most: int, adaptive: bool, clock: Clock | None = None) -> None:
         """``most``: draft tokens at a time. Without ``adaptive``, the first drafter that can makes as many.
 
-        ``timed``: whether the time that the drafters themselves take counts.
+        ``clock``: what the drafters themselves are timed by; None if their time does not count.
         """
-        self._drafts, self._most, self._adaptive, self._timed = drafts, most, adaptive, timed
+        self._drafts, self._most, self._adaptive, self._clock = drafts, most, adaptive, clock
+        self._untold: tuple[LatencyFit, int, Mark, Mark] | None = None  # the latest draft's time, which nobody has seen
         self._accepted = {kind: PRIOR_WEIGHT * rate for kind, rate in PRIOR.items()}
         self._judged = dict.fromkeys(PRIOR, PRIOR_WEIGHT)
         self._declined = dict.fromkeys(PRIOR, 0)
@@ -62,6 +63,7 @@ class DraftSelector:
         limit = min(limit, self._most)
         if limit < 1:
             return []
+        self._tell_time()
         best: tuple[float, int, int, str] | None = None
         for index, draft in enumerate(self._drafts):
             kind = draft.offer(text)
@@ -78,11 +80,17 @@ class DraftSelector:
         _, index, count, self._kind = best
         if not count:
             return []
-        started = time.perf_counter()
+        began = self._clock.mark() if self._clock is not None else None
         drafted = self._drafts[index].draft(text, count, before)
-        if self._timed:
-            self._costs[index].add(len(drafted), time.perf_counter() - started)
+        if began is not None:
+            self._untold = self._costs[index], len(drafted), began, self._clock.mark()
         return drafted
+
+    def _tell_time(self) -> None:
+        if self._untold is not None:
+            costs, tokens, began, ended = self._untold
+            costs.add(tokens, ended.since(began))
+            self._untold = None
 
     def learn(self, proposed: int, accepted: int) -> None:
         """What became of the last draft tokens. Those after the first rejected one are not judged."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.place import Place
+from offload_triforce.speculation.sampling import Survey
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node
@@ -83,10 +84,10 @@ def decode(
         start = len(text)
         nodes = tree_drafter.propose(text, end - start - 1)
         started = time.perf_counter()
-        nodes, logits = read(target, nodes, tree_drafter, stats)
+        nodes, logits, survey = read(target, nodes, rule, text, tree_drafter, stats)
         path, ended, failure = [], False, None
         try:
-            for node in verify_tree(nodes, logits, rule, text, tree_drafter):
+            for node in verify_tree(nodes, logits, survey, rule, text, tree_drafter):
                 path.append(node)
                 ended = stop(text)
                 if ended:
@@ -112,34 +113,49 @@ def decode(
             return
 
 
-def read(target: Target, nodes: list[Node], tree_drafter: Proposer, stats: DecodeStats) -> tuple[list[Node], Tensor]:
-    """A pass over the root and its draft tokens: what was read, and the logits after each, [T, V].
+def read(
+    target: Target,
+    nodes: list[Node],
+    rule: AcceptanceRule,
+    text: TokenText,
+    tree_drafter: Proposer,
+    stats: DecodeStats,
+) -> tuple[list[Node], Tensor, Survey]:
+    """A pass over the root and its draft tokens: what was read, the logits after each, [T, V], and what they say.
 
     Keys or values that are no numbers (NaN) spoil the whole pass, even where nobody attends to them. They may be a
     draft token's, and the text itself without any: so the root is read again, alone.
     """
     logits = target.score(nodes, tree_drafter.go_on)
-    if len(nodes) == 1 or not bool(logits.isnan().any()):
-        return nodes, logits
+    survey = rule.survey(logits, nodes, text)
+    if len(nodes) == 1 or survey.sound:
+        return nodes, logits, survey
     target.commit([])
     stats.add_pass(len(nodes) - 1, 0, False, 0)
-    return nodes[:1], target.score(nodes[:1], None)
+    logits = target.score(nodes[:1], None)
+    return nodes[:1], logits, rule.survey(logits, nodes[:1], text)
 
 
 def verify_tree(
-    nodes: Sequence[Node], logits: Tensor, rule: AcceptanceRule, text: TokenText, tree_drafter: Proposer
+    nodes: Sequence[Node],
+    logits: Tensor,
+    survey: Survey,
+    rule: AcceptanceRule,
+    text: TokenText,
+    tree_drafter: Proposer,
 ) -> Iterator[Node]:
     """Verify a tree of draft tokens: follow the target from the root, as far as they are right.
 
     Yields each node on the way, once the text has got the target's token after it. The rule is asked about the text
     alone, place by place, and about none behind its end: this generator is then left where it is.
 
-    ``logits`` [T, V] are those of the T ``nodes``.
+    ``logits`` [T, V] are those of the T ``nodes``, and ``survey`` what is known of them.
     """
-    rows = dict(zip(nodes, logits.split(1), strict=True))
+    rows = {node: number for number, node in enumerate(nodes)}
     node: Node | None = nodes[0]
-    while node in rows:
-        token = rule.verdict(rows[node], Place(text.ids_on, len(text)), node.candidates, len(node.children))
+    while (row := rows.get(node)) is not None:
+        place, own = Place(text.ids_on, len(text)), logits[row : row + 1]
+        token = rule.verdict(own, place, node.candidates, len(node.children), survey.rows[row])
         tree_drafter.learn(node, token)
         text.append([token])
         text.decide()

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
+from transformers.generation import TopPLogitsWarper
 
 from offload_triforce.errors import InputError, UnsupportedModelError
 from offload_triforce.speculation.place import PathState, Place
-from offload_triforce.speculation.processors import Kind, fork_of, kind_of
+from offload_triforce.speculation.processors import Kind, Processor, fork_of, kind_of
+from offload_triforce.speculation.top_p import QuickTopP
+
+# Of scores [t, V] of the rows with these t numbers, what somebody wants to know of them: float64 [t, n].
+Tell = Callable[[Tensor, Sequence[int]], Tensor]
+
+# A pass is looked at so many rows at a time: their scores take memory, a few times over.
+SLICE = 16
+
+
+class Survey(NamedTuple):
+    """What the host is told of all rows of a pass at once.
+
+    Attributes:
+        sound: whether all logits are numbers.
+        rows: what ``Tell`` says of each; None where the processors have to be asked place by place.
+    """
+
+    sound: bool
+    rows: Sequence[Sequence[float] | None]
 
 
 class Sampler:
@@ -42,6 +62,7 @@ class Sampler:
         self._forks = Kind.FORKS in kinds
         self._rowwise = all(kind is Kind.ROW for kind in kinds)
         self._rowwise_drafts = all(kind_of(processor) is Kind.ROW for processor in self._of_drafts)
+        self._quick = [_quick(processor) for processor, kind in zip(processors, kinds, strict=True) if kind is Kind.ROW]
 
     def target_scores(self, logits: Tensor, place: Place) -> Tensor:
         """The target's scores of the tokens at a place, [1, V] float32: logarithms of what they are drawn with.
@@ -71,8 +92,70 @@ class Sampler:
         ``logits``: [T, V'] of any level. A level with another number of padding tokens is cut or filled to V.
         """
         scores = self._fit(logits)
-        if self._of_drafts:
-            scores = self._processed(scores, places)
+        return self._draftable(self._processed(scores, places) if self._of_drafts else scores)
+
+    def tell_drafts(self, logits: Tensor, places: Sequence[Place], tell: Tell) -> Sequence[Sequence[float]]:
+        """What is to be known of ``draft_scores``, for each of the T places; the host waits once.
+
+        Where a shortcut may have led elsewhere, ``tell`` is asked about a row again: then the second time counts.
+        """
+        everything = range(len(places))
+        try:
+            scores, certain = self._quickly(logits) if self._rowwise_drafts else (None, None)
+        except Exception:  # one row was reason enough: which one, is found out there
+            scores = certain = None
+        if certain is None:
+            scores = self.draft_scores(logits, places) if scores is None else self._draftable(scores)
+            return tell(scores, everything).tolist()
+        told = tell(self._draftable(scores), everything)
+        rows = torch.cat([told, certain[:, None]], dim=1).tolist()
+        if unsure := [number for number, row in enumerate(rows) if not row[-1]]:
+            parts = torch.cat([logits[number : number + 1] for number in unsure])
+            again = tell(self.draft_scores(parts, [places[number] for number in unsure]), unsure).tolist()
+            for number, row in zip(unsure, again, strict=True):
+                rows[number] = [*row, 1.0]
+        return [row[:-1] for row in rows]
+
+    def survey(self, logits: Tensor, tell: Tell) -> Survey:
+        """What is to be known of ``target_scores`` for all rows of a pass, logits [T, V']; the host waits once.
+
+        The processors are only called where nobody could tell: where each row's scores follow from its logits alone.
+        """
+        sound, parts = ~logits.isnan().any(), []
+        if self._rowwise:
+            try:
+                for start in range(0, len(logits), SLICE):
+                    parts.append(self._told(logits[start : start + SLICE], start, tell))
+            except Exception:  # the text may never come to the row that it is about; there, it is raised again
+                parts = []
+        *flat, sound = torch.cat([*(part.flatten() for part in parts), sound.double()[None]]).tolist()
+        if not parts:
+            return Survey(bool(sound), [None] * len(logits))
+        width = len(flat) // len(logits)
+        rows = [flat[start : start + width] for start in range(0, len(flat), width)]
+        return Survey(bool(sound), [row[:-1] if row[-1] else None for row in rows])
+
+    def _told(self, logits: Tensor, start: int, tell: Tell) -> Tensor:
+        """Of some rows: what is told, and whether it is certain, float64 [t, n + 1]."""
+        scores, certain = self._quickly(logits)
+        told = tell(scores, range(start, start + len(logits)))
+        certain = told.new_ones(len(told)) if certain is None else certain
+        return torch.cat([told, certain[:, None]], dim=1)
+
+    def _quickly(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores by the processors that look at nothing but their row, and which rows are certain; None is all."""
+        scores, certain = self._fit(logits), None
+        nothing = _nothing(scores)
+        for processor in self._quick:
+            if isinstance(processor, QuickTopP):
+                scores, clear = processor(scores)
+                certain = clear if certain is None else certain & clear
+            else:
+                scores = processor(nothing, scores)
+        return scores, certain
+
+    def _draftable(self, scores: Tensor) -> Tensor:
+        """Without what is no token, or no number."""
         if self._readable < self.vocabulary:
             scores = self._fit(scores[:, : self._readable])
         no_number = scores.isnan().any(dim=1, keepdim=True)
@@ -142,6 +225,11 @@ class Sampler:
         return torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
 
 
+def _quick(processor: Processor) -> Processor | QuickTopP:
+    """A processor of kind ``ROW``, or what does the same sooner."""
+    return QuickTopP(processor) if type(processor) is TopPLogitsWarper else processor
+
+
 def _nothing(scores: Tensor) -> Tensor:
     """Ids [T, 0] for processors that do not look at them."""
     return torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
@@ -182,7 +270,9 @@ class RandomChoices:
         return int(torch.multinomial(distribution, 1, generator=self._generator))
 
 
-def accept_one(p: Tensor, q: Tensor, tokens: Sequence[int], choices: Choices) -> int:
+def accept_one(
+    p: Tensor | Callable[[], Tensor], q: Tensor, tokens: Sequence[int], choices: Choices, ratio: float | None = None
+) -> int:
     """Accept one of several candidates, or draw another token, so that what comes out is distributed as ``p``.
 
     For a single candidate this is the rule of speculative sampling (arXiv 2211.17192, 2302.01318): token x is accepted
@@ -191,16 +281,22 @@ def accept_one(p: Tensor, q: Tensor, tokens: Sequence[int], choices: Choices) ->
     2305.09781; Sequoia, arXiv 2402.12374).
 
     Args:
-        p: (V,), the judge's distribution.
+        p: (V,), the judge's distribution. Where ``ratio`` says enough of it to begin with, what computes it will do.
         q: (V,), the distribution that the first candidate was really drawn from.
         tokens: the candidates, in the order of drawing.
         choices: the source of chance.
+        ratio: p / q of the first candidate, if it is known.
     """
     for token in tokens:
-        if choices.accept(min(1.0, float(p[token] / q[token]))):
+        odds = ratio if ratio is not None else float(_value(p)[token] / q[token])
+        if choices.accept(min(1.0, odds)):
             return token
-        p, q = residual(p, q), without(q, token)
-    return choices.draw(p)
+        p, q, ratio = residual(_value(p), q), without(q, token), None
+    return choices.draw(_value(p))
+
+
+def _value(p: Tensor | Callable[[], Tensor]) -> Tensor:
+    return p if isinstance(p, Tensor) else p()
 
 
 def without(q: Tensor, token: int) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from offload_triforce.scheduler.clock import Clock, Mark
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import AcceptanceRule, DraftToken, place_after
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController
@@ -48,6 +48,16 @@ class Limits(NamedTuple):
     overlap: bool
 
 
+class _Step(NamedTuple):
+    """A step that was made over so many tokens: where it began, had its draft tokens, and ended."""
+
+    tokens: int
+    began: Mark
+    asked: Mark
+    ended: Mark
+    hidden: bool
+
+
 # A candidate with a lower path probability than this is not drafted, beside the best one of a place.
 LEAST_PROBABILITY = 1 / 512
 
@@ -65,10 +75,13 @@ class TreeDrafter:
         controller: DraftController,
         ended: Callable[[int], bool],
         stats: DecodeStats,
+        clock: Clock,
     ) -> None:
-        """``ended``: is there nothing to say after this token?"""
+        """``ended``: is there nothing to say after this token? ``clock``: what steps are timed by."""
         self.level, self.selector, self.rule, self.limits = level, selector, rule, limits
         self.acceptance, self.controller, self.ended, self.stats = acceptance, controller, ended, stats
+        self._clock = clock
+        self._untold: list[_Step] = []  # whose times nobody has asked for yet: that may mean waiting
         self._tree: TokenTree | None = None
         self._text: TokenText | None = None
         self._deepest = self._most = 0  # how deep draft tokens may go for now, and how many there may be
@@ -82,7 +95,8 @@ class TreeDrafter:
             self._tree = TokenTree.at_end(text)
         self._text, self._deepest, self._most = text, min(limit, self.limits.depth), self.limits.nodes
         steps = 0
-        while self._wanted(steps) and self._step(hidden=False):
+        while leaves := self._wanted(steps):
+            self._step(leaves, hidden=False)
             steps += 1
         block = self._pick()
         self._deepest, self._most = min(limit, 2 * self.limits.depth), 2 * self.limits.nodes
@@ -92,10 +106,17 @@ class TreeDrafter:
 
     def go_on(self) -> bool:
         """Make another step, if there is time: behind the draft tokens that are being judged, and beside them."""
-        return self.limits.overlap and self.controller.has_time(self.limits.width) and self._step(hidden=True)
+        self._tell_times()
+        if not self.limits.overlap or not self.controller.has_time(self.limits.width):
+            return False
+        leaves = self._leaves()
+        if leaves:
+            self._step(leaves, hidden=True)
+        return bool(leaves)
 
     def passed(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
         """A pass over that many nodes took so long, brought so many tokens, and left time for other things."""
+        self._tell_times()
         self.controller.round(nodes, seconds, new_tokens, slack)
 
     def learn(self, node: Node, taken: int) -> None:
@@ -114,16 +135,17 @@ class TreeDrafter:
         self._tree = tree.moved_to(end)
         self.level.keep([place[held] for held in self._tree.held])
 
-    def _wanted(self, steps: int) -> bool:
-        """Whether another step pays: what it is expected to add to what is accepted, against what it costs."""
-        limits, tree = self.limits, self._tree
+    def _wanted(self, steps: int) -> list[Node]:
+        """The leaves for another step, if it pays: what it is expected to add to what is accepted, against its cost."""
+        self._tell_times()
+        limits, controller = self.limits, self.controller
         if not limits.adaptive:
-            return len(tree.draft_tokens) < limits.nodes
-        if not self.controller.known:
-            return steps < self.controller.costs.first_steps
+            return self._leaves() if len(self._tree.draft_tokens) < limits.nodes else []
+        if not controller.known:
+            return self._leaves() if steps < controller.costs.first_steps else []
         leaves = self._leaves()
         gain = sum(leaf.path_probability for leaf in leaves)
-        return bool(leaves) and gain > self.controller.step_cost(len(leaves)) / self.controller.value
+        return leaves if leaves and gain > controller.step_cost(len(leaves)) / controller.value else []
 
     def _leaves(self) -> list[Node]:
         """The unread draft tokens of the greatest path probability, as many as a step reads.
@@ -146,15 +168,12 @@ class TreeDrafter:
         )
         return heapq.nlargest(width, unread, key=lambda node: node.path_probability)
 
-    def _step(self, hidden: bool) -> bool:
-        """Read the likeliest leaves, and draft behind them. False if there is nothing left to read."""
-        leaves = self._leaves()
-        if not leaves:
-            return False
-        started = time.perf_counter()
+    def _step(self, leaves: list[Node], hidden: bool) -> None:
+        """Read the likeliest leaves, and draft behind them."""
+        began = self._clock.mark()
         tree, text = self._tree, self._text
         drafted = self._ask_draft(leaves)
-        asked = time.perf_counter()
+        asked = self._clock.mark()
         line = [leaves[0]]
         for draft_token in drafted:
             line.append(line[-1].child(draft_token.token))
@@ -171,10 +190,15 @@ class TreeDrafter:
             self._offer_after(leaf)
         if drafted:
             self._judge_drafted(line, len(drafted))
-        ended = time.perf_counter()
-        self.controller.step(len(nodes), ended - asked, asked - started, hidden)
-        self.stats.add_step(len(nodes), ended - started, hidden)
-        return True
+        self._untold.append(_Step(len(nodes), began, asked, self._clock.mark(), hidden))
+
+    def _tell_times(self) -> None:
+        """Tell whoever counts how long the latest steps took. By now the device is through with them."""
+        for step in self._untold:
+            drafting, reading = step.asked.since(step.began), step.ended.since(step.asked)
+            self.controller.step(step.tokens, reading, drafting, step.hidden)
+            self.stats.add_step(step.tokens, drafting + reading, step.hidden)
+        self._untold.clear()
 
     def _ask_draft(self, leaves: list[Node]) -> list[DraftToken]:
         """Draft tokens of level 0 behind the likeliest leaf."""

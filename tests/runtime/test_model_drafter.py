@@ -19,8 +19,9 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.runtime.model_drafter import ModelDrafter
-from offload_triforce.speculation.acceptance import Coupled, DraftToken, Noise, Resampled
+from offload_triforce.speculation.acceptance import Coupled, DraftToken, Resampled
 from offload_triforce.speculation.ngram import NgramDrafter, longest_match
+from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.place import Place
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.text import TokenText

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from offload_triforce.scheduler.clock import HostMark
 from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
 
 
@@ -29,6 +30,9 @@ class EagerDevice:
 
     def record(self):
         return _Done()
+
+    def mark(self):
+        return HostMark()
 
     def release(self, buffer):
         return _Done()

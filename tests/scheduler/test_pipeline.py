@@ -248,6 +248,34 @@ def test_what_a_pass_leaves_time_for(monkeypatch):
         assert run(rest=6.0) == (0.0, 1.0), "a text later, it may be slower again"
 
 
+def test_tiles_that_are_queued_are_no_other_work(monkeypatch):
+    """The device is given 1 s of tiles before each piece of other work of 0.25 s, all at once by the host's clock."""
+    with Pipeline(make_plan(ring=2), "late") as pipe:
+        clock, end = Clock(monkeypatch), [0.0]
+
+        class Point(float):
+            def since(self, earlier):
+                return self - earlier
+
+        def after(seconds):
+            end[0] += seconds
+
+        pipe.device.mark = lambda: Point(end[0])
+        pipe.stream.begin(4)
+        for layer in range(3):
+            for number, _ in enumerate(pipe.stream.tiles(layer, lambda: after(0.25))):
+                after(1.0)
+                if layer == number == 0:
+                    clock.take(8.0)
+        assert pipe.stream.slack() == (0.0, 8 / 12 * 2), "what the ring covered is known from the second pass on"
+        pipe.stream.begin(4)
+        for layer in range(3):
+            for _ in pipe.stream.tiles(layer, lambda: after(0.25)):
+                after(1.0)
+        clock.take(8.0)
+        assert pipe.stream.slack() == (12 * 0.25, 8 / 12 * 2)
+
+
 def test_nothing_streamed_leaves_no_time():
     with Pipeline(make_plan(ring=2, resident=1.0)) as pipe:
         pipe.check_pass(4)

@@ -13,9 +13,9 @@ from offload_triforce.speculation.adaptive import (
     AcceptanceModel,
     DraftController,
     GivenCosts,
-    LatencyFit,
     MeasuredCosts,
 )
+from offload_triforce.speculation.latency import LatencyFit
 
 SURE = Ranking([9.0, 1.0], [7, 8])  # candidates 7 and 8
 PRIOR = ((0.5,) * 16, (0.2,) * 16)

@@ -20,7 +20,8 @@ from transformers import LogitsProcessorList
 from offload_triforce.engine import TriForce
 from offload_triforce.generation.request import interpret
 from offload_triforce.speculation import sampling
-from offload_triforce.speculation.acceptance import Drawn, Noise
+from offload_triforce.speculation.acceptance import Drawn
+from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.stats import Acceptance
 from tests.speculation.speculation_toys import tiny_llama
 from tests.stateful import Counting, Forking, Moody

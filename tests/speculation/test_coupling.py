@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from offload_triforce.speculation import acceptance as rules
-from offload_triforce.speculation.acceptance import Coupled, Noise, Place, Ranking
+from offload_triforce.speculation.acceptance import Coupled, Place, Ranking
+from offload_triforce.speculation.noise import Noise
 from tests.speculation.toys import BROUGHT, PROMPT, Case, Scores, real_sampler
 
 CPU = torch.device("cpu")
@@ -126,8 +127,8 @@ def test_mistakes_show(monkeypatch, mutation):
 
     verdict = Coupled.verdict
 
-    def swayed(self, logits, place, candidates, offered):
-        token = verdict(self, logits, place, candidates, offered)
+    def swayed(self, logits, place, candidates, offered, told):
+        token = verdict(self, logits, place, candidates, offered, told)
         return candidates.tokens[0] if offered and mutation == "draft has a say" else token
 
     monkeypatch.setattr(Coupled, "_race", mutant)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_triforce.speculation import draft_selector as module
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.draft_selector import RETRY, DraftSelector
 from offload_triforce.speculation.text import TokenText
@@ -57,16 +56,16 @@ def test_nobody_to_ask():
 
 
 def test_free_draft_tokens_are_always_made_and_dear_ones_are_not():
-    free = DraftSelector([Fixed("ngram 2")], 6, adaptive=True, timed=False)
+    free = DraftSelector([Fixed("ngram 2")], 6, adaptive=True)
     assert len(free.draft(TEXT, 6, even)) == 6
-    costly = DraftSelector([Fixed("ngram 2")], 6, adaptive=True, timed=False)
+    costly = DraftSelector([Fixed("ngram 2")], 6, adaptive=True)
     assert costly.draft(TEXT, 6, dear) == []
 
 
 def test_a_kind_that_fails_is_given_up_and_tried_again():
     """Each draft token costs a twentieth of a step: it pays while one in ten is right."""
     draft = Fixed("model")
-    selector = DraftSelector([draft], 4, adaptive=True, timed=False)
+    selector = DraftSelector([draft], 4, adaptive=True)
     step = lambda count: 1.0 + 0.05 * count  # noqa: E731
     made = []
     for _ in range(40 + 3 * RETRY):
@@ -84,7 +83,7 @@ def test_a_kind_that_fails_is_given_up_and_tried_again():
 def test_of_two_that_serve_the_better_one():
     """Look-up where it matches with confidence, the model elsewhere; the model's own time counts."""
     lookup, model = Fixed("ngram 2"), Fixed("model")
-    selector = DraftSelector([lookup, model], 4, adaptive=True, timed=False)
+    selector = DraftSelector([lookup, model], 4, adaptive=True)
     selector.draft(TEXT, 4, even)
     assert model.asked
     assert not lookup.asked, "a match of two tokens is no match for a model"
@@ -95,7 +94,7 @@ def test_of_two_that_serve_the_better_one():
 
 def test_what_is_learnt_belongs_to_the_kind():
     lookup = Fixed("ngram 2")
-    selector = DraftSelector([lookup], 4, adaptive=True, timed=False)
+    selector = DraftSelector([lookup], 4, adaptive=True)
     step = lambda count: 1.0 + 0.2 * count  # noqa: E731
     for _ in range(30):
         selector.draft(TEXT, 4, even)
@@ -105,12 +104,26 @@ def test_what_is_learnt_belongs_to_the_kind():
     assert len(selector.draft(TEXT, 4, step)) < 4
 
 
-def test_the_drafts_own_time_counts(monkeypatch):
+class Ticking:
+    """A clock by which ten seconds pass between one mark and the next."""
+
+    def __init__(self):
+        self.marks = 0
+
+    def mark(self):
+        self.marks += 1
+        return Tick(10.0 * self.marks)
+
+
+class Tick(float):
+    def since(self, earlier):
+        return self - earlier
+
+
+def test_the_drafts_own_time_counts():
     """A draft token that is right takes ten times as long as the step that it saves."""
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     draft = Fixed("model")
-    selector = DraftSelector([draft], 1, adaptive=True)
+    selector = DraftSelector([draft], 1, adaptive=True, clock=Ticking())
     for _ in range(5):
         selector.draft(TEXT, 1, even)
         selector.learn(1, 1)

@@ -148,7 +148,8 @@ def test_a_target_that_goes_on_from_a_draft_s_state_shows(monkeypatch):
 def wrong_accept(odds="p/q", rest="p-q", removes=True):
     """``accept_one`` as it should be, or with a mistake."""
 
-    def mutant(p, q, tokens, choices):
+    def mutant(p, q, tokens, choices, ratio=None):
+        p = p() if callable(p) else p
         for token in tokens:
             ratio = p[token] / q[token] if odds == "p/q" else q[token] / p[token]
             if choices.accept(min(1.0, float(ratio))):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from offload_triforce.speculation.acceptance import Coupled, Noise, Resampled
+from offload_triforce.speculation.acceptance import Coupled, Resampled
+from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from tests.speculation.toys import EOS, PROMPT, Case, Turns, real_sampler
 

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_triforce.scheduler.clock import HostClock
+from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import Coupled
-from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, GivenCosts, make_costs
+from offload_triforce.speculation.adaptive import (
+    AcceptanceModel,
+    DraftController,
+    GivenCosts,
+    MeasuredCosts,
+    make_costs,
+)
 from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.stats import DecodeStats
@@ -37,14 +45,22 @@ class Reader:
         self.read = [self.read[number] for number in kept]
 
 
-def grower(cost=0.01, ended=lambda token: False, prior=FLAT, controller=None, **limits):
+def grower(cost=0.01, ended=lambda token: False, prior=FLAT, controller=None, clock=None, **limits):
     fixed = {"depth": 6, "nodes": 12, "topk": 3, "width": 3, "room": 60, "adaptive": True, "overlap": False}
     limits = Limits(**{**fixed, **limits})
     level, controller = Reader(limits.room), controller or DraftController(make_costs(cost))
     rule = Coupled(Sampler([], False, WORDS), None)
-    acceptance = AcceptanceModel(prior)
+    acceptance, clock = AcceptanceModel(prior), clock or HostClock()
     return TreeDrafter(
-        level, DraftSelector([], 0, True), rule, limits, acceptance, controller, ended, DecodeStats()
+        level,
+        DraftSelector([], 0, True),
+        rule,
+        limits,
+        acceptance,
+        controller,
+        ended,
+        DecodeStats(),
+        clock or HostClock(),
     ), level
 
 
@@ -150,3 +166,63 @@ def test_the_acceptance_model_steers_the_branches():
     """Where second candidates never come, none is drafted."""
     tree_drafter, _ = grower(prior=((0.9,) * 16, (0.0,) * 16, (0.0,) * 16), adaptive=False, nodes=6)
     assert all(len(node.children) <= 1 for node in tree_drafter.propose(text(), 6))
+
+
+def test_leaves_are_looked_for_once_a_step(monkeypatch):
+    """And once more to find that no step pays."""
+    asked = []
+    leaves = TreeDrafter._leaves
+    monkeypatch.setattr(TreeDrafter, "_leaves", lambda self: asked.append(1) or leaves(self))
+    tree_drafter, level = grower(overlap=True, nodes=12, width=2)
+    for _ in range(3):
+        root = tree_drafter.propose(text(), 20)[0]
+        tree_drafter.passed(7, 1.0, 3, Slack())
+        tree_drafter.move_to(root, next(token for token in range(WORDS) if token not in root.known))
+        assert len(level.asked) > 3
+        assert len(asked) <= len(level.asked) + 2
+        asked.clear()
+        level.asked.clear()
+
+
+class Queue:
+    """A device that is given work ahead of time: a mark lies where it will be through with all of it."""
+
+    def __init__(self):
+        self.end = 0.0
+
+    def mark(self):
+        return Point(self.end)
+
+
+class Point(float):
+    def since(self, earlier):
+        return self - earlier
+
+
+def test_work_that_was_queued_before_a_step_is_none_of_its_time(monkeypatch):
+    """Tiles for 5 s are on their way through the device whenever a step of 2 s is made."""
+    queue = Queue()
+    tree_drafter, level = grower(controller=DraftController(MeasuredCosts()), clock=queue, overlap=True)
+    score = level.score
+
+    def reading(nodes, before):
+        queue.end += 2.0
+        return score(nodes, before)
+
+    monkeypatch.setattr(level, "score", reading)
+    tree_drafter.propose(text(), 20)
+    tree_drafter.passed(7, 30.0, 3, Slack(4.0, 3.0))
+    tree_drafter.propose(text(), 20)
+    hidden = 0
+    while queue_tiles(queue) and tree_drafter.go_on():
+        hidden += 1
+    assert tree_drafter.controller.step_cost(3) == pytest.approx(2.0)
+    assert hidden == 2, "that is what a pass leaves time for, by the time that steps take"
+    tree_drafter.passed(7, 30.0, 3, Slack(4.0, 3.0))
+    assert tree_drafter.stats.draft_s == pytest.approx(2.0 * tree_drafter.stats.steps)
+    assert tree_drafter.stats.ahead_s == pytest.approx(2.0 * hidden)
+
+
+def queue_tiles(queue):
+    queue.end += 5.0
+    return True

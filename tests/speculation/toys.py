@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from offload_triforce.scheduler.clock import HostClock
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
@@ -16,7 +17,7 @@ from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.place import PathState, Place
 from offload_triforce.speculation.processors import stateless
-from offload_triforce.speculation.sampling import Sampler
+from offload_triforce.speculation.sampling import Sampler, Survey
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import tokens_of
@@ -59,11 +60,14 @@ class Tables:
 class Scores:
     """Stands in for the sampler: logits are logarithms already, and stay float64, so that sums are exact."""
 
-    do_sample = True
+    do_sample, vocabulary = True, VOCABULARY
 
-    def draft_scores(self, logits, places):
+    def tell_drafts(self, logits, places, tell):
         assert len(logits) == len(places)
-        return logits
+        return tell(logits, range(len(logits))).tolist()
+
+    def survey(self, logits, tell):
+        return Survey(True, tell(logits, range(len(logits))).tolist())
 
     def target_scores(self, logits, place):
         assert len(logits) == 1
@@ -272,6 +276,7 @@ class Case:
             controller,
             lambda token: token == self.end,
             stats,
+            HostClock(),
         )
         out = [] if out is None else out
         for new in decode(target, tree_drafter, rule, text, limit, stats, self.stop):

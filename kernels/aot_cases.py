@@ -13,6 +13,7 @@ from offload_triforce.kernels import (
     attention_state,
     chunk_scores,
     chunk_selection,
+    fetch,
     kv_codec,
     packed_attention,
     verify_attention,
@@ -43,7 +44,7 @@ def cases(extent: str) -> Iterator[Case]:
         extent: "few", one of each kind; "dims", attention and scores for each head dimension; "usual", these and each
             dtype and feature; "every", all of them combined, which takes an hour.
     """
-    makers = (_attention_cases, _combine_cases, _score_cases, _take_cases, _packed_cases)
+    makers = (_attention_cases, _combine_cases, _score_cases, _take_cases, _packed_cases, _fetch_cases)
     return itertools.chain.from_iterable(make(extent) for make in makers)
 
 
@@ -202,3 +203,9 @@ def _packed_cases(extent: str) -> Iterator[Case]:
         if extent == "every" or dim == 128:
             launch = kv_codec.decode_launch(coded(512, chunk, dim, bits), 512, empty(8, 512 * chunk, dim, dtype=dtype))
             yield Case(launch, {"dtype": name_of(dtype), "dim": dim, "chunk": chunk, "bits": bits})
+
+
+def _fetch_cases(extent: str) -> Iterator[Case]:
+    """Words and bytes out of host memory."""
+    for dtype in (torch.int64, torch.uint8):
+        yield Case(fetch.fetch_launch(empty(5000, dtype=dtype), empty(5000, dtype=dtype)), {"dtype": name_of(dtype)})

@@ -26,6 +26,7 @@ try:
         verify_attention,
     )
     from offload_triforce.kernels import chunk_scores as triton_scores
+    from offload_triforce.kernels import fetch as triton_fetch
 except ImportError:  # no Triton: torch alone
     verify_attention = None
 
@@ -39,6 +40,7 @@ __all__ = [
     "causal_mask",
     "chunk_scores",
     "decode_keys",
+    "fetch",
     "own_tokens",
     "pack_queries",
     "prefill_attention",
@@ -225,3 +227,20 @@ def decode_keys(coded: CodedChunks, slots: int, dtype: torch.dtype) -> Tensor:
     if uses_triton(coded.floor):
         return kv_codec.decode_keys(coded, slots, dtype)
     return reference_codec.decode_keys(coded, slots).to(dtype)
+
+
+def fetch(target: Tensor, source: Tensor) -> None:
+    """Fill a small tensor from one in pinned host memory of the same shape and dtype, both contiguous.
+
+    The device reads it by itself, behind no copy. The source has to stay as it is until the device has been there.
+    """
+    # Where Triton cannot run, that is refused in words, and only once a model has been looked at.
+    if uses_triton(target) and (not target.is_cuda or _triton_runs()):
+        triton_fetch.fetch(target, source)
+    else:
+        target.copy_(source, non_blocking=True)
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    return what_stops_triton() is None

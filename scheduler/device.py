@@ -6,6 +6,7 @@ the computation. Everything is ordered by *events*; on CUDA, the host waits for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -14,16 +15,26 @@ import torch
 from torch import Tensor
 
 from offload_triforce.scheduler.clock import Mark
+from offload_triforce.scheduler.staging import Staging
 from offload_triforce.scheduler.trace import Span, Trace
 
 H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's, on the device. Nobody waits for the copy."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """A tensor of the host's, on the device. Nobody waits for it; nor does a small one wait for tiles on the link."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device, non_blocking=True)
+    staging = _staging(torch.cuda.current_device() if device.index is None else device.index)
+    if not staging.takes(tensor):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    with on(device):
+        return staging.bring(tensor)
+
+
+@functools.cache
+def _staging(index: int) -> Staging:
+    return Staging.on(torch.device("cuda", index))
 
 
 class Event(Protocol):

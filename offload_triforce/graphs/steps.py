@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from offload_triforce.cache.static import StaticView
 from offload_triforce.graphs import capture
 from offload_triforce.graphs.capture import Capture, FixedWork, Step
+from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import View, forward, run
 from offload_triforce.model.layout import ModelLayout
 
@@ -142,9 +143,9 @@ class StepGraph:
         tokens, device = view.tokens, model.device
         self._sizes = [tokens, tokens, tokens, sum(view.sizes), tokens * view.sight]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.long, device=device)
-        # All that changes travels in one copy, which nobody waits for but the next one.
+        # All that changes travels at once, behind no tile that is under way; nobody waits for it but the next step.
         self._staging = torch.zeros(sum(self._sizes), dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._fetched = torch.cuda.Event() if device.type == "cuda" else None
         self._replay: Step | None = None
 
     def load(self, inputs: StepInputs) -> None:
@@ -156,13 +157,13 @@ class StepGraph:
         held, view = self._view.held(), self._view
         mask = np.ones((view.tokens, view.sight), dtype=np.int64)
         mask[:, view.sight - inputs.seen.shape[1] :] = inputs.seen
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._fetched is not None:
+            self._fetched.synchronize()
         values = self._staging.numpy()
         np.concatenate([inputs.tokens, inputs.positions, inputs.depths, held, mask.ravel()], out=values)
-        self._inputs.copy_(self._staging, non_blocking=True)
-        if self._copied is not None:
-            torch.cuda.current_stream(self._inputs.device).record_event(self._copied)
+        ops.fetch(self._inputs, self._staging)
+        if self._fetched is not None:
+            torch.cuda.current_stream(self._inputs.device).record_event(self._fetched)
 
     def capture(self, capture: Capture) -> Tensor:
         """Capture the step that is loaded, which computes it as well: its logits."""

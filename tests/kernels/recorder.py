@@ -91,6 +91,14 @@ class Rig:
         self.query = torch.zeros(GROUP * KV_HEADS, TOKENS, DIM, dtype=dtype)
         self.key = torch.zeros(KV_HEADS, TOKENS, DIM, dtype=dtype)
 
+    def draft(self):
+        """One step of the retrieval level over a full retrieval cache: what it launched."""
+        self.recorder.launches.clear()
+        for layer in range(LAYERS):
+            arguments = (layer, self.query, self.key, self.key, ops.AttentionParams(0.125))
+            self.kept.append(self.near.attend_draft(*arguments))
+        return list(self.recorder.launches)
+
     def run(self, refresh):
         """One pass: what it launched."""
         self.recorder.launches.clear()
@@ -158,6 +166,28 @@ def numbered(launches):
     ]
 
 
+def per_layer(recorder, count):
+    """What one layer adds to ``count`` in a step of the retrieval level that is not the first."""
+    rig = Rig(recorder, 4)
+    rig.run(True)
+    rig.near.filled = 8
+    for _ in range(2):
+        rig.draft()
+    return count(rig) / LAYERS
+
+
+def fetches(recorder):
+    """Small tensors read out of one place of host memory, again and again: launches, and whether it is from there."""
+    host, targets = torch.zeros(2500, dtype=torch.long), [torch.zeros(2500, dtype=torch.long) for _ in range(4)]
+    found = []
+    for target in targets:
+        recorder.launches.clear()
+        ops.fetch(target, host)
+        ((_, grid, (source, there, count, _)),) = recorder.launches
+        found.append((grid, source == host.data_ptr(), there == target.data_ptr(), count))
+    return found, calls_of(lambda: ops.fetch(targets[0], host))
+
+
 def unaligned(recorder):
     """For which alignment a tile is attended to and chosen from: aligned, bound as such, then four bytes further."""
     attention, choice = ops.RunningAttention(), ops.RunningChoice()
@@ -200,6 +230,9 @@ def main():
     recorder = Recorder()
     triton.runtime.driver.set_active(recorder)
     report = {"aligned": unaligned(recorder), "scratch": scratch()}
+    report["launches draft"] = per_layer(recorder, lambda rig: len(rig.draft()))
+    report["calls draft"] = per_layer(recorder, lambda rig: calls_of(rig.draft))
+    report["fetches"], report["calls fetch"] = fetches(recorder)
     for refresh in (True, False):
         name = "refresh" if refresh else "plain"
         report[f"launches {name}"] = per_tile(recorder, lambda rig, refresh=refresh: len(rig.run(refresh)))

@@ -58,6 +58,7 @@ def test_kernels_compile_and_fit(cc, extent):
         "attention_state._combine_kernel",
         "chunk_scores._score_kernel",
         *(f"chunk_selection._take_{kind}_kernel" for kind in ("packed", "plain")),
+        "fetch._fetch_kernel",
         "kv_codec._decode_kernel",
         "packed_attention._update_kernel",
         "verify_attention._update_kernel",

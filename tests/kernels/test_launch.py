@@ -37,6 +37,18 @@ def test_python_calls_per_tile(report):
     assert report["calls refresh"] <= 16
 
 
+def test_a_layer_of_a_drafting_step(report):
+    """Packed chunks, the step's own tokens, and the end of the attention."""
+    assert report["launches draft"] == 3
+    assert report["calls draft"] <= 120
+
+
+def test_small_tensors_are_read_by_one_launch_each(report):
+    """Out of the very memory that the host has written to, into where they are wanted: three blocks of 1,024 words."""
+    assert report["fetches"] == [[[3, 1, 1], True, True, 2500]] * 4
+    assert report["calls fetch"] <= 20
+
+
 def test_what_is_bound_is_what_triton_would_have_launched(report):
     """Kernel, grid, and every argument, of a whole pass."""
     assert len(report["bound"]) == len(report["triton"]) > 20

@@ -49,7 +49,7 @@ def run_batch(cases: Sequence[Case], seconds: int) -> list[Finding]:
         except subprocess.TimeoutExpired as error:
             output, ended = (error.stdout or b"").decode(), f"its process gave no answer within {limit} s"
         lines = [line for line in output.splitlines() if line.endswith("}")]
-        found += [Finding(**{**values, "windows": tuple(values["windows"])}) for values in map(json.loads, lines)]
+        found += [Finding(**{**values, "kinds": tuple(values["kinds"])}) for values in map(json.loads, lines)]
         if len(lines) < len(rest):
             lost = rest[len(lines)]
             found.append(Finding(lost.model_type, lost.variant, lost.model_type, "crash", ended))

@@ -56,7 +56,7 @@ class Finding:
     model: str
     verdict: str
     why: str = ""
-    windows: tuple[int | None, ...] = ()
+    kinds: tuple[str, ...] = ()  # of its layers
     distinct: int = 0
     passes: int = 0
     accepted: int = 0
@@ -122,8 +122,8 @@ def _decode(case: Case, name: str, config: Any, model: PreTrainedModel, planned:
         verdict, why = "wrong", f"differs from token {at} of {NEW} on"
     elif counts["distinct"] < LIVELY // 2 or not counts["accepted"] or not counts["drafted"]:
         verdict, why = "dull", "the text says too little, or no draft token was judged"
-    windows = tuple(layer.window for layer in engine.layout.layers)
-    return Finding(case.model_type, case.variant, name, verdict, why, windows, **counts)
+    kinds = tuple(kind for kind in ("full", "sliding", "recurrent") if getattr(engine.layout, kind))
+    return Finding(case.model_type, case.variant, name, verdict, why, kinds, **counts)
 
 
 def liveliest(config: Any, prompt: Tensor) -> tuple[PreTrainedModel, list[int]]:

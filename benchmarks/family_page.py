@@ -53,8 +53,7 @@ def documented(page: str) -> tuple[set[str], set[str]]:
 
 
 def _layers(found: Finding) -> str:
-    kinds = {"sliding" if window else "full" for window in found.windows}
-    return " and ".join(sorted(kinds))
+    return " and ".join(found.kinds)
 
 
 def _others(found: Finding, findings: Sequence[Finding]) -> str:

@@ -52,10 +52,11 @@ class FullText:
         Raises:
             InputError: the model has layers with a sliding window; those have nothing to choose.
         """
-        if layout.sliding:
+        others = len(layout.layers) - len(layout.full)
+        if others:
             raise InputError(
-                f"{len(layout.sliding)} of the model's {len(layout.layers)} layers have a sliding window; only models "
-                "that attend to everything in all layers can be measured"
+                f"{others} of the model's {len(layout.layers)} layers have a sliding window or a recurrent state; only "
+                "models that attend to everything in all layers can be measured"
             )
         self.model, self.prompt = model, len(reading.tokens)
         self.length, self.kv, self.params = self.prompt, [], [params for _, _, params in reading.layers]

@@ -111,7 +111,7 @@ def bench_retrieval(
     if asked.ask is None:
         ids = ids[: tokens + given]  # the chat format has put a few in front
     check_length(engine.layout, Settings(), len(ids) - given, measured)
-    head_dim = engine.layout.layers[0].head_dim
+    head_dim = engine.layout.attention[0].head_dim
     ways = make_ways(settings or Settings(), budget, head_dim)
     say(f"{model}: reading {len(ids) - given:,} tokens of Python's {asked.text}")
     reading = Reading.of(engine.model, engine.layout, ids[:-given])

@@ -57,7 +57,7 @@ def compare(tokens: int, measured: int) -> dict:
     engine = TriForce.load(fetch_model("smollm2"), dtype="float32", context=tokens + measured)
     task = find_task("continue")
     ids = prompts(engine.tokenizer, [task], tokens + measured - 1)[task][: tokens + measured]
-    head_dim = engine.layout.layers[0].head_dim
+    head_dim = engine.layout.attention[0].head_dim
     usual = make_ways(Settings(), max(LEAST_BUDGET, tokens // SHARE), head_dim)[0]
     reading = Reading.of(engine.model, engine.layout, ids[:-measured])
     retrieval_level.chunk_scores = scores

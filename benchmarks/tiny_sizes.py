@@ -92,7 +92,7 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "jetmoe": {"num_attention_heads": 4, "kv_channels": 8},
     "kimi_linear": _KIMI,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "mimo_v2_flash": {"v_head_dim": 8},
+    "mimo_v2_flash": {"v_head_dim": 8, "num_attention_heads": 12},  # sliding layers double the KV heads
     "mamba2": {"num_heads": 4, "head_dim": 24, "state_size": 8, "n_groups": 1},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,

@@ -13,7 +13,9 @@ from offload_triforce.kernels import (
     attention_state,
     chunk_scores,
     chunk_selection,
+    delta_rule,
     fetch,
+    int8_product,
     kv_codec,
     packed_attention,
     verify_attention,
@@ -21,7 +23,16 @@ from offload_triforce.kernels import (
 from offload_triforce.kernels.attention_state import SplitAttention
 from offload_triforce.kernels.launch import Launch
 from offload_triforce.kernels.tiling import MOST_SPLITS
-from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
+from offload_triforce.kernels.types import (
+    AttentionParams,
+    ChunkSelection,
+    CodedChunks,
+    Convolution,
+    DeltaNodes,
+    DeltaTokens,
+    NodeStep,
+    TreeMask,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIMS = (64, 80, 96, 128, 192, 256, 512)
@@ -44,7 +55,16 @@ def cases(extent: str) -> Iterator[Case]:
         extent: "few", one of each kind; "dims", attention and scores for each head dimension; "usual", these and each
             dtype and feature; "every", all of them combined, which takes an hour.
     """
-    makers = (_attention_cases, _combine_cases, _score_cases, _take_cases, _packed_cases, _fetch_cases)
+    makers = (
+        _attention_cases,
+        _combine_cases,
+        _score_cases,
+        _take_cases,
+        _packed_cases,
+        _fetch_cases,
+        _recurrent_cases,
+        _int8_cases,
+    )
     return itertools.chain.from_iterable(make(extent) for make in makers)
 
 
@@ -141,12 +161,18 @@ def _attention_cases(extent: str) -> Iterator[Case]:
 
 
 def _combine_cases(extent: str) -> Iterator[Case]:
-    """Joining the splits: the most there are, and one alone."""
+    """Joining the splits: the most there are, and one alone; and with learned sinks, of groups of four heads."""
     for dim, splits in ((256, MOST_SPLITS), (80, 1), (512, 7))[: 3 if extent in ("usual", "every") else 1]:
         for logarithm in (True, False):
             output = empty(8, 32) if logarithm else empty(32, 8, dim, dtype=torch.bfloat16)
             launch = attention_state.combine_launch(state(splits, 32, dim, True), output, logarithm)
-            yield Case(launch, {"dim": dim, "splits": splits, "logarithm": logarithm})
+            yield Case(launch, {"dim": dim, "splits": splits, "logarithm": logarithm, "sinks": "none"})
+        for dtype in (torch.bfloat16, torch.float32):
+            output = empty(32, 8, dim, dtype=torch.bfloat16)
+            launch = attention_state.combine_launch(
+                state(splits, 32, dim, True), output, logarithm=False, sinks=empty(32, dtype=dtype)
+            )
+            yield Case(launch, {"dim": dim, "splits": splits, "logarithm": False, "sinks": name_of(dtype)})
 
 
 def _score_cases(extent: str) -> Iterator[Case]:
@@ -205,7 +231,56 @@ def _packed_cases(extent: str) -> Iterator[Case]:
             yield Case(launch, {"dtype": name_of(dtype), "dim": dim, "chunk": chunk, "bits": bits})
 
 
+def _recurrent_cases(extent: str) -> Iterator[Case]:
+    """Recurrent layers: a step of T tokens over a tree of 193, and the commit of a path. Sizes of Qwen3.6-27B first."""
+    found = dict.fromkeys([(torch.bfloat16, 16, 48, 128, 128, 193)])
+    if extent == "usual":
+        found |= dict.fromkeys([(torch.float16, 16, 32, 128, 128, 13), (torch.float32, 2, 4, 96, 192, 13)])
+        found |= dict.fromkeys([(torch.bfloat16, 4, 8, 256, 256, 512), (torch.bfloat16, 4, 4, 64, 64, 13)])
+    elif extent == "every":
+        found = dict.fromkeys(
+            (dtype, 4, 8, dim, dim, rows) for dtype in DTYPES for dim in DIMS[:6] for rows in (13, 193)
+        )
+    for dtype, keys, values, dim, columns, tokens in found:
+        named = {"dtype": name_of(dtype), "dim": dim, "tokens": tokens}
+        for launch in recurrent(dtype, keys, values, dim, columns, tokens):
+            yield Case(launch, named)
+
+
+def recurrent(dtype: torch.dtype, keys: int, values: int, dim: int, columns: int, tokens: int) -> list[Launch]:
+    """What one recurrent layer launches for T tokens of a tree, and what their commit launches for four layers."""
+    rows, taps, channels = 512, 4, 2 * keys * dim + values * columns
+    nodes = DeltaNodes(empty(keys, rows, dim), empty(values, rows, columns), *empty(2, values, rows))
+    step = NodeStep(
+        empty(tokens, rows, dtype=torch.bool), empty(tokens, dtype=torch.long), empty(tokens, taps, dtype=torch.long)
+    )
+    query, key = empty(2, tokens, keys, dim, dtype=dtype)
+    value, queries = empty(tokens, values, columns, dtype=dtype), empty(keys, tokens, dim)
+    asked = DeltaTokens(query, key, value, empty(tokens, values), empty(tokens, values, dtype=dtype))
+    inputs, state = empty(tokens, channels, dtype=dtype), empty(4, values, dim, columns)
+    convolution = Convolution(inputs, empty(channels, taps, dtype=dtype), None, "silu")
+    path = [empty(4, keys, rows, dim), empty(4, values, rows, columns), empty(4, values, rows)]
+    return [
+        delta_rule.convolution_launch(convolution, empty(taps - 1 + rows, channels, dtype=dtype), step, inputs),
+        delta_rule.enter_launch(asked, queries, nodes, step),
+        delta_rule.rule_launch(asked, queries, state[0], nodes, step, value),
+        delta_rule.commit_launch(state, *(part[:, :, :40] for part in path)),
+    ]
+
+
 def _fetch_cases(extent: str) -> Iterator[Case]:
     """Words and bytes out of host memory."""
     for dtype in (torch.int64, torch.uint8):
         yield Case(fetch.fetch_launch(empty(5000, dtype=dtype), empty(5000, dtype=dtype)), {"dtype": name_of(dtype)})
+
+
+def _int8_cases(extent: str) -> Iterator[Case]:
+    """An output embedding in 8 bits: a whole number of blocks, and an odd shape."""
+    half = torch.bfloat16
+    found = [(half, 13, 248320, 5120), (half, 193, 248320, 5120)]
+    if extent in ("usual", "every"):
+        found += [(half, 32, 32001, 4096), (torch.float16, 193, 128256, 4096), (torch.float32, 13, 32000, 4100)]
+    for dtype, tokens, rows, columns in found:
+        codes, output = empty(rows, columns, dtype=torch.int8), empty(tokens, rows, dtype=dtype)
+        launch = int8_product.product(empty(tokens, columns, dtype=dtype), codes, empty(rows), output)
+        yield Case(launch, {"dtype": name_of(dtype), "tokens": tokens, "words": rows, "hidden": columns})

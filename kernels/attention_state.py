@@ -84,28 +84,34 @@ def attention_logsumexp(state: SplitAttention) -> Tensor:
     return output
 
 
-def attention_finish(state: SplitAttention, heads: int, dtype: torch.dtype) -> Tensor:
-    """Join the splits, normalise and unpack: [H, T, D] in ``dtype``. Queries that saw no key get zeros."""
+def attention_finish(state: SplitAttention, heads: int, dtype: torch.dtype, sinks: Tensor | None = None) -> Tensor:
+    """Join the splits, normalise and unpack: [H, T, D] in ``dtype``. Queries that saw no key get zeros.
+
+    ``sinks`` [H] (see ``AttentionParams``) join the softmax here, once for all splits.
+    """
     _, kv_heads, rows, dim = state.weighted.shape
     output = torch.empty(heads, kv_heads * rows // heads, dim, dtype=dtype, device=state.weighted.device)
     if not state.started:
         return output.zero_()
-    run(combine_launch(state, output, logarithm=False))
+    run(combine_launch(state, output, logarithm=False, sinks=sinks))
     return output
 
 
-def combine_launch(state: SplitAttention, output: Tensor, logarithm: bool) -> Launch:
+def combine_launch(state: SplitAttention, output: Tensor, logarithm: bool, sinks: Tensor | None = None) -> Launch:
     """What the splits are joined with: a program per block of rows and KV head."""
+    if sinks is not None and sinks.stride(0) != 1:
+        raise ValueError("the sinks of neighbouring heads must be neighbours in memory")
     splits, heads, rows, dim = state.weighted.shape
     padded, most = triton.next_power_of_2(dim), triton.next_power_of_2(splits)
     block = min(16, max(1, 4096 // (most * padded)))
-    arguments = (*state[:3], output, rows, splits, logarithm, dim, padded, block, most)
+    tokens = rows if sinks is None else heads * rows // sinks.shape[0]  # rows of one query head
+    arguments = (*state[:3], output, sinks, rows, splits, tokens, logarithm, dim, padded, block, most)
     return Launch(_combine_kernel, (-(-rows // block), heads, 1), arguments, {"num_warps": 4})
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "tokens"])
 def _combine_kernel(
-    maximum, total, weighted, output, rows, splits,
+    maximum, total, weighted, output, sinks, rows, splits, tokens,
     LOGARITHM: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of one KV head: all their splits, on the scale of the largest score among them."""
@@ -116,8 +122,13 @@ def _combine_kernel(
     exists = (split < splits)[:, None] & (row < rows)[None, :]
     maxima = tl.load(maximum + at, mask=exists, other=LOWEST)
     highest = tl.max(maxima, 0)
+    if sinks is not None:  # place // tokens is the query head
+        sink = tl.load(sinks + place // tokens, mask=row < rows, other=0.0).to(tl.float32) / LN_2
+        highest = tl.maximum(highest, sink)
     decay = tl.exp2(maxima - highest[None, :])
     mass = tl.sum(tl.load(total + at, mask=exists, other=0.0) * decay, 0)
+    if sinks is not None:
+        mass += tl.exp2(sink - highest)
     if LOGARITHM:
         tl.store(output + place, (highest + tl.log2(mass)) * LN_2, mask=row < rows)
     else:

@@ -12,21 +12,34 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import cpu, reference, reference_codec
+from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta
 from offload_triforce.kernels.reference import causal_mask, pack_queries, put_chunks
-from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
+from offload_triforce.kernels.reference_delta import node_step
+from offload_triforce.kernels.types import (
+    AttentionParams,
+    ChunkSelection,
+    CodedChunks,
+    Convolution,
+    DeltaNodes,
+    DeltaTokens,
+    NodeStep,
+    TreeMask,
+)
 
 try:
     from offload_triforce.kernels import (
         attention_state,
         chunk_selection,
+        delta_rule,
         kv_codec,
         packed_attention,
         tile_choice,
+        trial,
         verify_attention,
     )
     from offload_triforce.kernels import chunk_scores as triton_scores
     from offload_triforce.kernels import fetch as triton_fetch
+    from offload_triforce.kernels import int8_product as triton_product
 except ImportError:  # no Triton: torch alone
     verify_attention = None
 
@@ -34,18 +47,27 @@ __all__ = [
     "AttentionParams",
     "ChunkSelection",
     "CodedChunks",
+    "Convolution",
+    "DeltaNodes",
+    "DeltaTokens",
+    "NodeStep",
     "RunningAttention",
     "RunningChoice",
     "TreeMask",
     "causal_mask",
     "chunk_scores",
+    "commit_path",
     "decode_keys",
+    "delta_tree",
     "fetch",
+    "int8_product",
+    "node_step",
     "own_tokens",
     "pack_queries",
     "prefill_attention",
     "put_chunks",
     "take_chunks",
+    "tree_convolution",
     "what_stops_triton",
 ]
 
@@ -66,21 +88,13 @@ def _allowed() -> bool:
     return verify_attention is not None and os.environ.get(CHOICE) != "torch"
 
 
-def what_stops_triton() -> str | None:
-    """Why Triton cannot run on this machine's GPU, in its own words; None if it can.
+def what_stops_triton() -> trial.Obstacle | None:
+    """Why Triton's kernels do not run on this machine's GPU, and what to do about it; None if they do.
 
-    It compiles a piece of C on its first use, so it wants a compiler and Python's headers. Where torch runs instead,
-    nothing does.
+    One tiny kernel is compiled, loaded and launched: the first needs a C compiler and Python's headers, the second a
+    driver that is not too old. Where torch runs instead, nothing stands in the way.
     """
-    if not _allowed():
-        return None
-    try:
-        import triton
-
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever it is: the first kernel would meet it too
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return None
+    return trial.find_obstacle() if _allowed() else None
 
 
 def _torch_functions(tensor: Tensor) -> ModuleType:
@@ -147,13 +161,13 @@ class RunningAttention:
             self.update_first(key.to(dtype), value.to(dtype), tokens)
 
     def logsumexp(self) -> Tensor:
-        """Log-sum-exp of the scores so far, per packed query: float32 [K, G*T]."""
+        """Log-sum-exp of the keys' scores so far, without learned sinks, per packed query: float32 [K, G*T]."""
         return (attention_state if self._triton else reference).attention_logsumexp(self._state)
 
     def finish(self) -> Tensor:
-        """The attention output, [H, T, D] in the queries' dtype."""
+        """The attention output, [H, T, D] in the queries' dtype. Learned sinks join the softmax here, once."""
         functions = attention_state if self._triton else reference
-        return functions.attention_finish(self._state, self._heads, self.packed.dtype)
+        return functions.attention_finish(self._state, self._heads, self.packed.dtype, self._params.sinks)
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,9 +177,13 @@ def _all_see(device: torch.device) -> Tensor:
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """See ``reference.prefill_attention``. torch's fused kernels know no soft-capping, and no groups in float32."""
+    """See ``reference.prefill_attention``.
+
+    torch's fused kernels know no soft-capping, no learned sinks, and no groups in float32.
+    """
     grouped = query.dtype == torch.float32 and query.shape[0] != key.shape[0]
-    if not uses_triton(query) or (params.softcap is None and not grouped):
+    fused = params.softcap is None and params.sinks is None and not grouped
+    if fused or not uses_triton(query):
         return reference.prefill_attention(query, key, value, params)
     attention, tokens = RunningAttention(), query.shape[1]
     attention.start(query, key.shape[0], params)
@@ -229,6 +247,24 @@ def decode_keys(coded: CodedChunks, slots: int, dtype: torch.dtype) -> Tensor:
     return reference_codec.decode_keys(coded, slots).to(dtype)
 
 
+def tree_convolution(convolution: Convolution, held: Tensor, step: NodeStep) -> Tensor:
+    """See ``reference_delta.tree_convolution``."""
+    functions = delta_rule if uses_triton(held) else reference_delta
+    return functions.tree_convolution(convolution, held, step)
+
+
+def delta_tree(tokens: DeltaTokens, state: Tensor, nodes: DeltaNodes, step: NodeStep) -> Tensor:
+    """See ``reference_delta.delta_tree``."""
+    functions = delta_rule if uses_triton(state) else reference_delta
+    return functions.delta_tree(tokens, state, nodes, step)
+
+
+def commit_path(state: Tensor, keys: Tensor, updates: Tensor, decays: Tensor) -> None:
+    """See ``reference_delta.commit_path``."""
+    functions = delta_rule if uses_triton(state) else reference_delta
+    functions.commit_path(state, keys, updates, decays)
+
+
 def fetch(target: Tensor, source: Tensor) -> None:
     """Fill a small tensor from one in pinned host memory of the same shape and dtype, both contiguous.
 
@@ -244,3 +280,9 @@ def fetch(target: Tensor, source: Tensor) -> None:
 @functools.cache
 def _triton_runs() -> bool:
     return what_stops_triton() is None
+
+
+def int8_product(hidden: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """See ``reference.int8_product``."""
+    functions = triton_product if uses_triton(hidden) else reference
+    return functions.int8_product(hidden, codes, scale)

@@ -16,6 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 from offload_triforce.kernels.reference_codec import encode_chunks
 from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, PartialAttention, TreeMask
 
+INT8_ROWS = 8192  # of an 8-bit matrix, that are unpacked at a time
+
 
 def pack_queries(query: Tensor, kv_heads: int) -> Tensor:
     """[H, T, D] -> [K, G*T, D]. Query heads of one KV head are neighbours, so this is a reshape."""
@@ -94,9 +96,15 @@ def attention_logsumexp(state: PartialAttention) -> Tensor:
     return state.maximum + state.total.log()
 
 
-def attention_finish(state: PartialAttention, heads: int, dtype: torch.dtype) -> Tensor:
-    """Normalise and unpack: [H, T, D] in ``dtype``."""
-    output = state.weighted / state.total[..., None]
+def attention_finish(state: PartialAttention, heads: int, dtype: torch.dtype, sinks: Tensor | None = None) -> Tensor:
+    """Normalise and unpack: [H, T, D] in ``dtype``. ``sinks`` [H] (see ``AttentionParams``) join the softmax here."""
+    maximum, total, weighted = state
+    if sinks is not None:
+        sink = sinks.float().reshape(maximum.shape[0], -1).repeat_interleave(maximum.numel() // heads, dim=1)
+        highest = torch.maximum(maximum, sink)  # neither exponential below can overflow
+        decay = torch.exp(maximum - highest)
+        total, weighted = total * decay + torch.exp(sink - highest), weighted * decay[..., None]
+    output = weighted / total[..., None]
     return output.reshape(heads, -1, output.shape[-1]).to(dtype)
 
 
@@ -104,14 +112,15 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: Attenti
     """Attention of the last T of n tokens over all n: query [H, T, D], key and value [K, n, D] -> [H, T, D].
 
     torch's own fused kernels: the causal mask is aligned to the lower right corner, and keys that a
-    sliding window hides from every query are not read. They know no soft-capping: that goes part by part.
+    sliding window hides from every query are not read. They know neither soft-capping nor learned sinks: those go part
+    by part.
     """
     tokens = query.shape[1]
     if params.window is not None:
         reach = min(key.shape[1], tokens + params.window - 1)
         key, value = key[:, -reach:], value[:, -reach:]
-    if params.softcap is not None:
-        return _capped_attention(query, key, value, params)
+    if params.softcap is not None or params.sinks is not None:
+        return _attention_by_parts(query, key, value, params)
     if params.window is not None:
         mask = causal_mask(tokens, key.shape[1], params.window, query.device)
     else:
@@ -126,8 +135,8 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: Attenti
     )[0]
 
 
-def _capped_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, part: int = 1024) -> Tensor:
-    """The same with soft-capped scores, ``part`` keys at a time."""
+def _attention_by_parts(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, part: int = 1024) -> Tensor:
+    """The same with soft-capped scores or learned sinks, ``part`` keys at a time."""
     tokens, total = query.shape[1], key.shape[1]
     packed = pack_queries(query, key.shape[0])
     state = attention_start(packed)
@@ -139,7 +148,7 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, params: Attenti
         state = attention_update(
             state, packed, key[:, start:stop], value[:, start:stop], params._replace(window=None), TreeMask(mask)
         )
-    return attention_finish(state, query.shape[0], query.dtype)
+    return attention_finish(state, query.shape[0], query.dtype, params.sinks)
 
 
 def chunk_scores(
@@ -213,3 +222,16 @@ def put_chunks(source: Tensor, kv: Tensor, slots: Tensor | CodedChunks) -> None:
         encode_chunks(source, kv, slots)
     else:
         gather_chunks(source, kv, slots)
+
+
+def int8_product(hidden: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """``hidden`` [T, D] times the matrix ``codes`` [R, D] (int8) with one float32 factor per row, ``scale`` [R].
+
+    Added up in float32 and then multiplied with the scale. Returns [T, R] in the dtype of ``hidden``.
+    """
+    output = torch.empty(hidden.shape[0], codes.shape[0], dtype=hidden.dtype, device=hidden.device)
+    wide = hidden.float()
+    for start in range(0, codes.shape[0], INT8_ROWS):  # so that no more of the matrix than this is ever unpacked
+        end = start + INT8_ROWS
+        output[:, start:end] = (wide @ codes[start:end].float().T) * scale[start:end]
+    return output

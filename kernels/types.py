@@ -8,11 +8,16 @@ from torch import Tensor
 
 
 class AttentionParams(NamedTuple):
-    """How a model turns a query and a key into a score: scaling, sliding window in tokens, logit soft-capping."""
+    """How a model turns a query and a key into a score: scaling, sliding window in tokens, logit soft-capping.
+
+    ``sinks`` [H], of any floating-point type: a learned score of each query head that takes its share of the softmax
+    and has no value. It counts once for every query, at the end, and neither scaling nor soft-capping applies to it.
+    """
 
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class TreeMask(NamedTuple):
@@ -82,3 +87,55 @@ class CodedChunks(NamedTuple):
     def chunk(self) -> int:
         """Tokens per chunk."""
         return self.key_codes.shape[2]
+
+
+class Convolution(NamedTuple):
+    """What a short convolution of each of C channels takes: ``inputs`` [T, C], ``weight`` [C, W], ``bias`` [C].
+
+    ``activation`` is "silu" or None.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str | None = None
+
+
+class DeltaTokens(NamedTuple):
+    """T tokens as a gated delta rule takes them in, with Hk key heads and Hv value heads, a multiple of Hk.
+
+    ``query``, ``key`` [T, Hk, Dk]; ``value`` [T, Hv, Dv]; ``gate`` float32 [T, Hv], the logarithm of what the state is
+    multiplied with (never above 0); ``beta`` [T, Hv], how much of what the state says under a key is replaced.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    beta: Tensor
+
+
+class DeltaNodes(NamedTuple):
+    """What one layer's delta rule keeps of N tokens of a tree that are not in its state yet. All float32.
+
+    ``keys`` [Hk, N, Dk], normalised. ``updates`` [Hv, N, Dv]: what each token would write under its key. ``gates``
+    [Hv, N]: its own; ``decays`` [Hv, N]: the sum of those from the root of the tree to the token.
+    """
+
+    keys: Tensor
+    updates: Tensor
+    gates: Tensor
+    decays: Tensor
+
+
+class NodeStep(NamedTuple):
+    """How T new tokens of a tree find their ancestors among N rows of tokens that are not in the state yet.
+
+    ``seen`` bool [T, N]: which rows are a token's ancestors, or it itself. ``places`` int64 [T]: the tokens' own rows,
+    one after the other. ``sources`` int64 [T, W]: what their convolution reads, oldest first, as rows of the W - 1
+    newest inputs of the text followed by those N.
+    """
+
+    seen: Tensor
+    places: Tensor
+    sources: Tensor

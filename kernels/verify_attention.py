@@ -50,7 +50,9 @@ class TileUpdates:
     def start(self, state: SplitAttention, packed: Tensor, params: AttentionParams) -> None:
         """Another block of queries: usually that of the next layer, with the same shapes on the same memory."""
         self._packed, self._params, self._state = packed, params, state._replace(started=True)
-        shape = (packed.shape, packed.stride(), packed.dtype, packed.device, params, state.weighted.data_ptr())
+        # All that such a tile takes from the parameters are the factors; sinks, say, differ between layers.
+        factors = score_factors(params)
+        shape = (packed.shape, packed.stride(), packed.dtype, packed.device, factors, state.weighted.data_ptr())
         self._of_shape = self._bound.setdefault(shape, {})
         self._aligned = aligned(packed)
 

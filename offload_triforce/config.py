@@ -132,7 +132,27 @@ class Settings:
     )
     resident: float | None = _setting(
         None,
-        "Share of the KV cache that stays on the device, 0 to 1; by default what a GPU has room for.",
+        "Share of the KV cache that lies on the device while decoding, 0 to 1; by default what a GPU has room for.",
+        panel=_MEMORY,
+    )
+    prefill_resident: float | None = _setting(
+        None,
+        "Share of it that lies there while the prompt is read already; the rest comes up once, when the prefill's "
+        "memory is free. By default what a GPU has room for.",
+        panel=_MEMORY,
+    )
+    hidden_states: str | None = _setting(
+        None,
+        "Where the prompt's hidden states lie between two layers: device or host; by default on the device where they "
+        "fit.",
+        choices=("device", "host"),
+        panel=_MEMORY,
+    )
+    embeddings: str | None = _setting(
+        None,
+        "Where the table of input embeddings lies: device or host; by default in host memory, for a GPU and where it "
+        "is not the output's too.",
+        choices=("device", "host"),
         panel=_MEMORY,
     )
     link_gbps: float | None = _setting(
@@ -152,8 +172,9 @@ class Settings:
             raise InputError(
                 f"draft_tokens ({self.draft_tokens}) must not be smaller than gamma ({self.gamma}), the longest path"
             )
-        if self.resident is not None and not 0 <= self.resident <= 1:
-            raise InputError(f"resident must be a share between 0 and 1, not {self.resident}")
+        for name in ("resident", "prefill_resident"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise InputError(f"{name} must be a share between 0 and 1, not {share}")
         for name in ("sink", "tile"):
             if (getattr(self, name) or 0) % self.chunk:
                 raise InputError(f"{name} must be a multiple of the chunk of {self.chunk}, not {getattr(self, name)}")

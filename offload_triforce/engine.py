@@ -22,7 +22,9 @@ from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.lock import do_and_undo
+from offload_triforce.model.packing import check_packing
 from offload_triforce.model.prefill import Progress
+from offload_triforce.model.to_host import move_embeddings, place_embeddings
 from offload_triforce.planner.choose import choose_for_loaded
 from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters
@@ -57,6 +59,8 @@ class TriForce:
     ) -> None:
         """Wrap a loaded model. It stays as it is: our attention is attached only in our threads, while they decode.
 
+        With ``embeddings="host"``, its table of input embeddings moves, and it reads the same as before.
+
         Args:
             model: a transformers decoder, on one device. tokenizer: of both models.
             draft: a small model with the same vocabulary, "ngram" (look-up in the text), "self" (the target's
@@ -72,6 +76,7 @@ class TriForce:
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
         self.layout = probe(model)
+        place_embeddings(model, self.settings.embeddings)
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
@@ -87,6 +92,7 @@ class TriForce:
         device: str = "auto",
         quantize: str | None = None,
         settings: Settings | None = None,
+        quantize_head: str | None = None,
         **changes: Any,
     ) -> TriForce:
         """Load by name: one that ``offload-triforce models`` lists, a hub id, a folder, or a GGUF file.
@@ -97,11 +103,13 @@ class TriForce:
             device: "auto", "cuda", "cuda:N" or "cpu".
             quantize: "nf4" or "int8" weights (bitsandbytes); the KV cache keeps ``dtype``.
             settings: how to run; single ones may be given by name, lengths also as text: context="128K".
+            quantize_head: "int8", of the output embedding. The model that is loaded so is the target of all levels.
 
         Raises:
             InputError, UnsupportedModelError: one sentence each.
         """
         settings = replace_settings(settings or Settings(), changes)  # refused before the weights are read
+        check_packing(quantize, quantize_head)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         small = draft_model(draft)
@@ -111,7 +119,9 @@ class TriForce:
         if settings.context is not None:
             model = find_source(model)  # once: what is kept here is hashed
             check_context(settings.context, max_positions(model))
-        target, tokenizer = load_model(model, kind, where, quantize)
+        target, tokenizer = load_model(model, kind, where, quantize, quantize_head)
+        if settings.embeddings is None and where.type == "cuda":
+            move_embeddings(target)
         if small is None:
             return cls(target, tokenizer, draft, settings=settings)
         loaded, draft_tokenizer = load_model(small, kind, where)

@@ -69,6 +69,9 @@ class Device(Protocol):
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer in host memory, contents undefined, not pinned."""
 
+    def reclaim(self) -> None:
+        """What has been freed on the device may be allocated again in pieces of any size. The host waits."""
+
     def record(self) -> Event:
         """The computation issued so far."""
 
@@ -157,6 +160,11 @@ class CudaDevice:
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer in host memory, contents undefined, not pinned yet (see ``pinning``)."""
         return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def reclaim(self) -> None:
+        """torch keeps what is freed, in segments of the sizes that it was asked for: they go back to the driver."""
+        torch.cuda.synchronize(self.device)  # what a lane still reads is not free before
+        torch.cuda.empty_cache()
 
     def record(self) -> _CudaEvent:
         """The computation issued so far."""

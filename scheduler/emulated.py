@@ -101,6 +101,7 @@ class _Engine:
             except Exception as error:  # handed to whoever waits
                 event.error = error
             event.set()
+            del item, work  # with them goes the last that refers to a copy's buffers, which somebody may have given up
 
 
 class ThreadLane:
@@ -174,6 +175,9 @@ class EmulatedDevice:
         return buffer
 
     host_empty = empty
+
+    def reclaim(self) -> None:
+        """Nothing to do: the C library gives large blocks back at once."""
 
     def record(self) -> _Event:
         """The computation issued so far."""

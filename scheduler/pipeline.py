@@ -63,7 +63,7 @@ class TileStream:
         self._waits.clear()
         self._others.clear()
         self._begun, self._fetched = time.perf_counter(), 0
-        self._todo = self.plan.stream_order(tiles)
+        self._todo = self.store.stream_order(tiles)
         issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
         self._free = deque((slot, issued) for slot in range(self.plan.ring))
         self._run_ahead()
@@ -75,7 +75,7 @@ class TileStream:
         no longer than ``slack`` says, or the link stands still.
         """
         for index in range(self._tiles):
-            if self.plan.is_resident(layer, index):
+            if self.store.is_resident(layer, index):
                 yield Tile(index, self.store.place(layer, index))
                 continue
             slot, landed = self._flying.popleft()

@@ -18,7 +18,8 @@ class TilePlan:
         tile_tokens: tokens per tile.
         tiles: tiles per layer at the full context.
         ring: staging buffers on the device, each one tile.
-        resident: share of all tiles that stays on the device, 0 to 1.
+        resident: share of all tiles that lies on the device while decoding, 0 to 1.
+        late: of these resident tiles, how many come up only when the prompt has been read. They are in host memory too.
     """
 
     layers: int
@@ -29,6 +30,7 @@ class TilePlan:
     tiles: int
     ring: int
     resident: float = 0.0
+    late: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -41,7 +43,7 @@ class TilePlan:
         return self.token_bytes * self.tile_tokens
 
     def is_resident(self, layer: int, tile: int) -> bool:
-        """Whether this tile stays on the device.
+        """Whether this tile lies on the device while decoding.
 
         Resident tiles are spread evenly over the order of a pass, so that while the device works
         on them the link goes on filling the ring.
@@ -49,14 +51,22 @@ class TilePlan:
         index = layer * self.tiles + tile
         return int((index + 1) * self.resident) > int(index * self.resident)
 
+    def is_late(self, layer: int, tile: int) -> bool:
+        """Whether it is a resident tile that comes up when the prompt has been read. They are spread evenly as well."""
+        if not self.late or not self.is_resident(layer, tile):
+            return False
+        before = int((layer * self.tiles + tile) * self.resident)  # resident tiles before this one
+        resident = int(self.layers * self.tiles * self.resident)
+        return (before + 1) * self.late // resident > before * self.late // resident
+
     def resident_tiles(self) -> list[tuple[int, int]]:
-        """All (layer, tile) that stay on the device."""
+        """All (layer, tile) that lie on the device while decoding."""
         if not self.resident:
             return []
         return [(la, t) for la in range(self.layers) for t in range(self.tiles) if self.is_resident(la, t)]
 
     def stream_order(self, tiles: int) -> Iterator[tuple[int, int]]:
-        """The (layer, tile) that a pass fetches, in order, when each layer has ``tiles`` whole tiles."""
+        """The (layer, tile) that a pass fetches, in order, when each layer has ``tiles`` whole tiles, late ones up."""
         return ((la, t) for la in range(self.layers) for t in range(tiles) if not self.is_resident(la, t))
 
     def streamed_bytes(self, tiles: int) -> int:
@@ -69,9 +79,14 @@ class TilePlan:
         return int(self.layers * self.tiles * self.resident) * self.tile_bytes
 
     @property
+    def late_bytes(self) -> int:
+        """Device bytes of those of them that come up late."""
+        return self.late * self.tile_bytes
+
+    @property
     def host_bytes(self) -> int:
-        """Host bytes of all other tiles at the full context."""
-        return self.layers * self.tiles * self.tile_bytes - self.resident_bytes
+        """Host bytes of all other tiles, and of the late ones, at the full context."""
+        return self.layers * self.tiles * self.tile_bytes - self.resident_bytes + self.late_bytes
 
     @property
     def ring_bytes(self) -> int:
@@ -85,6 +100,7 @@ TILE_BYTES = 16 << 20
 # The ring covers the time in which the device works on other things than tiles, at most about one layer's
 # projections and MLP: 2 ms at 55 GB/s. Never more than RING_LIMIT.
 RING_BYTES = 128 << 20
+SLOTS = 3  # chunks of hidden states on the device, of those that wait in host memory
 RING_LIMIT = 512 << 20
 RING_TILES = 64
 

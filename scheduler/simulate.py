@@ -19,12 +19,15 @@ class Speeds:
     Attributes:
         memory_gbps: bandwidth of the card's own memory. tflops: dense, with 16-bit inputs.
         memory_share: of the bandwidth, for reading weights in small steps. flops_share: of the TFLOPS in a prefill.
+        cc: compute capability, 89 for 8.9. sms: its multiprocessors.
     """
 
     memory_gbps: float
     tflops: float
     memory_share: float = 0.8
     flops_share: float = 0.5
+    cc: int = 89
+    sms: int = 60
 
     def seconds(self, size: float, flops: float = 0.0) -> float:
         """Time to read ``size`` bytes and compute ``flops`` on them, whichever takes longer."""

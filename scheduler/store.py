@@ -1,14 +1,16 @@
-"""Where tiles lie: pinned host memory, a slab on the device for the resident ones, and copies on their way there."""
+"""Where tiles lie: pinned host memory, on the device the resident ones, and copies on their way there."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from offload_triforce.scheduler.device import Device, Event
+from offload_triforce.scheduler.late import LateTiles
 from offload_triforce.scheduler.pinning import Pinner, Progress, cuda_pin, cuda_unpin
 from offload_triforce.scheduler.plan import TilePlan
 
@@ -30,7 +32,11 @@ class Leaving:
 
 
 class TileStore:
-    """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones."""
+    """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones.
+
+    Late ones are resident only from ``bring_up`` to ``give_up``. They have their place in host memory like those that
+    are streamed, and everything that is written to them goes there as well.
+    """
 
     def __init__(self, plan: TilePlan, dtype: torch.dtype, device: Device, pinning: Progress | None = None) -> None:
         """``pinning``: told how far the pinning is, which goes on in the background (CUDA only)."""
@@ -38,8 +44,11 @@ class TileStore:
         self._device = device
         shape = (2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
         resident = plan.resident_tiles()
-        self._resident = device.empty((len(resident), *shape), dtype)
-        self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(resident)}
+        self.late = LateTiles([key for key in resident if plan.is_late(*key)], shape, dtype, device)
+        early = [key for key in resident if not plan.is_late(*key)]
+        self._resident = device.empty((len(early), *shape), dtype)
+        self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(early)}
+        self._early = frozenset(early)
         slabs = []
         for layer in range(plan.layers):  # one slab each
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
@@ -52,7 +61,23 @@ class TileStore:
 
     def place(self, layer: int, tile: int) -> Tensor:
         """Where this tile lies, [2, K, tile_tokens, D]: on the device if resident, else in host memory."""
-        return self._places[layer, tile]
+        return self.late.places.get((layer, tile), self._places[layer, tile])
+
+    def is_resident(self, layer: int, tile: int) -> bool:
+        """Whether this tile lies on the device now."""
+        return (layer, tile) in self._early or (layer, tile) in self.late.places
+
+    def stream_order(self, tiles: int) -> Iterator[tuple[int, int]]:
+        """The (layer, tile) that a pass fetches now, in order, when each layer has ``tiles`` whole tiles."""
+        return ((la, t) for la in range(self.plan.layers) for t in range(tiles) if not self.is_resident(la, t))
+
+    def bring_up(self, tiles: int) -> None:
+        """Make the late tiles resident; of each layer, ``tiles`` have been written. The computation waits for them."""
+        self.late.bring_up(self._places, tiles)
+
+    def give_up(self) -> None:
+        """Give the late tiles' memory on the device back; what they hold stays in host memory."""
+        self.late.give_up()
 
     def write(self, layer: int, tile: int, kv: Tensor) -> Event:
         """Store a whole tile [2, K, tile_tokens, D] from the device. ``kv`` must stay as it is until the event.
@@ -60,10 +85,11 @@ class TileStore:
         Raises:
             MemoryLimitError: its place could not be pinned.
         """
-        place = self.place(layer, tile)
-        if self.plan.is_resident(layer, tile):
+        place = self._places[layer, tile]
+        if (layer, tile) in self._early:
             place.copy_(kv)
             return self._device.record()
+        self.late.write((layer, tile), kv)
         if self._pinner:
             self._pinner.wait(layer)
         return self._device.outgoing.submit(place, kv, after=self._device.record())

@@ -214,9 +214,10 @@ def test_memory_that_cannot_be_pinned(model, monkeypatch):
 def test_a_machine_on_which_triton_cannot_compile(monkeypatch):
     """Refused before anything is allocated, with what to do."""
     monkeypatch.setattr("offload_triforce.runtime.runtime.on", lambda device: nullcontext())
-    monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: "Failed to find C compiler")
+    found = SimpleNamespace(reason="Failed to find C compiler", remedy="install gcc and python3-dev")
+    monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: found)
     runtime._check_kernels(torch.device("cpu"))
-    with pytest.raises(InputError, match=r"Failed to find C compiler.*gcc and python3-dev.*OFFLOAD_TRIFORCE_KERNELS"):
+    with pytest.raises(InputError, match=r"do not run here \(Failed to find C compiler\); install gcc"):
         runtime._check_kernels(torch.device("cuda"))
     monkeypatch.setattr("offload_triforce.kernels.ops.what_stops_triton", lambda: None)
     runtime._check_kernels(torch.device("cuda"))

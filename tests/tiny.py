@@ -34,6 +34,22 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 _LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.2, 2.0, 5.0, 9.0]}
 _LONGROPE = _rope("longrope", factor=16.0, original_max_position_embeddings=128, **_LONG)
 
+_RECURRENT = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+}
+_EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+}
+
 # Family -> (class prefix, changes to the common settings).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -99,11 +115,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3-next": ("Qwen3Next", {**_RECURRENT, **_EXPERTS, "decoder_sparse_step": 2}),
+    "qwen3.5": ("Qwen3_5", _RECURRENT),
+    "qwen3.5-moe": ("Qwen3_5Moe", {**_RECURRENT, **_EXPERTS}),
+    "olmo-hybrid": ("OlmoHybrid", {**_RECURRENT, "linear_num_key_heads": 4, "rope_parameters": None}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 37,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "attn_implementation": "eager",  # it has no other that knows its sinks
+        },
+    ),
 }
 
 
+# Those with recurrent layers.
+RECURRENT = {"qwen3-next", "qwen3.5", "qwen3.5-moe", "olmo-hybrid"}
+
+
 def tiny_config(prefix: str, **changes: Any) -> transformers.PretrainedConfig:
-    name = {"Gemma3": "Gemma3TextConfig"}.get(prefix, f"{prefix}Config")
+    name = f"{prefix}TextConfig" if prefix in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{prefix}Config"
     return getattr(transformers, name)(**{**_COMMON, **changes})
 
 
@@ -111,7 +148,12 @@ def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of a class: ``Llama`` makes a LlamaForCausalLM."""
     config = tiny_config(prefix, **changes)
     torch.manual_seed(seed)
-    return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(".sinks"):  # as they come, they are nearly zero: one key more that nobody looks at
+                weight.normal_(2.0, 2.0)
+    return model
 
 
 def tiny_model(family: str = "llama", seed: int = 0, calm: bool = False, **changes: Any) -> PreTrainedModel:

@@ -55,7 +55,7 @@ class Read:
     @property
     def size(self) -> int:
         """Bytes of its KV."""
-        return sum(kv.nbytes for kv, _, _ in self.reading.layers)
+        return self.reading.size
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def settings_for(way: str, layout: ModelLayout, capacity: int) -> Settings:
     if way == "best":
         return best
     best = replace_settings(best, {"budget": best.budget_for(capacity)})
-    equal = equal_memory(Settings.triforce(), best, layout.layers[0].head_dim)
+    equal = equal_memory(Settings.triforce(), best, layout.attention[0].head_dim)
     least = equal.sink + equal.recent + equal.chunk
     return replace_settings(equal, {"budget": max(equal.budget, min(4096, capacity // SHARE), least)})
 
@@ -125,7 +125,7 @@ def _beside_link(read: Read, runtime: Runtime) -> float:
         return read.seconds
     copying = [0.0] * len(layers)
     for index in runtime.layout.full:
-        copying[index] = layers[index][0].nbytes / (gbps * 1e9)
+        copying[index] = layers[index].kv.nbytes / (gbps * 1e9)
     chunks = -(-len(read.reading.tokens) // runtime.settings.prefill_chunk)
     return predict_prefill([read.seconds / len(layers)] * len(layers), copying, chunks)
 

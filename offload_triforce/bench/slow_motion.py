@@ -33,7 +33,7 @@ from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.shape import ModelShape, shape_of_loaded
-from offload_triforce.planner.predict import layer_seconds, resident_step
+from offload_triforce.planner.predict import layer_seconds, mixing_flops, resident_step
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.simulate import Speeds
 
@@ -123,14 +123,13 @@ def card_pass(model: ModelShape, settings: Settings, context: int, speeds: Speed
 
     Keys are read again to be scored.
     """
-    layout, weights = model.layout, model.weights
+    layout, weights, full = model.layout, model.weights, set(model.layout.full)
     seconds = speeds.seconds(weights.head, 2 * weights.head_parameters * tokens)
     seconds += len(layout.layers) * layer_seconds(model, speeds, tokens)
     for index, shape in enumerate(layout.layers):
-        reach = context if shape.window is None else min(shape.window, context)
-        again = 1.5 if shape.window is None else 1.0
-        flops = 4 * again * model.heads * shape.head_dim * reach * tokens
-        seconds += speeds.seconds(again * reach * layout.token_bytes(index), flops)
+        again = 1.5 if index in full else 1.0
+        flops = again * mixing_flops(model, shape, tokens, layout.reach(index, context))
+        seconds += speeds.seconds(again * layout.held_bytes(index, context), flops)
     return seconds
 
 

@@ -155,7 +155,7 @@ def _run_model(
     say(f"{model.name}: loading")
     engine, tokens = TriForce.load(find_source(model.name), dtype="float32"), plan.tokens or model.tokens
     asked = prompts(engine.tokenizer, plan.tasks, tokens)
-    head_dim = engine.layout.layers[0].head_dim
+    head_dim = engine.layout.attention[0].head_dim
     ways = make_ways(settings, yardstick(tokens, draft_cost=settings.draft_cost), head_dim, plan.levers)
     report.setdefault("settings", {})[model.name] = {name: vars(way) for name, way in ways.items()}
     report.setdefault("memory", {})[model.name] = {name: memory(way, head_dim) for name, way in ways.items()}

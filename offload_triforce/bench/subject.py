@@ -14,10 +14,11 @@ from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.model.outline import LayerShape
+from offload_triforce.model.outline import LayerShape, RecurrentShape
+from offload_triforce.model.prefill import AttentionPart, LayerPart, RecurrentPart
 from offload_triforce.runtime.levels import RetrievalLevel
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime, choosing
-from offload_triforce.runtime.session import Layer, Session
+from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.device import Device, on
 from offload_triforce.speculation.tree import Node, chain
 
@@ -55,10 +56,14 @@ class Subject:
         chance = torch.Generator(self.layout.device).manual_seed(seed)
         heads = self.model.config.get_text_config().num_attention_heads
 
-        def made_up(layer: LayerShape) -> Layer:
+        def made_up(layer: LayerShape | RecurrentShape) -> LayerPart:
+            if isinstance(layer, RecurrentShape):
+                size = layer.value_heads, layer.key_dim, layer.value_dim
+                state = torch.randn(size, generator=chance, device=where["device"])
+                return RecurrentPart(state, torch.randn(layer.taps - 1, layer.channels, generator=chance, **where))
             kv = torch.randn(2, layer.kv_heads, length, layer.head_dim, generator=chance, **where)
             queries = torch.randn(heads, PREFILL_QUERIES, layer.head_dim, generator=chance, **where)
-            return kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window)
+            return AttentionPart(kv, queries, AttentionParams(layer.head_dim**-0.5, layer.window))
 
         Session(self.runtime).begin_with(length, map(made_up, self.layout.layers))
         synchronize(self.layout.device)

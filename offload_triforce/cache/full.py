@@ -149,14 +149,16 @@ class FullCache:
         return leaving
 
     def end_fill(self, tokens: int) -> None:
-        """All layers have been filled with ``tokens`` tokens."""
+        """All layers have been filled with ``tokens`` tokens. What a prefill held must be free: late tiles come up."""
         self._leaving.wait()
         self.tiles = self._whole_tiles(tokens)
         self.tail.length = tokens - self.tiled
+        self.stream.store.bring_up(self.tiles)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, and make room on the device for a prefill."""
         self._leaving.wait()
+        self.stream.store.give_up()
         self.stream.forget_speed()
         self.tiles = self._left = 0
         self.tail.reset()
@@ -173,6 +175,7 @@ class FullCache:
         self._left = 0
         self.tiles = int(snapshot["tiles"])
         self.tail.restore({"kv": snapshot["tail"]})
+        self.stream.store.bring_up(self.tiles)
         self._send()
 
     def read(self, layer: int) -> Tensor:

@@ -80,3 +80,29 @@ class RetrievalShape:
         """Chunk numbers to choose from: all between the sink and the recent window."""
         first = self.sink // self.chunk
         return range(first, max(first, self.recent_start(length) // self.chunk))
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """One recurrent layer: a gated delta rule behind a short convolution.
+
+    Attributes:
+        key_heads, value_heads: of the delta rule. key_dim, value_dim: of each head.
+        channels, taps: of the convolution.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    channels: int
+    taps: int
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of what is committed: the state in float32, and each level's newest inputs of the convolution."""
+        state = 4 * self.value_heads * self.key_dim * self.value_dim
+        return state + 2 * (self.taps - 1) * self.channels * itemsize
+
+    def node_bytes(self, itemsize: int) -> int:
+        """Bytes of one token that is not in the state yet: key, update and two sums in float32, and its input."""
+        return 4 * (self.key_heads * self.key_dim + self.value_heads * (self.value_dim + 2)) + self.channels * itemsize

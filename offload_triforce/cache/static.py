@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
+from offload_triforce.cache.recurrent import NodeView, PendingNodes
 from offload_triforce.kernels import ops
 
 # Takes what a step only reads into an attention, given the depths of its tokens and the counters.
@@ -38,6 +39,7 @@ class StaticView:
         tokens: int,
         sight: int,
         counters: Sequence[Callable[[], int]] = (),
+        nodes: PendingNodes | None = None,
     ) -> None:
         """The memory that this allocates belongs to whoever captures the step.
 
@@ -45,16 +47,18 @@ class StaticView:
             buffers: those that a step writes to. find: what a layer of the model attends to, given its AttentionParams.
             tokens: T. sight: M, the newest tokens of a buffer that not every new one sees.
             counters: numbers of tokens that ``find``'s readers go by.
+            nodes: what the steps of recurrent layers write to.
         """
         device = buffers[0].kv.device
         self.buffers, self.tokens, self.sight, self._find, self._counters = buffers, tokens, sight, find, counters
         self._back = torch.arange(-tokens, 0, device=device)
         self._attention = ops.RunningAttention()
+        self._nodes = None if nodes is None else NodeView(nodes)
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """How many numbers ``held`` returns: two per buffer, and one per counter."""
-        return len(self.buffers), len(self.buffers), len(self._counters)
+    def sizes(self) -> tuple[int, int, int, int]:
+        """How many numbers ``held`` returns: two per buffer, one per counter, and one for recurrent layers."""
+        return len(self.buffers), len(self.buffers), len(self._counters), int(self._nodes is not None)
 
     def held(self) -> list[int]:
         """What ``begin`` is to be told: tokens of each buffer once the step is written, those committed, counters.
@@ -66,7 +70,12 @@ class StaticView:
         for length, buffer in zip(lengths, self.buffers, strict=True):
             if length > buffer.capacity:
                 raise IndexError(f"{length} tokens do not fit a buffer of {buffer.capacity}")
-        return [*lengths, *(buffer.committed for buffer in self.buffers), *(counter() for counter in self._counters)]
+        committed, counts = [buffer.committed for buffer in self.buffers], [counter() for counter in self._counters]
+        nodes = []
+        if self._nodes is not None:
+            self._nodes.nodes.check_room(self.tokens)
+            nodes = [self._nodes.nodes.length + self.tokens]
+        return [*lengths, *committed, *counts, *nodes]
 
     def begin(self, held: Tensor, mask: Tensor, depths: Tensor) -> None:
         """Start a step.
@@ -76,12 +85,22 @@ class StaticView:
             mask: bool [T, M], which of the newest M tokens of a buffer (its own last) each new one sees.
             depths: int64 [T], places behind the committed tokens.
         """
-        lengths, committed, counts = held.split(self.sizes)
+        lengths, committed, counts, nodes = held.split(self.sizes)
         self._mask, self._depths, self._counts = mask, depths, counts.split(1)
         self._ends = {
             buffer: (length, kept)
             for buffer, length, kept in zip(self.buffers, lengths.split(1), committed.split(1), strict=True)
         }
+        if self._nodes is not None:
+            self._nodes.begin(self._nodes.nodes.static_step(mask, self._back + nodes))
+
+    def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
+        """The next recurrent layer's convolution of T new tokens: [T, C]."""
+        return self._nodes.convolve(convolution)
+
+    def recur(self, tokens: ops.DeltaTokens, _: object) -> Tensor:
+        """That layer's delta rule: [T, Hv, Dv]."""
+        return self._nodes.recur(tokens)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """Write T new tokens behind those held and attend from them to all they see: query [H, T, D] -> [H, T, D]."""

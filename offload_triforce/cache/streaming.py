@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.layer import Snapshot
+from offload_triforce.cache.recurrent import RecurrentCache
 from offload_triforce.errors import InputError
 
 # (keys [layers, K, n, D], e) -> the same keys, e positions earlier.
@@ -33,8 +34,12 @@ class StreamingCache(GrowingBuffer):
         turn: Turn,
         dtype: torch.dtype,
         device: torch.device,
+        recurrent: RecurrentCache | None = None,
     ) -> None:
-        """``capacity``: tokens held at most, of which ``sink`` from the start of the text. ``turn`` moves keys."""
+        """``capacity``: tokens held at most, of which ``sink`` from the start of the text. ``turn`` moves keys.
+
+        ``recurrent``: of the model's recurrent layers. Their state is of all that has been read, sink and window.
+        """
         # Tokens that go at once: moving the window is work, and rounds the keys.
         self.step = max(1, capacity // 8)
         if capacity - sink < 2 * self.step:
@@ -42,7 +47,7 @@ class StreamingCache(GrowingBuffer):
                 f"a draft cache of {capacity} tokens leaves no room for a recent window beside {sink} sink tokens; "
                 f"use at least {2 * sink + 2}"
             )
-        self.sink, self._turn = sink, turn
+        self.sink, self._turn, self.recurrent = sink, turn, recurrent
         self.skipped = 0
         super().__init__(layers, kv_heads, capacity, head_dim, dtype, device)
 
@@ -78,16 +83,45 @@ class StreamingCache(GrowingBuffer):
         self.skipped += gone
         self.kv[:, :, :, self.sink : self.length] = stay
 
+    def end_step(self, tokens: int) -> None:
+        """The step is through all layers: its tokens are held, and pending."""
+        super().end_step(tokens)
+        if self.recurrent is not None:
+            self.recurrent.end_step(tokens)
+
+    def select(self, kept: Sequence[int]) -> None:
+        """Keep these of the pending tokens (their numbers, ascending), moved together, and drop the others."""
+        super().select(kept)
+        if self.recurrent is not None:
+            self.recurrent.select(kept)
+
+    def settle(self, tokens: int) -> None:
+        """Accept the first ``tokens`` pending tokens; the others stay pending."""
+        super().settle(tokens)
+        if self.recurrent is not None:
+            self.recurrent.settle(tokens)
+
+    def commit(self, tokens: int) -> None:
+        """Accept the first ``tokens`` pending tokens and drop the others."""
+        super().commit(tokens)
+        if self.recurrent is not None:
+            self.recurrent.commit(0)
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.skipped = 0
+        if self.recurrent is not None:
+            self.recurrent.reset()
 
     def snapshot(self) -> dict[str, Tensor]:
         """See ``CacheLayers``."""
-        return {**super().snapshot(), "skipped": torch.tensor([self.skipped])}
+        own = {} if self.recurrent is None else self.recurrent.snapshot()
+        return {**super().snapshot(), "skipped": torch.tensor([self.skipped]), **own}
 
     def restore(self, snapshot: Snapshot) -> None:
         """See ``CacheLayers``."""
         super().restore(snapshot)
         self.skipped = int(snapshot["skipped"])
+        if self.recurrent is not None:
+            self.recurrent.restore(snapshot)

@@ -1,4 +1,4 @@
-"""All caches of one target model: the full cache, the retrieval cache, and the windows of sliding layers."""
+"""All caches of one target model: full cache, retrieval cache, windows of sliding layers, states of recurrent ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.layer import Snapshot
+from offload_triforce.cache.recurrent import PendingNodes, RecurrentCache
 from offload_triforce.cache.retrieval import RetrievalCache
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.window import WindowCache
@@ -19,20 +20,20 @@ from offload_triforce.scheduler.store import Leaving
 
 
 class TargetCaches:
-    """All caches of the target. A model may lack full layers or sliding layers, but not both."""
+    """All caches of the target. A model may lack layers of any kind, but it has full or sliding ones."""
 
     def __init__(
         self,
-        windows: Sequence[int | None],
+        groups: Sequence[Sequence[int]],
         full: FullCache | None,
         retrieval: RetrievalCache | None,
         window: WindowCache | None,
+        recurrent: RecurrentCache | None = None,
     ) -> None:
-        """``windows``: of each of the model's layers, None where it attends to everything."""
-        self.full, self.retrieval, self.window = full, retrieval, window
-        groups = ([i for i, size in enumerate(windows) if (size is None) == everything] for everything in (True, False))
+        """``groups``: numbers of the full, the sliding and the recurrent layers, each ascending."""
+        self.full, self.retrieval, self.window, self.recurrent = full, retrieval, window, recurrent
         self.place = {layer: i for group in groups for i, layer in enumerate(group)}
-        self.windows = [size for size in windows if size is not None]
+        self.windows = [] if window is None else window.windows
         self.length = 0  # committed tokens of the text
 
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving | None:
@@ -43,6 +44,15 @@ class TargetCaches:
         leaving = self.full.fill(index, kv, queries, params)
         self.retrieval.fill(index, kv, queries, params)
         return leaving
+
+    def fill_state(self, layer: int, state: Tensor, tail: Tensor) -> None:
+        """The same of a recurrent layer, see ``RecurrentCache.fill``."""
+        self.recurrent.fill(self.place[layer], state, tail)
+
+    def end_step(self, tokens: int) -> None:
+        """A step of the target is through all layers: its tokens are pending."""
+        for cache in self._committing():
+            cache.end_step(tokens)
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
@@ -55,22 +65,33 @@ class TargetCaches:
     def commit(self, kept: Sequence[int]) -> None:
         """The target accepts these of its pending tokens (their numbers, ascending). What is drafted stays."""
         refreshed = self.length
-        for cache in (self.full, self.window):
-            if cache is not None:
-                cache.select(kept)
-                cache.commit(len(kept))
+        for cache in self._committing():
+            cache.select(kept)
+            cache.commit(len(kept))
         self.length += len(kept)
         self._sync(refreshed)
 
     def drafts(self) -> list[GrowingBuffer]:
-        """Where the retrieval level's draft tokens are pending."""
+        """Where keys and values of the retrieval level's draft tokens are pending."""
         window = None if self.window is None else self.window.drafts
         return [buffer for buffer in (self.retrieval, window) if buffer is not None]
 
+    def end_drafts(self, tokens: int) -> None:
+        """A step of the retrieval level is through all layers: its tokens are pending."""
+        for pending in self._drafting():
+            pending.end_step(tokens)
+
     def keep_drafts(self, kept: Sequence[int]) -> None:
         """Keep these of the retrieval level's draft tokens (their numbers, ascending), and drop the others."""
-        for buffer in self.drafts():
-            buffer.select(kept)
+        for pending in self._drafting():
+            pending.select(kept)
+
+    def _drafting(self) -> list[GrowingBuffer | PendingNodes]:
+        nodes = [] if self.recurrent is None else [self.recurrent.drafts]
+        return [*self.drafts(), *nodes]
+
+    def _committing(self) -> list[FullCache | WindowCache | RecurrentCache]:
+        return [cache for cache in (self.full, self.window, self.recurrent) if cache is not None]
 
     def static_view(self, tokens: int) -> StaticView:
         """What the retrieval level attends to in steps of that many tokens that are captured."""
@@ -94,8 +115,9 @@ class TargetCaches:
         def committed() -> int:
             return window.committed if window is not None else 0
 
+        nodes = None if self.recurrent is None else self.recurrent.drafts
         most = retrieval.most_pending if window is None else window.drafts.capacity
-        return StaticView(drafts, find, tokens, most, [chosen, committed])
+        return StaticView(drafts, find, tokens, most, [chosen, committed], nodes)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -116,8 +138,9 @@ class TargetCaches:
             cache.restore(own)
         self.length = int(snapshot["length"])
 
-    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache]]:
+    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache]]:
         named = [("full", self.full), ("retrieval", self.retrieval), ("window", self.window)]
+        named.append(("recurrent", self.recurrent))
         return [(name, cache) for name, cache in named if cache is not None]
 
     def _sync(self, refreshed: int) -> None:

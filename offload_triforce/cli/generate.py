@@ -11,11 +11,12 @@ import typer
 from offload_triforce.cli.answering import Sink, answer
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import loading, say
-from offload_triforce.cli.options import AsJson, Config, Device, Draft, Seed, Temperature
+from offload_triforce.cli.options import AsJson, Config, Device, Draft, Quantize, QuantizeHead, Seed, Temperature
 from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models, say_unpacked
 from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
 from offload_triforce.errors import InputError
+from offload_triforce.model.packing import check_packing
 
 EXAMPLES = examples(
     'offload-triforce generate --model ./model --prompt-file book.txt --ask "Who?"',
@@ -57,7 +58,8 @@ def generate(
     seed: Seed = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
     device: Device = "auto",
-    quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
+    quantize: Quantize = None,
+    quantize_head: QuantizeHead = None,
     config: Config = None,
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="The whole report at the end.")] = False,
@@ -70,6 +72,7 @@ def generate(
     check_finite(top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     _check_words(stop, prompt, ask, system, raw)
     sink = Sink(output, as_json, prompt_file)
+    check_packing(quantize, quantize_head)
     source, small = find_models(model, draft)
     text = _text(prompt, prompt_file, ask)
     from offload_triforce.engine import TriForce
@@ -77,7 +80,7 @@ def generate(
 
     say_unpacked(source, dtype, device, quantize)
     with loading(model):
-        engine = TriForce.load(source, small, dtype, device, quantize, settings)
+        engine = TriForce.load(source, small, dtype, device, quantize, settings, quantize_head)
     ids = build_prompt(engine.tokenizer, text, ask, system, raw)
     sampling = {
         "temperature": temperature,

@@ -12,6 +12,10 @@ Draft = Annotated[
     typer.Option(help="A small model, likewise; or ngram, self, none. ngram+ before a model: both."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")]
+QuantizeHead = Annotated[
+    str | None, typer.Option(help="int8: the output head's weights, which --quantize leaves as they are.")
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of the draws.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

@@ -12,13 +12,14 @@ from rich.text import Text
 
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import paper
-from offload_triforce.cli.options import AsJson
+from offload_triforce.cli.options import AsJson, Quantize, QuantizeHead
 from offload_triforce.cli.settings import takes_settings
 from offload_triforce.errors import InputError
 from offload_triforce.machine.units import parse_bytes, parse_speed
 from offload_triforce.model.fetch import BOTH, check_source, draft_model
 
 if TYPE_CHECKING:
+    from offload_triforce.model.outline import ModelShape
     from offload_triforce.planner.query import PlanQuery
     from offload_triforce.planner.report import PlanReport
 
@@ -58,7 +59,9 @@ Share = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of dr
 
 
 @guarded
-@takes_settings("budget", "gamma", "gamma1", "tile", "ring", "resident")
+@takes_settings(
+    "budget", "gamma", "gamma1", "tile", "ring", "resident", "prefill_resident", "hidden_states", "embeddings"
+)
 def plan(
     *,
     model: Annotated[
@@ -71,7 +74,8 @@ def plan(
     link: Annotated[str | None, typer.Option(help="Bandwidth of the link, as 25GB/s.")] = None,
     hbm: Annotated[str | None, typer.Option(help="Bandwidth of the card's memory, as 1008GB/s.")] = None,
     ram: Size = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")] = None,
+    quantize: Quantize = None,
+    quantize_head: QuantizeHead = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: weights and KV cache.")] = "bfloat16",
     draft: Annotated[str, typer.Option(help="A small model, likewise; or ngram, self, none.")] = "ngram",
     acceptance: Share = None,
@@ -95,7 +99,8 @@ def plan(
         None if hbm is None else parse_speed(hbm, "--hbm"),
         None if ram is None else parse_bytes(ram, "--ram"),
     )
-    question = _question(model, draft, dtype, quantize, context, machine, given, acceptance, draft_acceptance)
+    packing = quantize, quantize_head
+    question = _question(model, draft, dtype, packing, context, machine, given, acceptance, draft_acceptance)
     found = make_report(question)
     if as_json:
         from offload_triforce.planner.wording import as_dict
@@ -106,10 +111,16 @@ def plan(
 
 
 def _question(
-    model: str, draft: str, dtype: str, quantize: str | None, context: str, machine: Any, given: dict, *rates: Any
+    model: str,
+    draft: str,
+    dtype: str,
+    packing: tuple[str | None, str | None],
+    context: str,
+    machine: Any,
+    given: dict,
+    *rates: Any,
 ) -> PlanQuery:
     from offload_triforce.config import Settings, replace_settings
-    from offload_triforce.model.counts import QUANTIZATIONS
     from offload_triforce.model.weights import DTYPES
     from offload_triforce.planner.models import find_shape
     from offload_triforce.planner.query import PlanQuery
@@ -119,8 +130,8 @@ def _question(
     kind = DTYPES[dtype]
     tokens = Settings.from_mapping({"context": context}).context
     settings = replace_settings(Settings(), given)
-    target = find_shape(model, kind).quantized(quantize)
-    variants = () if quantize else tuple(target.quantized(other) for other in QUANTIZATIONS)
+    target = find_shape(model, kind).quantized(*packing)
+    variants = _variants(target, packing)
     small, word, named = None, draft.removeprefix(BOTH), draft_model(draft)
     if named is not None:
         small, word = find_shape(named, kind), "model"
@@ -128,6 +139,15 @@ def _question(
         small = target
     names = {"source": model, "draft_source": draft}
     return PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+
+
+def _variants(target: ModelShape, packing: tuple[str | None, str | None]) -> tuple[ModelShape, ...]:
+    """The same model packed in all ways that leave what was asked for."""
+    from offload_triforce.model.counts import HEAD_QUANTIZATIONS, QUANTIZATIONS
+
+    weights = (packing[0],) if packing[0] else (None, *QUANTIZATIONS)
+    heads = (packing[1],) if packing[1] or target.counts.tied else (None, *HEAD_QUANTIZATIONS)
+    return tuple(target.quantized(way, head) for head in heads for way in weights if (way, head) != packing)
 
 
 def _show(found: PlanReport) -> None:
@@ -138,7 +158,8 @@ def _show(found: PlanReport) -> None:
     say(report.verdict(found), style="red" if found.missing else "bold")
     for note in report.notes(found):
         say(note)
-    weights = f" ({asked.model.quantize})" if asked.model.quantize else ""
+    packed = [asked.model.quantize, asked.model.quantize_head and f"{asked.model.quantize_head} head"]
+    weights = f" ({', '.join(filter(None, packed))})" if any(packed) else ""
     say(f"\n{asked.model.name}{weights}, {asked.context:,} tokens, on {asked.machine.name}")
     console.print(_footprint(found))
     for other in found.suggestions:
@@ -160,7 +181,10 @@ def _footprint(found: PlanReport) -> Table:
     ):
         for part, size in parts.items():
             table.add_row(part, where, f"{size / 1e9:.2f}")
-        if loading > sum(parts.values()):
+        if where == "card":
+            table.add_row("while the prompt is read", where, f"{used.prefill_bytes / 1e9:.2f}", style="dim")
+            table.add_row("while decoding", where, f"{used.decoding_bytes / 1e9:.2f}", style="dim")
+        if loading == total > 0:
             table.add_row("before that, while loading", where, f"{loading / 1e9:.2f}", style="dim")
         of = "" if limit is None else f" of {limit / 1e9:.2f}"
         table.add_row(f"{where} at most{of}", where, f"{total / 1e9:.2f}", style="bold", end_section=True)

@@ -21,6 +21,7 @@ from offload_triforce.graphs import capture
 from offload_triforce.graphs.capture import Capture, FixedWork, Step
 from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import View, forward, run
+from offload_triforce.model.embeddings import host_table
 from offload_triforce.model.layout import ModelLayout
 
 # Shapes captured at most: (tokens, logits kept) are few, since both are bounded by the draft tokens per round.
@@ -145,6 +146,12 @@ class StepGraph:
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.long, device=device)
         # All that changes travels at once, behind no tile that is under way; nobody waits for it but the next step.
         self._staging = torch.zeros(sum(self._sizes), dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
+        self._table = host_table(model)
+        self._rows = self._staged_rows = None
+        if self._table is not None:  # the tokens' embeddings come up as the other inputs do
+            shape, dtype = (tokens, self._table.embedding_dim), self._table.weight.dtype
+            self._rows = torch.zeros(shape, dtype=dtype, device=device)
+            self._staged_rows = torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         self._fetched = torch.cuda.Event() if device.type == "cuda" else None
         self._replay: Step | None = None
 
@@ -162,6 +169,8 @@ class StepGraph:
         values = self._staging.numpy()
         np.concatenate([inputs.tokens, inputs.positions, inputs.depths, held, mask.ravel()], out=values)
         ops.fetch(self._inputs, self._staging)
+        if self._table is not None:
+            ops.fetch(self._rows, self._table.rows(inputs.tokens, out=self._staged_rows))
         if self._fetched is not None:
             torch.cuda.current_stream(self._inputs.device).record_event(self._fetched)
 
@@ -181,7 +190,7 @@ class StepGraph:
     def _step(self) -> Tensor:
         ids, positions, depths, held, mask = self._inputs.split(self._sizes)
         self._view.begin(held, mask.view(self._view.tokens, self._view.sight).bool(), depths)
-        return forward(self._model, ids, positions, self._view, self._keep)
+        return forward(self._model, ids, positions, self._view, self._keep, self._rows)
 
 
 @contextmanager

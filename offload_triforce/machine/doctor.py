@@ -21,6 +21,7 @@ from offload_triforce.machine.describe import describe_machine
 from offload_triforce.machine.hardware import Measured, keep_measured
 from offload_triforce.machine.measure import link_ceiling, memory_bandwidth
 from offload_triforce.machine.memory import free_on_host
+from offload_triforce.machine.packages import UPDATE, what_bitsandbytes_lacks
 from offload_triforce.scheduler.plan import TILE_BYTES
 
 _QUERY = ("name", "driver_version", "pcie.link.gen.current", "pcie.link.gen.max")
@@ -138,20 +139,23 @@ def check_link_speed(gbps: float, smi: dict[str, str]) -> Finding:
 
 
 def check_triton() -> Finding:
-    """Our kernels need it."""
+    """Our kernels need it. On a card, a tiny one is launched: an old driver refuses what a new compiler makes."""
     if importlib.util.find_spec("triton") is None:
         return Finding("triton", "slow", "not installed: plain torch runs instead", "pip install triton (Linux)")
-    if torch.cuda.is_available() and (reason := what_stops_triton()) is not None:
-        remedy = "install a C compiler and Python's headers: apt install gcc python3-dev, or the like"
-        return Finding("triton", "missing", f"it cannot compile its kernels: {reason}", remedy)
-    return Finding("triton", "ok", "there")
+    if not torch.cuda.is_available():
+        return Finding("triton", "ok", "there; without a card, kernels run as their eager twins in torch")
+    if (obstacle := what_stops_triton()) is not None:
+        return Finding("triton", "missing", f"its kernels do not run: {obstacle.reason}", obstacle.remedy)
+    return Finding("triton", "ok", "there, and a kernel ran")
 
 
 def check_quantiser() -> Finding:
     """For nf4 and int8 weights."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return Finding("bitsandbytes", "ok", "there")
-    return Finding("bitsandbytes", "note", "not installed", "for --quantize: pip install 'offload-triforce[bnb]'")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return Finding("bitsandbytes", "note", "not installed", "for --quantize: pip install 'offload-triforce[bnb]'")
+    if (lacking := what_bitsandbytes_lacks()) is not None:
+        return Finding("bitsandbytes", "missing", f"too old for --quantize, {lacking.partition(';')[0]}", UPDATE)
+    return Finding("bitsandbytes", "ok", "there")
 
 
 def check_host() -> list[Finding]:

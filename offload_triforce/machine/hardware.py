@@ -67,7 +67,8 @@ def of_card(card: Card, host: int | None = None) -> Machine:
         f"link {card.link_gbps:g} GB/s: PCIe {card.generation}.0 x{card.lanes} at about 80 % of its raw speed",
         f"{card.name}: {card.memory_gbps:g} GB/s of memory bandwidth, {card.tflops:.0f} dense TFLOPS ({card.source})",
     )
-    return Machine(card.name, card.memory_bytes, card.link_gbps, Speeds(card.memory_gbps, card.tflops), host, said)
+    speeds = Speeds(card.memory_gbps, card.tflops, cc=card.cc, sms=card.sms)
+    return Machine(card.name, card.memory_bytes, card.link_gbps, speeds, host, said)
 
 
 def find_machine(
@@ -115,12 +116,15 @@ def this_machine(host: int | None = None, device: int = 0) -> Machine:
     if not torch.cuda.is_available():
         raise InputError('there is no GPU here to plan for; name a card, as in --gpu "RTX 4090", or give --vram 24GB')
     host = free_on_host() if host is None else host
-    name = torch.cuda.get_device_properties(device).name
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.name
     free, total = torch.cuda.mem_get_info(device)
     try:
         machine = of_card(find_card(name, total), host)
     except InputError:
-        machine = Machine(name, free, UNKNOWN_LINK, UNKNOWN, host)
+        cc = 10 * properties.major + properties.minor
+        speeds = replace(UNKNOWN, cc=cc, sms=properties.multi_processor_count)
+        machine = Machine(name, free, UNKNOWN_LINK, speeds, host)
     measured = read_measured()
     if measured is None or measured.gpu != name:
         said = (*machine.said, "not measured: `offload-triforce doctor` does it once")

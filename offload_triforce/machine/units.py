@@ -16,6 +16,7 @@ _PREFIXES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _COUNTS = {"": 1, "k": 2**10, "m": 2**20}
 # More tokens than any text has; what is larger is a slip, and would end as an overflow far from here.
 MOST_TOKENS = 2**40
+MOST_BYTES = 2**60  # likewise
 _NUMBER = re.compile(r"\s*(-?)([0-9]{1,3}(?:[,_][0-9]{3})+|[0-9]+)?(\.[0-9]+)?\s*([a-zA-Z]*)(/s)?\s*")
 
 
@@ -49,7 +50,10 @@ def parse_bytes(text: str, option: str = "") -> int:
         raise InputError(f"{_given(text, option)} is in bits; write bytes with a capital, as {number:f}{unit[:-1]}B")
     if number is None or not unit or per_second or prefix is None:
         raise InputError(f"{_given(text, option)} is not a size; write it as 24GB (10^9 bytes) or 24GiB (2^30)")
-    return int(_positive(number, text, option) * prefix)
+    size = int(_positive(number, text, option) * prefix)
+    if size > MOST_BYTES:
+        raise InputError(f"{_given(text, option)} is more than any machine has; at most {MOST_BYTES:,} bytes are read")
+    return size
 
 
 def parse_speed(text: str, option: str = "", bare: bool = False) -> float:

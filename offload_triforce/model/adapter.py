@@ -4,9 +4,9 @@ The function is registered under a name that has no mask function, so transforme
 to attend over travels with each call as a keyword of our own, down to the attention function, and the model is told
 ``use_cache=False``: it keeps nothing itself.
 
-What a model tells its attention function beyond queries, keys and values says how it attends. We honour scaling, window
-and soft-capping; whatever else arrives is refused, unless it is known to change nothing. The probe reads two tokens, so
-that this happens before any work.
+What a model tells its attention function beyond queries, keys and values says how it attends. We honour scaling,
+window, soft-capping and learned sinks (``s_aux``); whatever else arrives is refused, unless it is known to change
+nothing. The probe reads two tokens, so that this happens before any work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.attach import ATTENTION_NAME, Attachment, attached
+from offload_triforce.model.embeddings import embed
 from offload_triforce.model.windows import limiting_window
 from offload_triforce.scheduler.device import to_device
 
@@ -28,8 +29,7 @@ __all__ = ["ATTENTION_NAME", "Attachment", "View", "attached", "forward", "run"]
 
 # What other models pass to their attention, by the name that users know it under.
 _UNSUPPORTED = {
-    "s_aux": "learned attention sinks",
-    "sinks": "learned attention sinks",
+    "sinks": "attention sinks that are computed for each token",
     "position_bias": "additive position biases",
     "indices": "attention to chosen tokens alone (sparse attention)",
     "block_indices": "attention to chosen tokens alone (sparse attention)",
@@ -76,6 +76,7 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: batch 1, [1, H, T, D] in, [1, T, H, D] out."""
@@ -85,8 +86,13 @@ def _attention(
             "middle of a step, or by a model that does not hand keywords down to its attention"
         )
     _refuse(module, query, key, attention_mask, others)
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has learned attention sinks of shape {list(s_aux.shape)}; only one number for "
+            f"each of its {query.shape[1]} query heads is supported"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    params = AttentionParams(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap)
+    params = AttentionParams(scale, limiting_window(sliding_window, getattr(module, "config", None)), softcap, s_aux)
     output = triforce.attend(module.layer_idx, query[0], key[0], value[0], params)
     return output.transpose(0, 1)[None].contiguous(), None
 
@@ -129,10 +135,17 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 def run(model: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int], view: View, keep: int) -> Tensor:
     """One forward step of T ``tokens`` at their ``positions``, over ``view``: the last ``keep`` logits, [keep, V]."""
     both = to_device(torch.tensor([list(tokens), list(positions)], dtype=torch.long), model.device)
-    return forward(model, both[0], both[1], view, keep)
+    return forward(model, both[0], both[1], view, keep, embed(model, tokens))
 
 
-def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, view: View, keep: int) -> Tensor:
-    """The same with ids and positions (int64 [T]) that are on the device already."""
-    inputs = {"input_ids": ids[None], "position_ids": positions[None]}
-    return model(**inputs, use_cache=False, logits_to_keep=keep, triforce=view).logits[0, -keep:]
+def forward(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, view: View, keep: int, rows: Tensor | None = None
+) -> Tensor:
+    """The same with ids and positions (int64 [T]) that are on the device already.
+
+    ``rows``: the tokens' embeddings [T, width], which are read in place of the ids.
+    """
+    inputs = {"input_ids": ids[None]} if rows is None else {"inputs_embeds": rows[None]}
+    return model(**inputs, position_ids=positions[None], use_cache=False, logits_to_keep=keep, triforce=view).logits[
+        0, -keep:
+    ]

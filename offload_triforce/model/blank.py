@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from offload_triforce.errors import InputError, first_line
 from offload_triforce.model.layout import ModelLayout, WeightsNeededError, probe
+from offload_triforce.model.multimodal import loaded_config
 from offload_triforce.model.refusals import class_name, refuse_unloadable
 
 
@@ -30,6 +31,7 @@ def blank_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         UnsupportedModelError: the configuration says that it is not decoded.
         InputError: a configuration that does not make a model.
     """
+    config = loaded_config(config)
     refuse_unloadable(config)
     try:
         with torch.device("meta"):

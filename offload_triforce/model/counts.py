@@ -12,6 +12,7 @@ from typing import NamedTuple
 from offload_triforce.errors import InputError
 
 QUANTIZATIONS = ("nf4", "int8")
+HEAD_QUANTIZATIONS = ("int8",)
 # bitsandbytes without double quantisation, as the loader asks for: one float32 scale per block of 64 weights.
 NF4_BLOCK = 64
 
@@ -26,6 +27,36 @@ def check_quantization(quantize: str | None) -> None:
         raise InputError(f"unknown quantisation {quantize!r}; use {' or '.join(QUANTIZATIONS)}")
 
 
+def check_head_quantization(quantize_head: str | None, tied: bool = False) -> None:
+    """None, or one of HEAD_QUANTIZATIONS for an output embedding whose weights are its own (not ``tied``).
+
+    Raises:
+        InputError: another word, or weights that stay there anyway, as the input embedding.
+    """
+    if quantize_head is not None and quantize_head not in HEAD_QUANTIZATIONS:
+        known = " or ".join(HEAD_QUANTIZATIONS)
+        raise InputError(f"unknown quantisation {quantize_head!r} of the output head; use {known}")
+    if quantize_head is not None and tied:
+        raise InputError(
+            "this model's output head is its input embedding too, which keeps its dtype: packing the head would take "
+            "more memory and not less; leave --quantize-head out"
+        )
+
+
+def packing_options(quantize: str | None, quantize_head: str | None) -> str:
+    """The options of ``generate`` that pack the weights so."""
+    options = {"--quantize": quantize, "--quantize-head": quantize_head}
+    return " ".join(f"{name} {value}" for name, value in options.items() if value)
+
+
+class Matrix(NamedTuple):
+    """Weights of linear layers of one shape. ``number``: in all decoder layers."""
+
+    rows: int
+    columns: int
+    number: int
+
+
 @dataclass(frozen=True)
 class Weights:
     """Bytes of weights on the device, and what a step through one decoder layer (a mean one) reads and computes.
@@ -33,18 +64,21 @@ class Weights:
     Attributes:
         parameters: of the whole model. total: bytes of all.
         layer: bytes of a layer that every token needs. layer_parameters: the same, counted.
-        unpacked: bytes that nf4 weights of a layer are written out to and read from again, at more than one token.
+        unpacked: the decoder layers' nf4 weights, which may be written out in 16 bits for a product (see
+            ``planner.unpacking``); none under other quantisations. itemsize: of what they are written out in.
         experts: bytes of all experts of a layer. expert_parameters: the same, counted.
         expert_share: share of the experts that one token chooses.
         head: bytes of the output embedding. head_parameters: the same, counted.
-        largest: bytes of the largest weight that is packed on loading, before that.
+        largest: bytes of the largest weight that is packed on the device on loading, before that. The output embedding
+            is packed bit by bit, from host memory.
     """
 
     parameters: int
     total: int
     layer: float
     layer_parameters: float
-    unpacked: float
+    unpacked: tuple[Matrix, ...]
+    itemsize: int
     experts: float
     expert_parameters: float
     expert_share: float
@@ -99,6 +133,8 @@ class Counts:
         outside: embeddings, the last norm, other towers. head: parameters of the output embedding.
         largest: parameters of the largest weight that a quantisation packs.
         expert_share: share of the experts that one token chooses.
+        matrices: the weights of ``inside`` that a quantisation packs, by shape.
+        head_rows: of the output embedding. tied: whether its weights are the input embedding's.
     """
 
     layers: int
@@ -108,21 +144,28 @@ class Counts:
     largest: int
     experts: Part = NOTHING
     expert_share: float = 1.0
+    matrices: tuple[Matrix, ...] = ()
+    head_rows: int = 0
+    tied: bool = False
 
-    def weights(self, itemsize: int, quantize: str | None) -> Weights:
+    def weights(self, itemsize: int, quantize: str | None, quantize_head: str | None = None) -> Weights:
         """The same in bytes. ``itemsize``: of the dtype of what is not packed."""
         parts = (self.inside, self.experts, self.outside)
-        unpacked = 2 * itemsize * (self.inside.packed + self.experts.packed) if quantize == "nf4" else 0
+        total, head = sum(part.size(itemsize, quantize) for part in parts), self.head * itemsize
+        if quantize_head:  # one float32 scale per row
+            packed = self.head + 4 * self.head_rows
+            total, head = total - head + packed, packed
         return Weights(
             parameters=sum(part.parameters for part in parts),
-            total=sum(part.size(itemsize, quantize) for part in parts),
+            total=total,
             layer=self.inside.size(itemsize, quantize) / self.layers,
             layer_parameters=self.inside.parameters / self.layers,
-            unpacked=unpacked / self.layers,
+            unpacked=self.matrices if quantize == "nf4" else (),
+            itemsize=itemsize,
             experts=self.experts.size(itemsize, quantize) / self.layers,
             expert_parameters=self.experts.parameters / self.layers,
             expert_share=self.expert_share,
-            head=self.head * itemsize,
+            head=head,
             head_parameters=self.head,
             largest=self.largest * itemsize if quantize else 0,
         )

@@ -18,7 +18,8 @@ from pathlib import Path
 from offload_triforce.errors import InputError
 from offload_triforce.machine.folders import cache_folder
 from offload_triforce.model.hub import has_copy, is_here, is_reachable, require
-from offload_triforce.model.names import MODELS, KnownModel, Wheels, find_known, hub_id, nearest
+from offload_triforce.model.known import KnownModel, Wheels
+from offload_triforce.model.names import MODELS, find_known, hub_id, nearest
 
 # What stands before a model that look-up goes along with; and drafts that are no model of their own.
 BOTH = "ngram+"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -21,18 +22,23 @@ VERSIONS = (2, 3)
 # Kinds of values, by their numbers: struct's letters. Then texts and arrays.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+# Weights of a decoder layer; those with two dimensions are linear layers', but for the router of experts.
+_LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp\b).*\.weight")
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
     """``values``: single numbers and texts by key; arrays are left out. ``needed``: bytes of a whole file.
 
-    ``parameters``: numbers in all tensors.
+    ``parameters``: numbers in all tensors; ``packable``: of these, in the weights of linear layers, which a
+    quantisation packs; ``head``: in an output embedding of the model's own.
     """
 
     values: dict[str, Any]
     needed: int
     parameters: int
+    packable: int
+    head: int
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -65,6 +71,15 @@ def _what_else(path: Path) -> str:
     return f"it starts with {start[:16]!r}" if start else "it is empty"
 
 
+class _Tensor(NamedTuple):
+    """``elements``: numbers in it. ``end``: where it ends, in bytes from where the first tensor begins."""
+
+    name: str
+    dimensions: int
+    elements: int
+    end: int
+
+
 class _Reader:
     """Walks through a header."""
 
@@ -89,11 +104,14 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             self._damaged(f"its alignment is {alignment}")
         start = -(-self._at // alignment) * alignment
-        ends, sizes = zip(*tensors, strict=True) if tensors else ((0,), (0,))
-        return GGUFHeader(found, start + max(ends), sum(sizes))
+        needed = start + max((tensor.end for tensor in tensors), default=0)
+        packable = sum(
+            tensor.elements for tensor in tensors if _LINEAR.fullmatch(tensor.name) and tensor.dimensions == 2
+        )
+        head = sum(tensor.elements for tensor in tensors if tensor.name == "output.weight")
+        return GGUFHeader(found, needed, sum(tensor.elements for tensor in tensors), packable, head)
 
-    def _tensor(self) -> tuple[int, int]:
-        """Where a tensor ends, counted from where the first begins; and how many numbers it holds."""
+    def _tensor(self) -> _Tensor:
         name = self._text()
         dimensions = self._number("I")
         if dimensions > 8:
@@ -103,9 +121,9 @@ class _Reader:
             elements *= self._number("Q")
         kind, offset = self._number("I"), self._number("Q")
         if kind not in GGMLQuantizationType._value2member_map_:
-            return offset, elements  # newer than the gguf package, which will say so
+            return _Tensor(name, dimensions, elements, offset)  # newer than the gguf package, which will say so
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        return offset + elements // block * size, elements
+        return _Tensor(name, dimensions, elements, offset + elements // block * size)
 
     def _value(self, kind: int) -> Any:
         """A number or a text; None of an array."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_triforce.cache.sizes import RecurrentShape
 from offload_triforce.errors import UnsupportedModelError, first_line
-from offload_triforce.kernels.ops import AttentionParams
+from offload_triforce.kernels.ops import AttentionParams, Convolution, DeltaTokens
 from offload_triforce.model.adapter import ATTENTION_NAME, Attachment, DetachedError, run
 from offload_triforce.model.outline import LayerShape, ModelLayout
+from offload_triforce.model.recurrent import FAMILIES, redirect
 from offload_triforce.model.refusals import refuse, rope_parameters
 from offload_triforce.model.watch import (
     PROBE_NAME,
@@ -26,12 +28,17 @@ from offload_triforce.model.watch import (
 )
 from offload_triforce.model.windows import limiting_window
 
+# What a layer was found to be, and where its tensors lie.
+Seen = tuple[LayerShape | RecurrentShape, torch.dtype, torch.device]
+
 
 class _Probe:
-    """A view that writes down what it is asked and answers zeros."""
+    """A view that writes down what it is asked and answers zeros. ``watch`` knows which layer runs."""
 
-    def __init__(self) -> None:
-        self.seen: dict[int, tuple[LayerShape, torch.dtype, torch.device]] = {}
+    def __init__(self, watch: LayerWatch) -> None:
+        self.seen: dict[int, Seen] = {}
+        self._watch = watch
+        self._convolutions: dict[int, Convolution] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
@@ -40,6 +47,24 @@ class _Probe:
             raise UnsupportedModelError(f"layer {layer} attends more than once per step, which is not supported")
         self.seen[layer] = LayerShape(key.shape[0], key.shape[2], params.window), key.dtype, key.device
         return torch.zeros_like(query)
+
+    def convolve(self, convolution: Convolution, _: object) -> Tensor:
+        if self._watch.current in self._convolutions:
+            raise UnsupportedModelError(f"layer {self._watch.current} convolves more than once per step")
+        self._convolutions[self._watch.current] = convolution
+        return torch.zeros_like(convolution.inputs)
+
+    def recur(self, tokens: DeltaTokens, _: object) -> Tensor:
+        layer, (query, key, value, *_) = self._watch.current, tokens
+        before = self._convolutions.get(layer)
+        if before is None or layer in self.seen:
+            raise UnsupportedModelError(f"layer {layer} keeps more than one recurrent state")
+        if query.shape != key.shape or value.shape[1] % key.shape[1]:
+            raise UnsupportedModelError(f"layer {layer} has a recurrent state whose queries do not fit its keys")
+        channels, taps = before.weight.shape
+        shape = RecurrentShape(key.shape[1], value.shape[1], key.shape[2], value.shape[2], channels, taps)
+        self.seen[layer] = shape, before.inputs.dtype, value.device
+        return torch.zeros_like(value)
 
 
 class WeightsNeededError(Exception):
@@ -64,7 +89,11 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise UnsupportedModelError(f"{name} does not keep its decoder layers in a list that the prefill can drive")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(f"{name} counts positions by itself and cannot be told where a token stands")
-    view, watch = _Probe(), LayerWatch(layers)
+    if config.model_type in FAMILIES:
+        for layer in layers:
+            redirect(layer)
+    watch = LayerWatch(layers)
+    view = _Probe(watch)
     try:
         vocabulary, masks = _one_step(model, view, watch)
     except DetachedError as error:
@@ -84,6 +113,10 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     for kind, group in (("full-attention", layout.full), ("sliding-window", layout.sliding)):
         if len({(shapes[i].kv_heads, shapes[i].head_dim) for i in group}) > 1:
             raise UnsupportedModelError(f"the {kind} layers of {name} differ in their KV heads or head dimension")
+    if len({shapes[i] for i in layout.recurrent}) > 1:
+        raise UnsupportedModelError(f"the recurrent layers of {name} differ in the size of their state")
+    if not layout.attention:
+        raise UnsupportedModelError(f"{name} has no attention layers, and so no KV cache to offload")
     if len(set(devices)) > 1:
         raise UnsupportedModelError(f"{name} is spread over {len(set(devices))} devices; load it onto one")
     return layout
@@ -139,13 +172,15 @@ def _refuse_missing(name: str, model: PreTrainedModel, view: _Probe) -> None:
         )
 
 
-def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerShape, Any, Any]]) -> None:
+def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, Seen]) -> None:
     """Some models put their window (or chunking) into the mask alone, which is not built here."""
     types = getattr(config, "layer_types", None)
     if types is None:
         slides = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
     for layer, kind in enumerate(types):
+        if isinstance(seen[layer][0], RecurrentShape):
+            continue
         expected = limiting_window(config.sliding_window, config) if kind == "sliding_attention" else None
         if seen[layer][0].window != expected:
             raise UnsupportedModelError(
@@ -154,11 +189,9 @@ def _refuse_hidden_windows(name: str, config: Any, seen: dict[int, tuple[LayerSh
             )
 
 
-def _refuse_other_masks(
-    name: str, config: Any, seen: dict[int, tuple[LayerShape, Any, Any]], masks: list[MaskFunction]
-) -> None:
+def _refuse_other_masks(name: str, config: Any, seen: dict[int, Seen], masks: list[MaskFunction]) -> None:
     """What the masks say must be what the layers said: causal, or a sliding window of theirs."""
-    told = {layer.window for layer, _, _ in seen.values()}
+    told = {layer.window for layer, _, _ in seen.values() if isinstance(layer, LayerShape)}
     known = {None, getattr(config, "sliding_window", None), *told}
     try:
         found = {limiting_window(window_of(mask, known), config) for mask in masks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from transformers import (
 )
 
 from offload_triforce.errors import InputError, MemoryLimitError, TriForceError, UnsupportedModelError
-from offload_triforce.model.blank import layout_of
-from offload_triforce.model.counts import check_quantization
+from offload_triforce.model.blank import blank_model, probe_blank
+from offload_triforce.model.counts import check_head_quantization
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.gguf_header import GGUFHeader
 from offload_triforce.model.gguf_skim import skimming
 from offload_triforce.model.hub import access, bounded, is_here
 from offload_triforce.model.local_files import check_files, locate
-from offload_triforce.model.quantize import check_room, pack
-from offload_triforce.model.weights import DTYPES
+from offload_triforce.model.multimodal import loading_options
+from offload_triforce.model.packed_head import kept_in_host_memory, pack_head
+from offload_triforce.model.packing import check_packing
+from offload_triforce.model.quantize import check_room, move, pack
+from offload_triforce.model.weights import DTYPES, count
 
 # Let transformers say which weights did not fit, instead of pointing to its log.
 _REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -68,7 +72,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    source: str, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
@@ -76,43 +84,52 @@ def load_model(
         source: a name of ``model.names``, hub id, folder in transformers' format, GGUF file, or folder with one in it.
         dtype: of weights and KV. device: where the weights go.
         quantize: "nf4" or "int8" (bitsandbytes), or None. A GGUF file is unpacked first, in host memory.
+        quantize_head: "int8", of the output embedding (``packed_head``), or None.
 
     Raises:
         InputError: not found, or not a model.
         MemoryLimitError: not enough memory for the weights.
         UnsupportedModelError: a model that transformers cannot decode with.
     """
-    check_quantization(quantize)
+    check_packing(quantize, quantize_head)
     source = find_source(source)
     with access(source):
-        model, tokenizer = _load(source, dtype, device, quantize)
+        model, tokenizer = _load(source, dtype, device, quantize, quantize_head)
     return model.eval(), tokenizer
 
 
 def _load(
-    source: str, dtype: torch.dtype, device: torch.device, quantize: str | None
+    source: str, dtype: torch.dtype, device: torch.device, quantize: str | None, quantize_head: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, gguf = locate(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     packing = _quantization(quantize, dtype) if quantize else None
     header = check_files(folder, gguf)
     if header is not None:
-        check_room(Path(folder) / gguf, header, dtype, device, quantize)
+        check_room(Path(folder) / gguf, header, dtype, device, quantize, quantize_head)
         options |= {"gguf_file": gguf, "attn_implementation": "sdpa"} | _unpacked()
-    if packing is not None:
+    if gguf and (quantize or quantize_head):
         # transformers does not quantise what it unpacks from a GGUF file: it is packed from host memory.
-        options |= {"device_map": {"": torch.device("cpu")}} if gguf else {"quantization_config": packing}
-    part = "configuration"
+        options["device_map"] = {"": torch.device("cpu")}
+    elif packing is not None:
+        options["quantization_config"] = packing
+    part, placing = "configuration", nullcontext(options["device_map"])
     try:
         if not gguf:  # a model that is refused is refused before its weights are read
-            layout_of(AutoConfig.from_pretrained(folder), dtype)
+            config = AutoConfig.from_pretrained(folder)
+            blank = blank_model(config, dtype)
+            probe_blank(blank)
+            check_head_quantization(quantize_head, count(blank).tied)
+            options |= loading_options(config)
+            if quantize_head is not None:
+                placing = kept_in_host_memory(blank, device)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
         part = "weights"
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **_REPORTING, **options)
+        with placing as options["device_map"]:
+            model, found = AutoModelForCausalLM.from_pretrained(folder, **_REPORTING, **options)
         _check_all_found(source, found)
-        if gguf and packing is not None:
-            model = pack(model, packing, device)
+        _pack(model, packing if gguf else None, quantize_head, device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MemoryLimitError(
             f"the weights of {source} do not fit on {device} as {str(dtype)[6:]}; take --quantize nf4 "
@@ -125,6 +142,15 @@ def _load(
     if header is not None:
         _end_answers(model, header)
     return model, tokenizer
+
+
+def _pack(model: PreTrainedModel, packing: Any, quantize_head: str | None, device: torch.device) -> None:
+    """Pack what is not packed yet, and move the model to where it belongs. ``packing``: of its linear layers."""
+    if quantize_head is not None:
+        pack_head(model, device)
+    if packing is not None:
+        pack(model, packing, device)
+    move(model, device)
 
 
 def max_positions(source: str) -> int | None:
@@ -182,8 +208,6 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"--quantize {quantize} needs bitsandbytes; pip install 'offload-triforce[bnb]'")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns anew in each matrix product
     if importlib.util.find_spec("kernels") is not None:
         with bounded():  # importing it asks the hub for a kernel then

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offload_triforce.model.counts import Counts, Weights, check_quantization
-from offload_triforce.model.names import KnownModel, PlainConfig
+from offload_triforce.cache.sizes import RecurrentShape
+from offload_triforce.model.counts import (
+    Counts,
+    Weights,
+    check_head_quantization,
+    check_quantization,
+    packing_options,
+)
+from offload_triforce.model.known import KnownModel, PlainConfig
 from offload_triforce.model.windows import limiting_window
 
 if TYPE_CHECKING:
@@ -31,9 +38,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The attention of a whole model. ``full`` and ``sliding`` list the layers without and with a window."""
+    """The layers of a whole model, by what they remember: ``full`` and ``sliding`` list those that attend, without and
+    with a window, and ``recurrent`` those that keep a state.
+    """
 
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerShape | RecurrentShape, ...]
     dtype: torch.dtype
     device: torch.device
     vocabulary: int  # number of logits
@@ -43,16 +52,42 @@ class ModelLayout:
     @property
     def full(self) -> list[int]:
         """Layers that attend to the whole context."""
-        return [i for i, layer in enumerate(self.layers) if layer.window is None]
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, LayerShape) and layer.window is None]
 
     @property
     def sliding(self) -> list[int]:
         """Layers with a sliding window."""
-        return [i for i, layer in enumerate(self.layers) if layer.window is not None]
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, LayerShape) and layer.window is not None]
+
+    @property
+    def recurrent(self) -> list[int]:
+        """Layers with a recurrent state."""
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentShape)]
+
+    @property
+    def attention(self) -> list[LayerShape]:
+        """The shapes of all layers that attend."""
+        return [layer for layer in self.layers if isinstance(layer, LayerShape)]
+
+    def reach(self, layer: int, tokens: int) -> int:
+        """Tokens that one layer attends to in a text of that many; none where it keeps a state instead."""
+        shape = self.layers[layer]
+        if isinstance(shape, RecurrentShape):
+            return 0
+        return tokens if shape.window is None else min(shape.window, tokens)
+
+    def held_bytes(self, layer: int, tokens: int) -> int:
+        """Bytes of what one layer keeps of a text of that many tokens: keys and values, or its state."""
+        shape = self.layers[layer]
+        if isinstance(shape, RecurrentShape):
+            return shape.state_bytes(self.dtype.itemsize)
+        return self.reach(layer, tokens) * self.token_bytes(layer)
 
     def token_bytes(self, layer: int) -> int:
-        """Bytes of one token's K and V in one layer."""
+        """Bytes of one token's K and V in one layer; 0 where a state takes all tokens in."""
         shape = self.layers[layer]
+        if isinstance(shape, RecurrentShape):
+            return 0
         return 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
 
 
@@ -63,7 +98,8 @@ class ModelShape:
     Attributes:
         name: for people. config: transformers' own, or a plain one.
         heads: query heads. weights: in bytes; counts: the same, whatever the dtype and quantisation.
-        quantize: nf4, int8 or None.
+        embedding: bytes of the input embeddings, if they can lie in host memory; else 0.
+        quantize: nf4, int8 or None. quantize_head: int8 or None, of the output embedding.
         gguf: the file that is loaded, where it is one: it is unpacked then.
     """
 
@@ -73,34 +109,50 @@ class ModelShape:
     heads: int
     weights: Weights
     counts: Counts
+    embedding: int = 0
     quantize: str | None = None
+    quantize_head: str | None = None
     gguf: Path | None = None
 
-    def quantized(self, quantize: str | None) -> ModelShape:
+    def quantized(self, quantize: str | None, quantize_head: str | None = None) -> ModelShape:
         """The same model with its weights packed otherwise.
 
         Raises:
-            InputError: an unknown quantisation.
+            InputError: an unknown quantisation, or one of an output head that is the input embedding too.
         """
         check_quantization(quantize)
-        weights = self.counts.weights(self.layout.dtype.itemsize, quantize)
-        return replace(self, weights=weights, quantize=quantize)
+        check_head_quantization(quantize_head, self.counts.tied)
+        weights = self.counts.weights(self.layout.dtype.itemsize, quantize, quantize_head)
+        return replace(self, weights=weights, quantize=quantize, quantize_head=quantize_head)
+
+    @property
+    def packing(self) -> str:
+        """The options of ``generate`` that pack the weights so."""
+        return packing_options(self.quantize, self.quantize_head)
 
 
 def shape_of_known(known: KnownModel, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
     """A model of the table, from what is written there (the longrope switch apart)."""
     config = PlainConfig(known.config)
     text = config.get_text_config()
-    window = limiting_window(text.sliding_window, text)
+    window = limiting_window(getattr(text, "sliding_window", None), text)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
         slides = window is not None and getattr(text, "use_sliding_window", True)
         kinds = ["sliding_attention" if slides else "full_attention"] * text.num_hidden_layers
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = tuple(
-        LayerShape(text.num_key_value_heads, dim, window if kind == "sliding_attention" else None) for kind in kinds
-    )
+    layers = tuple(_layer(kind, text, window) for kind in kinds)
     positions = text.max_position_embeddings
     layout = ModelLayout(layers, dtype, torch.device("meta"), text.vocab_size, positions, None)
     weights = known.counts.weights(dtype.itemsize, None)
-    return ModelShape(known.title, config, layout, text.num_attention_heads, weights, known.counts)
+    embedding = 0 if text.tie_word_embeddings else weights.head
+    return ModelShape(known.title, config, layout, text.num_attention_heads, weights, known.counts, embedding)
+
+
+def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | RecurrentShape:
+    if kind == "linear_attention":
+        keys, key_dim = text.linear_num_key_heads, text.linear_key_head_dim
+        values, value_dim = text.linear_num_value_heads, text.linear_value_head_dim
+        channels = 2 * keys * key_dim + values * value_dim  # queries, keys and values are convolved together
+        return RecurrentShape(keys, values, key_dim, value_dim, channels, text.linear_conv_kernel_dim)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return LayerShape(text.num_key_value_heads, dim, window if kind == "sliding_attention" else None)

@@ -1,30 +1,52 @@
 """Layer-major prefill: all chunks of the prompt through one layer, then the next.
 
 Only one layer's KV is on the device at a time. Host traffic is one copy of each layer's KV from the device to the
-host and nothing back. No family-specific code: the base model is run once per chunk with every layer replaced
-by an identity that records its arguments, and the layers are then replayed in their own order.
+host and nothing back, but for the hidden states where they wait in host memory. No family-specific code: the base
+model is run once per chunk with every layer replaced by an identity that records its arguments, and the layers are then
+replayed in their own order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offload_triforce.kernels import ops
+from offload_triforce.model.embeddings import embed
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.lock import do_and_undo
+from offload_triforce.model.recurrent import OwnConvolution, OwnRule
+from offload_triforce.scheduler.states import DeviceStates, HiddenStates
 from offload_triforce.scheduler.store import Leaving
 
 Progress = Callable[[int, int], None]
-LayerDone = Callable[[int, Tensor, Tensor, ops.AttentionParams], "Leaving | None"]
+
+
+class AttentionPart(NamedTuple):
+    """What a layer that attends makes of a text: ``kv`` [2, K, n, D], the newest ``queries`` [H, m, D], ``params``."""
+
+    kv: Tensor
+    queries: Tensor
+    params: ops.AttentionParams
+
+
+class RecurrentPart(NamedTuple):
+    """What a recurrent layer makes of it: ``state`` [Hv, Dk, Dv], the newest inputs of its convolution [W - 1, C]."""
+
+    state: Tensor
+    tail: Tensor
+
+
+LayerPart = AttentionPart | RecurrentPart
+LayerDone = Callable[[int, LayerPart], "Leaving | None"]
 
 
 class _LayerView:
-    """The KV of the layer that is being filled, [2, K, n, D], and its last queries."""
+    """What the layer that is being filled makes of the text: its KV, [2, K, n, D], and last queries; or its state."""
 
     def __init__(self, tokens: int, queries: int) -> None:
         self.tokens, self.keep_queries = tokens, queries
@@ -32,7 +54,32 @@ class _LayerView:
         self.length = 0
         self.queries: Tensor | None = None
         self.params = ops.AttentionParams(1.0)
-        self.leaving: Leaving | None = None  # copies of the layer before, which share the buffer
+        self.leaving: Leaving | None = None  # copies of an earlier layer, which share the buffer
+        self.state: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    def begin(self) -> None:
+        """The next layer's turn."""
+        self.length, self.queries, self.state, self.tail = 0, None, None, None
+
+    def part(self) -> LayerPart:
+        """What has become of the layer."""
+        if self.state is not None:
+            return RecurrentPart(self.state, self.tail)
+        return AttentionPart(self.kv, self.queries, self.params)
+
+    def convolve(self, convolution: ops.Convolution, own: OwnConvolution) -> Tensor:
+        inputs, news = convolution.inputs, convolution.weight.shape[1] - 1
+        if self.tail is None:  # a text begins with nothing, which is zero
+            self.tail = inputs.new_zeros(news, inputs.shape[1])
+        whole = torch.cat([self.tail, inputs])
+        self.tail = whole[-news:].clone()
+        return own(whole)[news:]
+
+    def recur(self, _: ops.DeltaTokens, own: OwnRule) -> Tensor:
+        output, state = own(self.state)
+        self.state = state.float()
+        return output
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         if self.kv is None or self.kv.shape[1] != key.shape[0] or self.kv.shape[3] != key.shape[2]:
@@ -65,6 +112,7 @@ def prefill(
     queries: int,
     layer_done: LayerDone,
     progress: Progress | None = None,
+    states: HiddenStates | None = None,
 ) -> None:
     """Compute the KV of ``tokens`` (n,), layer by layer. At least one more token must follow them.
 
@@ -72,51 +120,70 @@ def prefill(
         model: with our attention attached. layout: of that model.
         chunk: tokens per step through one layer.
         queries: how many of the newest queries to hand on.
-        layer_done: called once per layer, in order, with (layer, KV [2, K, n, D], newest queries [H, m, D],
-            rule). The KV buffer is used again for the next layer: return the copies that are still reading it.
+        layer_done: called once per layer, in order, with its number and what it has made of the text. The KV buffer is
+            used again for the next layer: return the copies that are still reading it.
         progress: called with (steps done, steps in all).
+        states: keeps the hidden states between two layers; on the device, if there is none.
     """
+    states = states or DeviceStates(chunk)
+    try:
+        _read_layers(model, layout, tokens, chunk, _LayerView(len(tokens), queries), layer_done, progress, states)
+    finally:
+        states.end()
+
+
+def _read_layers(
+    model: PreTrainedModel,
+    layout: ModelLayout,
+    tokens: Tensor,
+    chunk: int,
+    view: _LayerView,
+    layer_done: LayerDone,
+    progress: Progress | None,
+    states: HiddenStates,
+) -> None:
     layers = model.get_decoder().layers
     parts = [slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk)]
-    # One tensor for all chunks: of many, torch's allocator would waste what is left over in each of its segments.
-    hidden = torch.empty(0)
     calls: list[list[_Call]] = []
-    for part in parts:
-        states, per_layer = _record(model, layout, tokens, part)
+    for number, part in enumerate(parts):
+        embedded, per_layer = _record(model, layout, tokens, part)
         if not calls:
-            hidden = states.new_empty(1, len(tokens), states.shape[2])
-        hidden[:, part] = states
+            states.begin(embedded, len(tokens))
+        states.put(number, embedded)
         calls.append(per_layer)
+    del embedded
     total, done = len(layers) * len(calls), 0
-    view = _LayerView(len(tokens), queries)
     for index, layer in enumerate(layers):
-        view.length, view.queries = 0, None
-        for part, per_layer in zip(parts, calls, strict=True):
+        view.begin()
+        for number, per_layer in enumerate(calls):
             call = per_layer[index]
-            hidden[:, part] = layer(hidden[:, part], *call.args, **{**call.kwargs, "triforce": view})
+            made = layer(states.take(number), *call.args, **{**call.kwargs, "triforce": view})
+            states.put(number, made, keep=index + 1 < len(layers))
             done += 1
             if progress:
                 progress(done, total)
-        view.leaving = layer_done(index, view.kv, view.queries, view.params)
+        view.leaving = layer_done(index, view.part()) or view.leaving
 
 
 def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice) -> tuple[Tensor, list[_Call]]:
     """Embed one chunk: the first layer's input [1, T, hidden], and each layer's other arguments."""
     decoder = model.get_decoder()
-    ids = tokens[part].to(model.device)
-    positions = torch.arange(part.start, part.stop, device=ids.device)
+    read = tokens[part]
+    positions = torch.arange(part.start, part.stop, device=model.device)
     if layout.longrope_switch is not None:
         # longrope takes its frequencies from the largest position of a call: let every chunk have the text's.
-        ids = torch.cat([ids, ids[:1]])
+        read = torch.cat([read, read[:1]])
         positions = torch.cat([positions, positions.new_tensor([len(tokens)])])
-    states, calls = _run_recording(decoder, ids[None], positions[None])
+    rows = embed(model, read)
+    given = {"input_ids": read.to(model.device)[None]} if rows is None else {"inputs_embeds": rows[None]}
+    states, calls = _run_recording(decoder, given, positions[None])
     length = part.stop - part.start
     if states.shape[1] == length:
         return states, calls
     return states[:, :length], [_Call(_shorten(c.args, length), _shorten(c.kwargs, length)) for c in calls]
 
 
-def _run_recording(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[_Call]]:
+def _run_recording(decoder: nn.Module, given: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, list[_Call]]:
     """Run a decoder without its layers: what the first was given [1, T, hidden], and each layer's other arguments.
 
     Layers have another ``forward`` meanwhile. Calls of other threads go on to the one before; ours are known by their
@@ -141,7 +208,7 @@ def _run_recording(decoder: nn.Module, ids: Tensor, positions: Tensor) -> tuple[
     def run() -> None:
         for layer in layers:
             layer.forward = recording(layer.forward)
-        decoder(input_ids=ids, position_ids=positions, use_cache=False, triforce=ours)
+        decoder(**given, position_ids=positions, use_cache=False, triforce=ours)
 
     def put_back() -> None:
         for layer, own in zip(layers, before, strict=True):

@@ -14,6 +14,7 @@ import torch
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.machine.units import gigabytes
+from offload_triforce.model.counts import NF4_BLOCK, check_head_quantization, packing_options
 from offload_triforce.model.gguf_header import GGUFHeader, read_header
 from offload_triforce.model.weights import note_on_unpacking, packed_modules
 
@@ -31,8 +32,8 @@ def note_on(file: Path, dtype: torch.dtype, quantize: str | None) -> str:
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.device) -> PreTrainedModel:
-    """Pack the linear layers of a model that lies in host memory onto ``device``, and move the rest there.
+def pack(model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.device) -> None:
+    """Pack the linear layers of a model that lies in host memory onto ``device``; the rest stays where it is.
 
     ``config``: as for ``from_pretrained``. The model is changed, and its unpacked weights are given up on the way.
     """
@@ -42,8 +43,6 @@ def pack(model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.devic
     # As transformers marks what it has packed itself.
     kind = "is_loaded_in_8bit" if config.load_in_8bit else "is_loaded_in_4bit"
     setattr(model, kind, True)
-    move(model, device)
-    return model
 
 
 def _packed(linear: torch.nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> torch.nn.Module:
@@ -81,23 +80,59 @@ def move(model: torch.nn.Module, device: torch.device) -> None:
             part._buffers[name] = buffer.to(device)
 
 
-def check_room(path: Path, header: GGUFHeader, dtype: torch.dtype, device: torch.device, quantize: str | None) -> None:
-    """Refuse a GGUF file whose unpacked weights do not fit, before they are unpacked. ``header``: the file's.
+# Ways to pack a model, of linear layers and output embedding, from the one that changes least.
+_WAYS = ((None, "int8"), ("int8", None), ("int8", "int8"), ("nf4", None), ("nf4", "int8"))
+
+
+def check_room(
+    path: Path,
+    header: GGUFHeader,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    quantize_head: str | None = None,
+) -> None:
+    """Refuse a GGUF file whose weights do not fit, before they are unpacked. ``header``: the file's.
 
     Raises:
-        MemoryLimitError: how much is missing, and what would help.
+        InputError: its output embedding cannot be packed. MemoryLimitError: how much is missing, and what would help.
     """
+    check_head_quantization(quantize_head, tied=not header.head)
     size = header.parameters * dtype.itemsize
     unpacked = f"{path.name} is unpacked to {str(dtype)[6:]} on loading: {gigabytes(size)}"
-    if device.type == "cuda" and quantize is None:
+    if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        if size > free:
+        needed = packed_bytes(header, dtype.itemsize, quantize, quantize_head)
+        if needed > free:
+            packed = f", and takes {gigabytes(needed)} when it is packed" if needed < size else ""
             raise MemoryLimitError(
-                f"{unpacked}, but {gigabytes(free)} of the card are free, {gigabytes(size - free)} too little; "
-                "--quantize nf4 packs it again, to about a quarter"
+                f"{unpacked}{packed}, but {gigabytes(free)} of the card are free, {gigabytes(needed - free)} too "
+                f"little; {_what_fits(header, dtype.itemsize, free)}"
             )
     if size > (free := free_on_host()):
         raise MemoryLimitError(
             f"{unpacked}, but {gigabytes(free)} of host memory are free, {gigabytes(size - free)} too little; "
             "take a smaller model, or a folder of weights that are packed as they are read"
         )
+
+
+def packed_bytes(header: GGUFHeader, itemsize: int, quantize: str | None, quantize_head: str | None) -> int:
+    """Bytes of a GGUF file's weights on the device, packed or not; the scales of rows, a thousandth, are left out."""
+    kept, size = header.parameters, 0
+    if quantize is not None:
+        kept -= header.packable
+        size += header.packable if quantize == "int8" else header.packable // 2 + 4 * header.packable // NF4_BLOCK
+    if quantize_head is not None:
+        kept -= header.head
+        size += header.head
+    return size + kept * itemsize
+
+
+def _what_fits(header: GGUFHeader, itemsize: int, free: int) -> str:
+    ways = [way for way in _WAYS if header.head or way[1] is None]
+    for way in ways:
+        size = packed_bytes(header, itemsize, *way)
+        if size <= free:
+            return f"{packing_options(*way)} packs it to {gigabytes(size)}, which fits"
+    least = packed_bytes(header, itemsize, *ways[-1])
+    return f"even {packing_options(*ways[-1])} leaves {gigabytes(least)}: take a smaller model"

@@ -1,7 +1,7 @@
 """What a configuration says that this runtime cannot decode exactly: one list, for loading, planning and probing.
 
-A feature that becomes supported is taken off here. What only a run shows is in ``layout``: learned sinks, values of
-another size than keys, masks and windows that the attention is not told about.
+A feature that becomes supported is taken off here. What only a run shows is in ``layout``: values of another size
+than keys, masks and windows that the attention is not told about.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from offload_triforce.errors import UnsupportedModelError
+from offload_triforce.model.recurrent import FAMILIES as RECURRENT_FAMILIES
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 
@@ -129,8 +130,9 @@ def _bidirectional(config: PreTrainedConfig, text: PreTrainedConfig) -> str | No
 
 def _layers(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
     kinds = list(getattr(text, "layer_types", None) or ())
+    recurrent = ("linear_attention",) if text.model_type in RECURRENT_FAMILIES else ()
     for kind in kinds:
-        if kind not in SUPPORTED_LAYERS:
+        if kind not in (*SUPPORTED_LAYERS, *recurrent):
             meaning = f" ({_LAYERS[kind]})" if kind in _LAYERS else ""
             return (
                 f"has {kinds.count(kind)} of {len(kinds)} layers of type {kind!r}{meaning}; only full and sliding "

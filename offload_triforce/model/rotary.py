@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.errors import UnsupportedModelError
+from offload_triforce.kernels.ops import Convolution, DeltaTokens
 from offload_triforce.model.adapter import Attachment, run
+from offload_triforce.model.recurrent import OwnConvolution, OwnRule
 
 
 class KeyTurner:
@@ -30,10 +32,7 @@ class KeyTurner:
         """
         self.model = model
         self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
-        config = model.config.get_text_config()
-        self.types: list[str | None] = [None] * config.num_hidden_layers
-        if self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters:
-            self.types = list(config.layer_types)
+        self.types: list[str | None] = []  # of the layers that attend
         if self.rotary is None or not self._turns():
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be a draft: it gives its keys positions in a way that a streaming "
@@ -47,6 +46,8 @@ class KeyTurner:
 
     def _angles(self, key: Tensor, back: int, kind: str | None) -> tuple[Tensor, Tensor]:
         position = torch.full((1, 1), back, device=key.device)  # not from the host's memory: nobody waits for it
+        if hasattr(self.rotary, "mrope_section"):  # along three axes, which in a text agree
+            position = position.expand(3, 1, 1)
         cos, sin = self.rotary(key[None], position, *([] if kind is None else [kind]))
         length = torch.sqrt(cos**2 + sin**2)  # YaRN and longrope scale the keys here, which must not happen twice
         return cos / length, sin / length
@@ -60,10 +61,12 @@ class KeyTurner:
     @torch.no_grad()
     def _turns(self) -> bool:
         """A single token sees only itself, so its keys at two positions differ by the rotation alone."""
-        attachment, keys = Attachment(self.model), []
+        attachment, keys, config = Attachment(self.model), [], self.model.config.get_text_config()
+        typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
         for position in (0, 7):
             view = _KeyRecorder()
             attachment.call(partial(run, self.model, [0], [position], view, keep=1))
+            self.types = [config.layer_types[i] if typed else None for i in sorted(view.keys)]
             keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
         try:
             error = (self.turn(keys[1], 7) - keys[0]).abs().max()
@@ -73,7 +76,7 @@ class KeyTurner:
 
 
 class _KeyRecorder:
-    """A view that keeps each layer's keys; a single token attends to itself alone."""
+    """A view that keeps each layer's keys; a single token attends to itself alone, and begins every state."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -81,3 +84,9 @@ class _KeyRecorder:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
         self.keys[layer] = key
         return value.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+
+    def convolve(self, convolution: Convolution, own: OwnConvolution) -> Tensor:
+        return own(convolution.inputs)
+
+    def recur(self, _: DeltaTokens, own: OwnRule) -> Tensor:
+        return own(None)[0]

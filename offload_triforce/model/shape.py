@@ -10,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from offload_triforce.model.blank import blank_model, probe_blank
 from offload_triforce.model.counts import check_quantization
+from offload_triforce.model.embeddings import own_embedding
 from offload_triforce.model.outline import ModelLayout, ModelShape
-from offload_triforce.model.weights import count
+from offload_triforce.model.weights import count, packing_of
 
 
 def shape_of(
@@ -27,10 +28,13 @@ def shape_of(
     model = blank_model(config, dtype)
     layout = probe_blank(model)
     heads, counts = config.get_text_config().num_attention_heads, count(model)
-    return ModelShape(name, config, layout, heads, counts.weights(dtype.itemsize, quantize), counts, quantize)
+    weights, own = counts.weights(dtype.itemsize, quantize), own_embedding(model)
+    embedding = own.weight.nbytes if own is not None else 0
+    return ModelShape(name, config, layout, heads, weights, counts, embedding, quantize)
 
 
 def shape_of_loaded(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:
-    """The same of a model that is there, with its layout."""
+    """The same of a model that is there, with its layout: its weights may be packed, its input embeddings stay put."""
     heads, counts = model.config.get_text_config().num_attention_heads, count(model)
-    return ModelShape("", model.config, layout, heads, counts.weights(model.dtype.itemsize, None), counts)
+    shape = ModelShape("", model.config, layout, heads, counts.weights(model.dtype.itemsize, None), counts)
+    return shape.quantized(*packing_of(model))

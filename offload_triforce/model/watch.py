@@ -57,6 +57,11 @@ class LayerWatch:
         if self._next < len(self._layers):
             self._object("does not run all of its decoder layers for a text")
 
+    @property
+    def current(self) -> int:
+        """The number of the layer that runs."""
+        return self._next - 1
+
     def _before(self, index: int) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != self._thread:
@@ -100,10 +105,13 @@ class _Enough(Exception):
     """The first layer has been reached."""
 
 
-def decoder_inputs(model: PreTrainedModel) -> list[Tensor]:
+def decoder_inputs(model: PreTrainedModel, rows: Tensor | None = None, whole: bool = False) -> list[Tensor]:
     """All tensors that the first layer is given when the decoder alone reads the probe's tokens, 0, 1, 2, 3.
 
     Our attention must be attached.
+
+    Args:
+        rows: the tokens' embeddings [T, width], to be read in their place. whole: through the whole model.
     """
     decoder, found, thread = model.get_decoder(), [], threading.get_ident()
 
@@ -115,8 +123,9 @@ def decoder_inputs(model: PreTrainedModel) -> list[Tensor]:
 
     hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     positions = torch.arange(PROBE_TOKENS, device=model.device)[None]
+    given = {"input_ids": positions} if rows is None else {"inputs_embeds": rows[None]}
     try:
-        decoder(input_ids=positions, position_ids=positions, use_cache=False)
+        (model if whole else decoder)(**given, position_ids=positions, use_cache=False)
     except _Enough:
         pass
     finally:

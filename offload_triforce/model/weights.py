@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.model.counts import NF4_BLOCK, NOTHING, Counts, Part
+from offload_triforce.model.counts import NF4_BLOCK, NOTHING, Counts, Matrix, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,38 +18,67 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# Packed linear layers (bitsandbytes') and output embeddings (``packed_head``) by the quantisation that makes them:
+# known by name, so that planning need not import them.
+_PACKED = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
+_PACKED_HEADS = {"Int8Head": "int8"}
+
+
 def count(model: PreTrainedModel) -> Counts:
-    """Count a model's weights. It may lie on the meta device."""
-    packed = {f"{name}.weight" for name in packed_modules(model)}
-    layers, text = model.get_decoder().layers, model.config.get_text_config()
+    """Count a model's weights, whether they are packed or not. It may lie on the meta device."""
+    packed = {f"{name}.weight": (part.out_features, part.in_features) for name, part in _linear(model)}
+    layers, text, head = model.get_decoder().layers, model.config.get_text_config(), model.get_output_embeddings()
     decoder = {id(weight) for weight in layers.parameters()}
     inside = experts = outside = NOTHING
+    shapes: Counter[tuple[int, int]] = Counter()
     largest = 0
     for name, weight in model.named_parameters():
         number = weight.numel()
         extra = number * (weight.element_size() - model.dtype.itemsize)
         if name in packed:
-            part = Part(0, number, weight.shape[0], -(-number // NF4_BLOCK), extra)
+            rows, columns = packed[name]
+            number = rows * columns
+            part = Part(0, number, rows, -(-number // NF4_BLOCK), extra if weight.is_floating_point() else 0)
             largest = max(largest, number)
+        elif weight is getattr(head, "scale", None):
+            continue
         else:
-            part = Part(number, extra=extra)
+            part = Part(number, extra=0 if weight is head.weight else extra)
         if id(weight) not in decoder:
             outside = outside.plus(part)
         elif ".experts." in name:
             experts = experts.plus(part)
         else:
             inside = inside.plus(part)
+            shapes.update([packed[name]] if name in packed else [])
     available = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     chosen = getattr(text, "num_experts_per_tok", None)
     share = chosen / available if available and chosen else 1.0
-    head = model.get_output_embeddings().weight.numel()
-    return Counts(len(layers), inside, outside, head, largest, experts, share)
+    matrices = tuple(Matrix(*shape, number) for shape, number in sorted(shapes.items()))
+    tied = head.weight is model.get_input_embeddings().weight
+    size = head.weight.numel()
+    return Counts(len(layers), inside, outside, size, largest, experts, share, matrices, head.weight.shape[0], tied)
+
+
+def packing_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """How a loaded model's linear layers and its output embedding are packed, as ``load_model`` calls it."""
+    kinds = {_PACKED.get(type(part).__name__) for _, part in _linear(model)} - {None}
+    return next(iter(kinds), None), _PACKED_HEADS.get(type(model.get_output_embeddings()).__name__)
 
 
 def packed_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that a quantisation packs: the plain linear layers, but for the output embedding."""
+    return [name for name, part in _linear(model) if type(part) is nn.Linear]
+
+
+def _linear(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The linear layers, packed or not, but for the output embedding."""
     head = model.get_output_embeddings()
-    return [name for name, part in model.named_modules() if type(part) is torch.nn.Linear and part is not head]
+    return [
+        (name, part)
+        for name, part in model.named_modules()
+        if part is not head and (type(part) is nn.Linear or type(part).__name__ in _PACKED)
+    ]
 
 
 def note_on_unpacking(file: Path, size: int, dtype: torch.dtype, quantize: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.machine.hardware import Machine, this_machine
@@ -31,6 +31,7 @@ GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 GAMMA1S = (2, 4, 6)
 # Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
 RESERVE = 0.02
+NOT_RESIDENT = {"resident": 0.0, "prefill_resident": 0.0}
 # A step takes longer than its bytes over the bandwidth: its candidates are ranked, and the host looks at them.
 MARGIN = 1.25
 
@@ -63,6 +64,8 @@ def choose_settings(
         draft: a draft model's shape. draft_kind: ngram, none, self or model.
         retrieval, drafted: acceptance, where it is known.
     """
+    if "hidden_states" not in fixed:
+        settings = replace_settings(settings, {"hidden_states": _states(model, settings, context, machine, draft)})
     if not model.layout.full:
         return settings
     if "budget" not in fixed:
@@ -72,19 +75,16 @@ def choose_settings(
         settings = replace_settings(settings, {"budget": budget})
     rates = assume(settings, context, draft_kind, retrieval, drafted)
     if "resident" not in fixed:  # what does not cross the link makes passes cheap, and long chains less worth while
-        share = resident_share(model, settings, context, machine, draft)
-        settings = replace_settings(settings, {"resident": share})
+        settings = _resident(model, settings, context, machine, fixed, draft)
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
     plan = make_plan(model.layout, settings, context)
     settings = replace_settings(settings, {"tile": plan.tile_tokens})
     if settings.ring is None and "resident" not in fixed:
         whole = replace_settings(settings, {"ring": 1})  # nothing crosses the link where every tile is resident
-        if resident_share(model, whole, context, machine, draft) == 1.0:
-            return replace_settings(whole, {"resident": 1.0})
+        if resident_shares(model, whole, context, machine, draft)[0] == 1.0:
+            return _resident(model, whole, context, machine, fixed, draft)
     settings = replace_settings(settings, {"ring": _ring(model, settings, context, machine, draft, plan)})
-    if "resident" not in fixed:
-        settings = replace_settings(settings, {"resident": resident_share(model, settings, context, machine, draft)})
-    return settings
+    return _resident(model, settings, context, machine, fixed, draft)
 
 
 def choose_for_loaded(
@@ -105,18 +105,46 @@ def choose_for_loaded(
     taken = shape.weights.total + DEVICE_OVERHEAD  # what is free is free of these
     machine = this_machine(device=layout.device.index or 0)
     machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
-    given = [name for name in ("budget", "resident") if getattr(settings, name) is not None]
+    open_ones = ("budget", "resident", "prefill_resident", "hidden_states")
+    given = [name for name in open_ones if getattr(settings, name) is not None]
     return choose_settings(shape, settings, context, machine, (*given, "gamma", "gamma1"))
 
 
-def resident_share(
+def resident_shares(
     model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None = None
-) -> float:
-    """The share of the tiles that the memory left on the card has room for, in thousandths, rounded down."""
-    used = footprint(model, replace_settings(settings, {"resident": 0.0}), context, draft)
-    left = int(machine.memory * (1 - RESERVE)) - used.vram_bytes
-    total = used.plan.layers * used.plan.tiles * used.plan.tile_bytes
-    return max(0.0, min(1.0, math.floor(1000 * left / total) / 1000))
+) -> tuple[float, float]:
+    """The shares of the tiles that there is room for on the card: while decoding, and while the prompt is read.
+
+    In thousandths, rounded down.
+    """
+    used = footprint(model, replace_settings(settings, NOT_RESIDENT), context, draft)
+    memory, total = int(machine.memory * (1 - RESERVE)), used.plan.layers * used.plan.tiles * used.plan.tile_bytes
+    left = [memory - phase for phase in (used.decoding_bytes, used.prefill_bytes)]
+    decoding, prefill = (max(0.0, min(1.0, math.floor(1000 * size / total) / 1000)) for size in left)
+    return decoding, prefill
+
+
+def _resident(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    fixed: Collection[str],
+    draft: ModelShape | None,
+) -> Settings:
+    """The settings with those shares, but for what is ``fixed``. What lies on the card early need not come up later."""
+    decoding, prefill = resident_shares(model, settings, context, machine, draft)
+    if "resident" in fixed:
+        decoding = settings.resident or 0.0
+    elif "prefill_resident" in fixed:
+        decoding = max(decoding, settings.prefill_resident or 0.0)
+    changes = {"resident": decoding, "prefill_resident": min(decoding, prefill)}
+    return replace_settings(settings, {name: share for name, share in changes.items() if name not in fixed})
+
+
+def _states(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> str:
+    """Where a prompt's hidden states wait: on the card where that leaves room for the budget, else in host memory."""
+    return "device" if _fits(model, settings, context, machine, draft, hidden_states="device") else "host"
 
 
 def _ring(
@@ -179,8 +207,8 @@ def _budget(model: ModelShape, settings: Settings, context: int, machine: Machin
 
 
 def _fits(
-    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None, **changes: int
+    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None, **changes: Any
 ) -> bool:
     """Whether the card has room, some settings changed, if no tile is resident."""
-    used = footprint(model, replace_settings(settings, {**changes, "resident": 0.0}), context, draft)
+    used = footprint(model, replace_settings(settings, {**changes, **NOT_RESIDENT}), context, draft)
     return not missing(used, machine.memory, None)

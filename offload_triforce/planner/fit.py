@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offload_triforce.config import Settings
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.sizes import make_plan, make_shape, work_out
+from offload_triforce.planner.sizes import draft_bytes, make_plan, make_shape, work_out
 from offload_triforce.scheduler.plan import TilePlan
 
 # Device memory that no allocation of ours accounts for: CUDA's own context, cuBLAS' workspaces, captured graphs.
@@ -26,17 +26,39 @@ class Loading:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by purpose, once everything is loaded; and the most that loading takes."""
+    """Bytes by purpose, once everything is loaded; and the most that loading takes.
+
+    Attributes:
+        held: on the device all along. prefill: there while the prompt is read. decoding: there from then on.
+    """
 
     plan: TilePlan | None
-    device: dict[str, int]
+    held: dict[str, int]
+    prefill: dict[str, int]
+    decoding: dict[str, int]
     host: dict[str, int]
     loading: Loading
 
     @property
+    def device(self) -> dict[str, int]:
+        """All that is on the device at some time."""
+        phases = {"prefill": self.prefill, "decoding": self.decoding}
+        return self.held | {f"{phase}: {part}": size for phase, held in phases.items() for part, size in held.items()}
+
+    @property
+    def prefill_bytes(self) -> int:
+        """Bytes on the device while the prompt is read."""
+        return sum(self.held.values()) + sum(self.prefill.values())
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Bytes on the device while decoding."""
+        return sum(self.held.values()) + sum(self.decoding.values())
+
+    @property
     def vram_bytes(self) -> int:
-        """Most bytes on the device at one time: mostly while the last of the prompt is read."""
-        return max(sum(self.device.values()), self.loading.device)
+        """Most bytes on the device at one time."""
+        return max(self.prefill_bytes, self.decoding_bytes, self.loading.device)
 
     @property
     def host_bytes(self) -> int:
@@ -52,15 +74,19 @@ def footprint(model: ModelShape, settings: Settings, context: int, draft: ModelS
     """
     plan = make_plan(model.layout, settings, context)
     needs = work_out(model, model.layout, settings, make_shape(settings, context), plan, context)
-    device = {"weights": model.weights.total} | {part: size for part, size in needs.caches.items() if size}
+    embedding = 0 if settings.embeddings == "device" else model.embedding
+    device = {"weights": model.weights.total - embedding} | needs.caches
     if draft is not None:
-        layers = range(len(draft.layout.layers))
-        cache = settings.draft_cache * sum(draft.layout.token_bytes(layer) for layer in layers)
-        device["draft"] = cache + (0 if draft is model else draft.weights.total)
-    device |= {f"prefill: {part}": size for part, size in needs.prefill.items()}
+        weights = 0 if draft is model else draft.weights.total
+        device["draft"] = draft_bytes(draft.layout, settings.draft_cache) + weights
     device["CUDA itself"] = DEVICE_OVERHEAD
-    host = {"tiles of the full cache": needs.host, "the process": HOST_OVERHEAD}
-    return Footprint(plan, device, host, loading(model, draft))
+    host = {"tiles of the full cache": 0} | needs.host | {"input embeddings": embedding, "the process": HOST_OVERHEAD}
+    prefill, decoding = _taken(needs.prefill), _taken(needs.decoding)
+    return Footprint(plan, _taken(device), prefill, decoding, _taken(host), loading(model, draft))
+
+
+def _taken(parts: dict[str, int]) -> dict[str, int]:
+    return {part: size for part, size in parts.items() if size or part == "tiles of the full cache"}
 
 
 def loading(model: ModelShape, draft: ModelShape | None = None) -> Loading:

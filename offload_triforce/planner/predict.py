@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
-from offload_triforce.model.outline import ModelShape
+from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
 from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.simulate import (
     LinkSpeed,
@@ -74,18 +75,36 @@ def layer_seconds(model: ModelShape, speeds: Speeds, tokens: int) -> float:
     """The matrix products of one decoder layer in a step of a few tokens: its weights are read once."""
     weights = model.weights
     touched = 1 - (1 - weights.expert_share) ** tokens  # experts that some token chooses
-    size = weights.layer + touched * weights.experts + (weights.unpacked if tokens > 1 else 0.0)
+    size = weights.layer + touched * weights.experts + written_out(model, speeds, tokens)
     parameters = weights.layer_parameters + weights.expert_share * weights.expert_parameters
     return speeds.seconds(size, 2 * parameters * tokens)
+
+
+def mixing_flops(model: ModelShape, shape: LayerShape | RecurrentShape, tokens: int, reach: int) -> int:
+    """Operations of one layer that tell tokens of each other: attention to ``reach`` others each, or the delta rule.
+
+    The rule reads and writes its state once per token, and what tokens of a block tell each other is about as much.
+    """
+    if isinstance(shape, RecurrentShape):
+        return 8 * shape.value_heads * shape.key_dim * shape.value_dim * tokens
+    return 4 * model.heads * shape.head_dim * reach * tokens
+
+
+def written_out(model: ModelShape, speeds: Speeds, tokens: int) -> float:
+    """Bytes of a mean layer's 4-bit weights that a step of so many tokens writes out, and then reads again."""
+    weights = model.weights
+    numbers = unpacked_numbers(weights.unpacked, tokens, weights.itemsize, speeds.cc, speeds.sms)
+    return 2 * weights.itemsize * numbers / len(model.layout.layers)
 
 
 def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, refresh: bool) -> PassWork:
     """A pass with that many queries. ``refresh``: chunks are scored and chosen as the tiles go by."""
     layout, layer = model.layout, layer_seconds(model, speeds, tokens)
     gaps, pending = [], 0.0
-    for index, shape in enumerate(layout.layers):
-        if shape.window is not None:
-            pending += layer + speeds.seconds(shape.window * layout.token_bytes(index))
+    streamed = set(layout.full)
+    for index in range(len(layout.layers)):
+        if index not in streamed:
+            pending += layer + speeds.seconds(layout.held_bytes(index, plan.tiles * plan.tile_tokens))
             continue
         gaps.append(pending + layer / 2)  # projections and what else comes before the attention
         pending = layer / 2
@@ -118,11 +137,10 @@ def resident_step(
     ``launch``: the host's time for an operation; a step takes no less than that of all of them.
     """
     held = make_shape(settings, context)
-    layout, seconds = model.layout, 0.0
+    layout, seconds, full = model.layout, 0.0, set(model.layout.full)
     for index, shape in enumerate(layout.layers):
-        reach = held.near(0, 0) if shape.window is None else min(shape.window, context)
-        size = reach * layout.token_bytes(index)
-        if shape.window is None:
+        size = layout.held_bytes(index, held.near(0, 0) if index in full else context)
+        if index in full:
             size += shape.kv_heads * held.chosen_bytes(shape.head_dim, layout.dtype.itemsize)
         seconds += layer_seconds(model, speeds, tokens) + speeds.seconds(size)
     seconds += speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens)
@@ -145,19 +163,28 @@ def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) 
 
 
 def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:
-    """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer."""
+    """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer.
+
+    Hidden states in host memory come and go beside the computation. What is resident late comes up at the end.
+    """
     layout, weights, speeds = model.layout, model.weights, machine.speeds
     chunks = -(-context // settings.prefill_chunk)
     parameters = weights.layer_parameters + weights.expert_share * weights.expert_parameters
-    products = chunks * speeds.seconds(weights.unpacked)
+    products = chunks * speeds.seconds(written_out(model, speeds, settings.prefill_chunk))
     products += chunks * speeds.seconds(weights.layer + weights.experts, 2 * parameters * context / chunks)
+    link, plan = machine.link_gbps * 1e9, make_plan(layout, settings, context)
+    early = (settings.resident if settings.prefill_resident is None else settings.prefill_resident) or 0.0
+    states = 0.0
+    if settings.hidden_states == "host":
+        states = context * model.config.get_text_config().hidden_size * layout.dtype.itemsize / link
     computing, copying = [], []
+    full = set(layout.full)
     for index, shape in enumerate(layout.layers):
-        reach = context / 2 if shape.window is None else min(shape.window, context / 2)
-        computing.append(products + speeds.seconds(0, 4 * model.heads * shape.head_dim * context * reach))
-        leaves = context * layout.token_bytes(index) * (1 - (settings.resident or 0.0)) if shape.window is None else 0
-        copying.append(leaves / (machine.link_gbps * 1e9))
-    return predict_prefill(computing, copying, chunks)
+        computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
+        computing.append(max(computed, states))
+        leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
+        copying.append(leaves / link)
+    return predict_prefill(computing, copying, chunks) + (plan.late_bytes / link if plan is not None else 0.0)
 
 
 def round_time(

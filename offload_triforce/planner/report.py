@@ -28,8 +28,9 @@ class Way:
 
     @property
     def on_card(self) -> bool:
-        """Whether the whole KV cache stays on the card: nothing crosses the link."""
-        return self.used.plan is None or self.used.plan.host_bytes == 0
+        """Whether the whole KV cache lies on the card while decoding: no pass fetches anything."""
+        plan = self.used.plan
+        return plan is None or plan.resident_bytes == plan.layers * plan.tiles * plan.tile_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PlanReport:
         prediction: of both ways; None where the one to take does not fit.
         pays_from: where plain decoding is the way to take, the length of text from which the hierarchy is faster, in
             steps of 1,024 tokens; None if there is none that fits.
-        packed_fits: where the cache has to be streamed, the quantisation under which all of it would stay on the card.
+        packed_fits: where the cache has to be streamed, the options under which all of it would stay on the card.
     """
 
     question: PlanQuery
@@ -177,7 +178,7 @@ def _packed_fits(question: PlanQuery) -> str | None:
     for model in sorted(question.variants, key=lambda model: -model.weights.total):
         way = _plain(replace(question, model=model))
         if not way.missing and way.on_card:
-            return model.quantize
+            return model.packing
     return None
 
 

@@ -16,10 +16,13 @@ from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.machine.memory import free_on, free_on_host
 from offload_triforce.model.outline import ModelLayout
-from offload_triforce.scheduler.plan import RING_LIMIT, TilePlan, choose_ring, choose_tile
+from offload_triforce.scheduler.plan import RING_LIMIT, SLOTS, TilePlan, choose_ring, choose_tile
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+# Tensors of the size of a pass's logits at one time: soft-capping makes new ones on the way.
+LOGITS = 3
 
 
 def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
@@ -39,21 +42,35 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
             f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, "
             f"more than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
         )
+    layers, tiles = len(layout.full), -(-context // tile)
+    resident, early = settings.resident or 0.0, settings.prefill_resident
+    late = 0 if early is None else max(0, int(layers * tiles * resident) - int(layers * tiles * early))
     return TilePlan(
-        layers=len(layout.full),
+        layers=layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         itemsize=layout.dtype.itemsize,
         tile_tokens=tile,
-        tiles=-(-context // tile),
+        tiles=tiles,
         ring=ring,
-        resident=settings.resident or 0.0,
+        resident=resident,
+        late=late,
     )
 
 
 def make_shape(settings: Settings, context: int) -> RetrievalShape:
     """How the retrieval cache's budget is spent at a context of that many tokens."""
     return RetrievalShape(settings.budget_for(context), settings.chunk, settings.sink, settings.recent, settings.bits)
+
+
+def draft_bytes(layout: ModelLayout, tokens: int) -> int:
+    """What a draft model's streaming cache of that many tokens takes on the device."""
+    layers = [*layout.full, *layout.sliding]
+    size = tokens * sum(layout.token_bytes(layer) for layer in layers)
+    for layer in layout.recurrent:
+        shape = layout.layers[layer]
+        size += shape.state_bytes(layout.dtype.itemsize) + tokens * shape.node_bytes(layout.dtype.itemsize)
+    return size
 
 
 class Configured(Protocol):
@@ -66,16 +83,22 @@ class Configured(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes beside the weights: in host memory, and on the device by purpose."""
+    """Bytes beside the weights by purpose: in host memory, and on the device."""
 
-    host: int
+    host: dict[str, int]
     caches: dict[str, int]  # held all along
-    prefill: dict[str, int]  # held while the prompt is read; decoding takes less
+    prefill: dict[str, int]  # held while the prompt is read
+    decoding: dict[str, int]  # held from then on, in the same memory
 
     @property
     def device(self) -> int:
         """Most bytes on the device at one time."""
-        return sum(self.caches.values()) + sum(self.prefill.values())
+        return sum(self.caches.values()) + max(sum(self.prefill.values()), sum(self.decoding.values()))
+
+    @property
+    def host_bytes(self) -> int:
+        """All in host memory."""
+        return sum(self.host.values())
 
     @property
     def fixed(self) -> int:
@@ -94,13 +117,14 @@ def work_out(
 ) -> Needs:
     """What a text of ``context`` tokens takes. ``plan`` is None when all layers have a sliding window."""
     config, itemsize, block = model.config.get_text_config(), layout.dtype.itemsize, settings.block
-    caches, host = {}, 0
+    caches, host, decoding = {}, {}, {}
     if layout.sliding:
         room = window_room([layout.layers[i].window for i in layout.sliding], context, block) + settings.room
         caches["sliding windows"] = room * sum(layout.token_bytes(i) for i in layout.sliding)
     if plan is not None:
         token = plan.token_bytes * plan.layers
-        caches["resident tiles"] = plan.resident_bytes
+        caches["resident tiles"] = plan.resident_bytes - plan.late_bytes
+        decoding["more resident tiles"] = plan.late_bytes
         caches["ring"] = plan.ring_bytes
         keep = shape.tail_needed(settings.news)
         caches["tail"] = tail_capacity(plan, keep, block, settings.news) * token
@@ -109,15 +133,25 @@ def work_out(
         caches["retrieval cache"] = chosen + near * token
         # Which chunks are chosen: one byte per chunk, one int64 and one float32 per slot.
         caches["choice"] = plan.layers * plan.kv_heads * (context // shape.chunk + 12 * shape.slots)
-        host = plan.host_bytes
+        host["tiles of the full cache"] = plan.host_bytes
+    if layout.recurrent:
+        one, count = layout.layers[layout.recurrent[0]], len(layout.recurrent)
+        caches["recurrent states"] = count * one.state_bytes(itemsize)
+        caches["draft tokens of recurrent layers"] = count * (block + settings.room) * one.node_bytes(itemsize)
+    decoding["activations of a pass"] = activation_bytes(config, block, itemsize)
+    decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize
     chunk = min(settings.prefill_chunk, context)
+    states = config.hidden_size * itemsize  # of a token
+    on_host = settings.hidden_states == "host"
+    if on_host:
+        host["hidden states of the prompt"] = context * states
     prefill = {
         "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
-        "hidden states": context * config.hidden_size * itemsize,
-        "rotary embeddings": context * 2 * max(layer.head_dim for layer in layout.layers) * itemsize,
+        "hidden states": (min(context, SLOTS * chunk) if on_host else context) * states,
+        "rotary embeddings": context * 2 * max(layer.head_dim for layer in layout.attention) * itemsize,
         "activations of a chunk": activation_bytes(config, chunk, itemsize),
     }
-    return Needs(host, caches, prefill)
+    return Needs(host, caches, prefill, decoding)
 
 
 def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
@@ -125,8 +159,10 @@ def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> in
 
     Gate, up and their product; queries, keys, values, residuals and norms in float32.
     """
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return tokens * (3 * inner + 8 * config.hidden_size) * itemsize
+    width, heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    queries = heads * (getattr(config, "head_dim", None) or width // heads)
+    return tokens * (3 * inner + 5 * width + 3 * max(width, queries)) * itemsize
 
 
 def check_memory(needs: Needs, device: torch.device, context: int) -> None:
@@ -138,9 +174,9 @@ def check_memory(needs: Needs, device: torch.device, context: int) -> None:
     free = free_on_host()
     if device.type == "cuda":
         _compare("device", needs.device, needs.fixed, free_on(device), context)
-        _compare("host", needs.host, 0, free, context)
+        _compare("host", needs.host_bytes, 0, free, context)
     else:
-        _compare("host", needs.host + needs.device, needs.fixed, free, context)
+        _compare("host", needs.host_bytes + needs.device, needs.fixed, free, context)
 
 
 def _compare(kind: str, needed: int, fixed: int, free: int, context: int) -> None:

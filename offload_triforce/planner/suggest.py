@@ -8,7 +8,7 @@ from typing import Any
 from offload_triforce.machine.cards import CARDS
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.choose import LEAST_BUDGET, resident_share
+from offload_triforce.planner.choose import LEAST_BUDGET, NOT_RESIDENT, resident_shares
 from offload_triforce.planner.fit import Footprint, footprint, missing
 from offload_triforce.planner.query import PlanQuery
 
@@ -17,7 +17,7 @@ DEVICE, HOST = "device memory", "host memory"
 
 def suggest(asked: PlanQuery) -> list[dict[str, str]]:
     """Options that make room, each with why and with what it makes room in. Where both are short, take one of each."""
-    bare = _used(asked, resident=0.0)
+    bare = _used(asked, **NOT_RESIDENT)
     settings = asked.choose()
     gaps = {
         gap["what"] for gap in missing(footprint(asked.model, settings, asked.context, asked.draft), *_limits(asked))
@@ -42,8 +42,8 @@ def _smaller(asked: PlanQuery) -> Iterator[tuple[str, str]]:
     """What takes less of the card."""
     memory = asked.machine.memory
     if "resident" in asked.fixed and asked.settings.resident:
-        room = asked.choose(resident=0.0)
-        share = resident_share(asked.model, room, asked.context, asked.machine, asked.draft)
+        room = asked.choose(**NOT_RESIDENT)
+        share = resident_shares(asked.model, room, asked.context, asked.machine, asked.draft)[0]
         if _used(asked, resident=share).vram_bytes <= memory:
             yield f"--resident {share:g}", "fewer tiles on the card"
     budget = asked.settings.budget_for(asked.context)
@@ -51,9 +51,11 @@ def _smaller(asked: PlanQuery) -> Iterator[tuple[str, str]]:
         if _used(asked, budget=budget).vram_bytes <= memory:
             yield f"--budget {budget}", "a smaller retrieval cache"
             break
-    for model in asked.variants:
-        if _used(asked, model).vram_bytes <= memory:
-            yield f"--quantize {model.quantize}", f"weights take {gigabytes(model.weights.total)} then"
+    fitting = [model for model in asked.variants if _used(asked, model).vram_bytes <= memory]
+    enough = {model.quantize for model in fitting if not model.quantize_head}
+    for model in fitting:
+        if not model.quantize_head or model.quantize not in enough:  # a packed head only where it is needed
+            yield model.packing, f"weights take {gigabytes(model.weights.total)} then"
 
 
 def _longest(asked: PlanQuery) -> int | None:

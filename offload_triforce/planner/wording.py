@@ -87,8 +87,23 @@ def notes(found: PlanReport) -> list[str]:
             said.append(note_on_unpacking(model.gguf, unpacked_bytes(model), layout.dtype, model.quantize))
     if asked.model.quantize and asked.model.weights.experts:
         said.append("bitsandbytes leaves the experts in 16 bits")
+    said += _phases(found)
     if found.packed_fits:
-        said.append(f"with --quantize {found.packed_fits}, all of the KV cache would fit on the card")
+        said.append(f"with {found.packed_fits}, all of the KV cache would fit on the card")
+    return said
+
+
+def _phases(found: PlanReport) -> list[str]:
+    """What becomes of the memory between the prompt and the answer."""
+    plan, settings, said = found.used.plan, found.settings, []
+    if plan is not None and plan.late:
+        said.append(
+            f"while the prompt is read, {settings.prefill_resident:.1%} of the KV cache lies on the card; "
+            f"{gigabytes(plan.late_bytes)} more come up once when the prefill's memory is free: {settings.resident:.1%}"
+        )
+    if settings.hidden_states == "host":
+        size = gigabytes(found.used.host["hidden states of the prompt"])
+        said.append(f"the prompt's hidden states ({size}) wait in host memory between two layers")
     return said
 
 
@@ -105,6 +120,7 @@ def as_dict(found: PlanReport) -> dict[str, Any]:
         "model": asked.model.name,
         "parameters": asked.model.weights.parameters,
         "quantize": asked.model.quantize,
+        "quantize_head": asked.model.quantize_head,
         "context": asked.context,
         "machine": asked.machine.name,
         "vram_bytes": used.vram_bytes,
@@ -128,6 +144,8 @@ def as_dict(found: PlanReport) -> dict[str, Any]:
         "device": used.device,
         "host": used.host,
         "loading": {"device": used.loading.device, "host": used.loading.host},
+        "prefill_bytes": used.prefill_bytes,
+        "decoding_bytes": used.decoding_bytes,
         "device_plain": found.plain.used.device,
         "assumptions": found.assumptions,
         "notes": notes(found),
@@ -140,12 +158,17 @@ def _options(found: PlanReport) -> list[str]:
     """The settings as options of ``generate``."""
     asked, settings = found.question, found.settings
     drafting = ("budget", "gamma", "gamma1") if settings.gamma else ("gamma",)
-    names = (*drafting, "tile", "ring", "resident")
+    names = (*drafting, "tile", "ring", "resident", "prefill_resident")
     given: dict[str, Any] = {"context": asked.context} | {name: getattr(settings, name) for name in names}
-    given["quantize"] = asked.model.quantize
+    if settings.prefill_resident == settings.resident:
+        del given["prefill_resident"]
+    given["hidden_states"] = "host" if settings.hidden_states == "host" else None
+    given["embeddings"] = settings.embeddings
+    given |= {"quantize": asked.model.quantize, "quantize_head": asked.model.quantize_head}
     dtype = str(asked.model.layout.dtype)[6:]
     given["dtype"] = dtype if dtype != "bfloat16" else None
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    said = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    return [word for name, value in said.items() for word in (f"--{name}", str(value))]
 
 
 def _refusal(found: PlanReport) -> str:

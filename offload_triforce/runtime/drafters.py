@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload_triforce.cache.recurrent import RecurrentCache
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.graphs.steps import StepGraphs, make_graphs
 from offload_triforce.model.layout import ModelLayout, probe
 from offload_triforce.model.rotary import KeyTurner
+from offload_triforce.planner.sizes import draft_bytes
 from offload_triforce.runtime.model_drafter import ModelDrafter, static_view
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.draft_selector import Drafter
@@ -55,14 +57,15 @@ class Drafters:
             check_same_tokens(target, tokenizer, self.model, draft_tokenizer, settings.same_tokens)
             check_draft(self._layout, layout, settings)
             self._turner = KeyTurner(self.model)
+            attending = [i for i in range(len(self._layout.layers)) if i not in self._layout.recurrent]
+            self._places = {layer: place for place, layer in enumerate(attending)}
 
     @property
     def bytes_to_come(self) -> int:
         """Bytes on the device that a draft model's cache is yet to take."""
         if self.model is None or self._small is not None:
             return 0
-        layout = self._layout
-        return self.settings.draft_cache * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
+        return draft_bytes(self._layout, self.settings.draft_cache)
 
     def make(self, rule: AcceptanceRule) -> list[Drafter]:
         """Drafters for a new text, those to be asked first first."""
@@ -70,7 +73,7 @@ class Drafters:
         if self.model is not None:
             cache, graphs = self.small()
             cache.reset()
-            drafts.append(ModelDrafter(self.model, cache, rule, graphs))
+            drafts.append(ModelDrafter(self.model, cache, rule, graphs, self._places))
         return drafts
 
     def small(self) -> tuple[StreamingCache, StepGraphs | None]:
@@ -81,20 +84,26 @@ class Drafters:
         return self._small
 
     def _make_small(self) -> tuple[StreamingCache, StepGraphs | None]:
-        settings, layout, shape = self.settings, self._layout, self._layout.layers[0]
+        settings, layout, shape = self.settings, self._layout, self._layout.attention[0]
+        where, recurrent = (layout.dtype, layout.device), None
+        if layout.recurrent:
+            size = layout.layers[layout.recurrent[0]]
+            recurrent = RecurrentCache(len(layout.recurrent), size, settings.draft_cache, 0, *where)
         cache = StreamingCache(
-            len(layout.layers),
+            len(layout.attention),
             shape.kv_heads,
             shape.head_dim,
             settings.draft_cache,
             settings.draft_sink,
             self._turner.turn,
-            layout.dtype,
-            layout.device,
+            *where,
+            recurrent,
         )
         if not settings.graphs:
             return cache, None
-        return cache, make_graphs(self.model, layout, partial(static_view, cache), settings.gamma1 + 1)
+        return cache, make_graphs(
+            self.model, layout, partial(static_view, cache, places=self._places), settings.gamma1 + 1
+        )
 
     def close(self) -> None:
         """Give the cache back."""
@@ -166,5 +175,5 @@ def check_draft(layout: ModelLayout, target: ModelLayout, settings: Settings) ->
             f"draft_cache {settings.draft_cache} exceeds the draft model's {layout.max_positions} positions; "
             f"set it to {layout.max_positions} or less"
         )
-    if len({(s.kv_heads, s.head_dim) for s in layout.layers}) > 1:
+    if len({(s.kv_heads, s.head_dim) for s in layout.attention}) > 1:
         raise InputError("the layers of the draft model differ in KV heads or head dimension; take another draft")

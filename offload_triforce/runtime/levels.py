@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.buffer import TreeStep
+from offload_triforce.cache.recurrent import NodeView, PendingNodes
 from offload_triforce.cache.retrieval import Refresh
 from offload_triforce.cache.target import TargetCaches
 from offload_triforce.graphs.steps import StepGraphs
@@ -28,16 +29,29 @@ Choosing = Literal["each pass", "once", "never"]
 class _Level:
     """What both levels share: the weights, and a step over nodes of a tree."""
 
-    def __init__(self, model: PreTrainedModel, caches: TargetCaches) -> None:
+    def __init__(self, model: PreTrainedModel, caches: TargetCaches, nodes: PendingNodes | None) -> None:
+        """``nodes``: where recurrent layers keep this level's tokens."""
         self.model, self.caches = model, caches
+        self._states = None if nodes is None else NodeView(nodes)
         self._nodes: Sequence[Node] = ()
         self._before: Sequence[Node] = ()
         self._steps: dict[int | None, TreeStep | None] = {}
+
+    def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
+        """See ``RecurrentView``."""
+        return self._states.convolve(convolution)
+
+    def recur(self, tokens: ops.DeltaTokens, _: object) -> Tensor:
+        """See ``RecurrentView``."""
+        return self._states.recur(tokens)
 
     def _begin(self, nodes: Sequence[Node], before: Sequence[Node]) -> list[int]:
         """The step's nodes follow those that are pending: the positions of their tokens."""
         self._nodes, self._before = nodes, before
         self._steps.clear()
+        if self._states is not None:
+            seen = to_device(torch.from_numpy(tree_mask(nodes, before)), self.model.device)
+            self._states.begin(self._states.nodes.step(seen))
         return [self.caches.length + node.depth for node in nodes]
 
     def _step(self, params: ops.AttentionParams) -> TreeStep | None:
@@ -65,7 +79,7 @@ class RetrievalLevel(_Level):
     """Level 1: attends to the retrieval cache; in sliding layers, to the same window as the target."""
 
     def __init__(self, model: PreTrainedModel, caches: TargetCaches, graphs: StepGraphs | None = None) -> None:
-        super().__init__(model, caches)
+        super().__init__(model, caches, caches.recurrent and caches.recurrent.drafts)
         self.graphs = graphs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
@@ -82,8 +96,7 @@ class RetrievalLevel(_Level):
             logits = run(self.model, tokens, positions, self, keep=len(nodes))
         else:
             logits = self.graphs(tokens, positions, self, len(nodes), tree_mask(nodes, before), depths)
-        for buffer in self.caches.drafts():
-            buffer.end_step(len(nodes))
+        self.caches.end_drafts(len(nodes))
         return logits
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -95,7 +108,7 @@ class TargetLevel(_Level):
     """Level 2: attends to everything, and (with ``refresh``) chooses for the retrieval cache on the way."""
 
     def __init__(self, model: PreTrainedModel, caches: TargetCaches, refresh: Choosing) -> None:
-        super().__init__(model, caches)
+        super().__init__(model, caches, caches.recurrent and caches.recurrent.nodes)
         self.refresh = refresh
         self._idle: Callable[[], object] | None = None
 
@@ -122,9 +135,7 @@ class TargetLevel(_Level):
         if full is not None:
             full.begin_step()
         logits = run(self.model, tokens_of(nodes), self._begin(nodes, ()), self, keep=len(nodes))
-        for cache in (self.caches.full, self.caches.window):
-            if cache is not None:
-                cache.end_step(len(nodes))
+        self.caches.end_step(len(nodes))
         return logits
 
     def slack(self) -> Slack:

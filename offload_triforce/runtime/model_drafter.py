@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_triforce.cache.recurrent import NodeView
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.graphs.steps import StepGraphs
-from offload_triforce.kernels.ops import AttentionParams
+from offload_triforce.kernels.ops import AttentionParams, Convolution, DeltaTokens
 from offload_triforce.model.adapter import run
 from offload_triforce.speculation.acceptance import AcceptanceRule, DraftToken
 from offload_triforce.speculation.place import PathState, Place
@@ -24,10 +28,19 @@ class ModelDrafter:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: StreamingCache, rule: AcceptanceRule, graphs: StepGraphs | None = None
+        self,
+        model: PreTrainedModel,
+        cache: StreamingCache,
+        rule: AcceptanceRule,
+        graphs: StepGraphs | None = None,
+        places: Mapping[int, int] | None = None,
     ) -> None:
-        """``cache`` must be empty. ``rule``: how it takes a token from its logits."""
-        self.model, self.cache, self.rule, self.graphs = model, cache, rule, graphs
+        """``cache`` must be empty. ``rule``: how it takes a token from its logits.
+
+        ``places``: of the model's layers that attend, in the cache; without, all layers do.
+        """
+        self.model, self.cache, self.rule, self.graphs, self._places = model, cache, rule, graphs, places
+        self._states = None if cache.recurrent is None else NodeView(cache.recurrent.nodes)
         self._readable = model.get_input_embeddings().num_embeddings
         self._stand_in = _stand_in(model, self._readable)
         self._read: list[int] = []  # tokens of the text that have been read or left out, from ``_first`` on
@@ -35,7 +48,15 @@ class ModelDrafter:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """The view that the model attends over."""
-        return self.cache.attend(layer, query, key, value, params)
+        return self.cache.attend(layer if self._places is None else self._places[layer], query, key, value, params)
+
+    def convolve(self, convolution: Convolution, _: object) -> Tensor:
+        """See ``RecurrentView``."""
+        return self._states.convolve(convolution)
+
+    def recur(self, tokens: DeltaTokens, _: object) -> Tensor:
+        """See ``RecurrentView``."""
+        return self._states.recur(tokens)
 
     def _room(self, text: TokenText) -> int:
         """Draft tokens that the cache can hold beside those that are in the text already."""
@@ -77,6 +98,10 @@ class ModelDrafter:
         cache.settle(cache.pending - min(cache.pending, max(0, drafted)))
         cache.make_room(len(tokens))
         positions = range(cache.length, cache.length + len(tokens))
+        if self._states is not None:
+            pending, count = cache.pending, len(tokens)
+            seen = torch.ones(count, pending + count, dtype=torch.bool, device=self.model.device).tril(pending)
+            self._states.begin(self._states.nodes.step(seen))
         if self.graphs is None:
             logits = run(self.model, tokens, positions, self, keep=1)
         else:
@@ -104,6 +129,11 @@ def _stand_in(model: PreTrainedModel, readable: int) -> int:
     return next((end for end in ends if end is not None and 0 <= end < readable), 0)
 
 
-def static_view(cache: StreamingCache, tokens: int) -> StaticView:
-    """What the draft model attends over in steps of that many tokens that are captured."""
-    return StaticView([cache], lambda layer, _: Held(None, cache, layer), tokens, tokens)
+def static_view(cache: StreamingCache, tokens: int, places: Mapping[int, int] | None = None) -> StaticView:
+    """What the draft model attends over in steps of that many tokens that are captured. ``places``: as above."""
+    nodes = None if cache.recurrent is None else cache.recurrent.nodes
+
+    def find(layer: int, _: AttentionParams) -> Held:
+        return Held(None, cache, layer if places is None else places[layer])
+
+    return StaticView([cache], find, tokens, tokens, (), nodes)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.recurrent import RecurrentCache
 from offload_triforce.cache.retrieval import RetrievalCache
 from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.cache.target import TargetCaches
@@ -25,6 +26,7 @@ from offload_triforce.scheduler.device import CudaDevice, Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
+from offload_triforce.scheduler.states import HostStates
 from offload_triforce.scheduler.store import TileStore
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
@@ -66,7 +68,7 @@ class Runtime:
             MemoryLimitError, InputError: before anything is allocated.
         """
         self.model, self.layout, self.settings, self.context = model, layout, settings, context
-        self._open: list[Device | TileStore] = [] if device is None else [device]  # closed in this order
+        self._open: list[Device | TileStore | HostStates] = [] if device is None else [device]  # closed in this order
         weakref.finalize(self, _close, self._open)
         try:
             self._set_up(device, pinning)
@@ -89,6 +91,7 @@ class Runtime:
         self.device = device
         try:
             self.caches = self._make_caches(plan, shape, pinning)
+            self.states = self._make_states()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # what torch says of full memory
                 raise
@@ -100,7 +103,7 @@ class Runtime:
         layout, settings = self.layout, self.settings
         where = {"dtype": layout.dtype, "device": layout.device}
         block, news, drafts = settings.block, settings.news, settings.room
-        full = retrieval = window = None
+        full = retrieval = window = recurrent = None
         if plan is not None:
             store = TileStore(plan, layout.dtype, self.device, pinning)
             self._open.append(store)
@@ -112,7 +115,25 @@ class Runtime:
             windows = [layout.layers[i].window for i in layout.sliding]
             first = layout.layers[layout.sliding[0]]
             window = WindowCache(windows, first.kv_heads, first.head_dim, self.context, block, **where, drafts=drafts)
-        return TargetCaches([layer.window for layer in layout.layers], full, retrieval, window)
+        if layout.recurrent:
+            size = layout.layers[layout.recurrent[0]]
+            recurrent = RecurrentCache(len(layout.recurrent), size, block, drafts, **where)
+        return TargetCaches([layout.full, layout.sliding, layout.recurrent], full, retrieval, window, recurrent)
+
+    def _make_states(self) -> HostStates | None:
+        """Where hidden states wait in a prefill; None is on the device."""
+        settings, config = self.settings, self.model.config.get_text_config()
+        if settings.hidden_states != "host":
+            return None
+        chunk = min(settings.prefill_chunk, self.context)
+        states = HostStates(self.device, self.context, config.hidden_size, chunk, self.model.dtype)
+        self._open.append(states)
+        return states
+
+    @property
+    def brought_up(self) -> int:
+        """Of the bytes that have crossed the link so far, those of tiles that became resident after a prefill."""
+        return 0 if self.caches.full is None else self.caches.full.stream.store.late.moved
 
     @property
     def link_bytes(self) -> int:
@@ -120,12 +141,8 @@ class Runtime:
         return self.device.incoming.moved + self.device.outgoing.moved
 
     def full_kv_bytes(self, tokens: int) -> int:
-        """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window."""
-        held = 0
-        for index, layer in enumerate(self.layout.layers):
-            reach = tokens if layer.window is None else min(tokens, layer.window)
-            held += reach * self.layout.token_bytes(index)
-        return held
+        """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window, others a state."""
+        return sum(self.layout.held_bytes(layer, tokens) for layer in range(len(self.layout.layers)))
 
     def target(self, refresh: Choosing) -> TargetLevel:
         """Level 2 over these caches."""
@@ -167,19 +184,16 @@ def _check_kernels(device: torch.device) -> None:
     if device.type != "cuda":
         return
     with on(device):
-        reason = ops.what_stops_triton()
-    if reason is not None:
-        raise InputError(
-            f"Triton cannot compile its kernels here ({reason}); install a C compiler and Python's headers (gcc and "
-            "python3-dev), or set OFFLOAD_TRIFORCE_KERNELS=torch, which is slower"
-        )
+        found = ops.what_stops_triton()
+    if found is not None:
+        raise InputError(f"Triton's kernels do not run here ({found.reason}); {found.remedy}")
 
 
 def _make_device(device: torch.device, gbps: float | None) -> Device:
     return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
 
 
-def _close(resources: list[Device | TileStore]) -> None:
+def _close(resources: list[Device | TileStore | HostStates]) -> None:
     try:
         while resources:
             resources.pop(0).close()

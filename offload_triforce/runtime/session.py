@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.prefill import Progress, prefill
+from offload_triforce.model.prefill import AttentionPart, LayerPart, Progress, RecurrentPart, prefill
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.scheduler.device import on
+from offload_triforce.scheduler.store import Leaving
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.draft_selector import Drafter
 from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import chain
-
-# Of one layer: keys and values [2, K, n, D], newest queries [H, m, D], and the attention's parameters.
-Layer = tuple[Tensor, Tensor, ops.AttentionParams]
 
 
 class Session:
@@ -46,19 +43,26 @@ class Session:
         caches.reset()
         if len(tokens):
             chunk = runtime.settings.prefill_chunk
-            prefill(runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, caches.fill, progress)
+            states = runtime.states
+            prefill(runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill, progress, states)
         caches.end_fill(len(tokens))
         self.begun = True
         if runtime.layout.device.type == "cuda":
             # So that its time is not taken for decoding's.
             torch.cuda.current_stream(runtime.layout.device).synchronize()
 
-    def begin_with(self, tokens: int, layers: Iterable[Layer]) -> None:
-        """The same with ``tokens`` tokens whose keys, values and queries are there: ``layers``, on the device."""
+    def _fill(self, layer: int, part: LayerPart) -> Leaving | None:
+        if isinstance(part, RecurrentPart):
+            self.runtime.caches.fill_state(layer, *part)
+            return None
+        return self.runtime.caches.fill(layer, *part)
+
+    def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
+        """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""
         caches = self.runtime.caches
         caches.reset()
-        for index, (kv, queries, params) in enumerate(layers):
-            leaving = caches.fill(index, kv, queries, params)
+        for index, part in enumerate(layers):
+            leaving = self._fill(index, part)
             if leaving:
                 leaving.wait()
         caches.end_fill(tokens)
@@ -68,7 +72,7 @@ class Session:
     def begin_as_read(self, reading: Reading, rest: Sequence[int] = ()) -> None:
         """The same with a text that was read before, and what follows it, which is read in passes."""
         device, settings = self.runtime.layout.device, self.runtime.settings
-        self.begin_with(len(reading.tokens), ((kv.to(device), *others) for kv, *others in reading.layers))
+        self.begin_with(len(reading.tokens), (on_device(part, device) for part in reading.layers))
         target, step = self.runtime.target("never" if settings.gamma == 0 else "each pass"), settings.news
         with on(device), attached(self.runtime.model):
             for start in range(0, len(rest), step):
@@ -97,13 +101,15 @@ class Session:
             progress: told how far the prefill is.
         """
         runtime, started = self.runtime, time.perf_counter()
-        crossed = runtime.link_bytes
+        crossed, up = runtime.link_bytes, runtime.brought_up
         stats.prompt_tokens = len(text)
         if not self.begun:
             self.begin(text.ids[:-1], progress)
         resumed = time.perf_counter()
         stats.prefill_s = resumed - started
-        stats.prefill_link_bytes, crossed = runtime.link_bytes - crossed, runtime.link_bytes
+        stats.resident_link_bytes = runtime.brought_up - up
+        stats.prefill_link_bytes = runtime.link_bytes - crossed - stats.resident_link_bytes
+        crossed = runtime.link_bytes
         target, tree_drafter = runtime.levels(drafters, rule, stats, ended)
         for tokens in decode(target, tree_drafter, rule, text, limit, stats, stop):
             now = time.perf_counter()
@@ -120,11 +126,16 @@ class Reading:
     """What a prefill has computed, to begin any number of sessions with, over caches of any settings.
 
     Attributes:
-        tokens: (n,). layers: see ``Layer``.
+        tokens: (n,). layers: what each has made of them.
     """
 
     tokens: Tensor
-    layers: list[Layer]
+    layers: list[LayerPart]
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is kept in host memory."""
+        return sum(part.kv.nbytes for part in self.layers if isinstance(part, AttentionPart))
 
     @classmethod
     def of(
@@ -138,9 +149,16 @@ class Reading:
         """Read a text; its KV stays in host memory."""
         ids, layers = torch.as_tensor(tokens, dtype=torch.long), []
 
-        def keep(index: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> None:
-            layers.append((kv.to("cpu", copy=True), queries.clone(), params))
+        def keep(index: int, part: LayerPart) -> None:
+            if isinstance(part, AttentionPart):
+                part = part._replace(kv=part.kv.to("cpu", copy=True), queries=part.queries.clone())
+            layers.append(part)
 
         with on(layout.device), attached(model), torch.no_grad():
             prefill(model, layout, ids, chunk, PREFILL_QUERIES, keep, progress)
         return cls(ids, layers)
+
+
+def on_device(part: LayerPart, device: torch.device) -> LayerPart:
+    """The part with its largest tensor on a device: the others are there."""
+    return part._replace(kv=part.kv.to(device)) if isinstance(part, AttentionPart) else part

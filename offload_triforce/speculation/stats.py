@@ -34,6 +34,7 @@ class DecodeStats:
 
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
+    ``resident_link_bytes``: brought up for resident tiles, once, between the prefill and the first pass.
     ``target_only``: logits processors that drafts were made without.
     ``ending``: why the answer ended, if it was not interrupted; None until it has.
     """
@@ -45,6 +46,7 @@ class DecodeStats:
     retrieval: Acceptance = field(default_factory=Acceptance)
     link_bytes: int = 0
     prefill_link_bytes: int = 0
+    resident_link_bytes: int = 0
     full_kv_bytes: int = 0
     prefill_s: float = 0.0
     ttft_s: float = 0.0
@@ -116,6 +118,7 @@ class DecodeStats:
             "link_bytes": self.link_bytes,
             "link_bytes_per_token": self.link_bytes_per_token,
             "prefill_link_bytes": self.prefill_link_bytes,
+            "resident_link_bytes": self.resident_link_bytes,
             "full_kv_bytes": self.full_kv_bytes,
             "prefill_s": self.prefill_s,
             "ttft_s": self.ttft_s,

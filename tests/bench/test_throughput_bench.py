@@ -282,7 +282,7 @@ def test_on_cuda_every_shape_of_a_step_is_warmed_up(gamma, monkeypatch):
 
 def test_settings():
     """Head dimension 128. 8192 tokens in 4 bits are 1015 chunks of 1312 bytes, or 325 of 4096; the paper takes 4096."""
-    layout = SimpleNamespace(full=[0], layers=[SimpleNamespace(head_dim=128)])
+    layout = SimpleNamespace(full=[0], attention=[SimpleNamespace(head_dim=128)])
     assert settings_for("plain", layout, 131_072) == Settings(gamma=0)
     assert settings_for("best", layout, 131_072) == Settings()
     assert settings_for("triforce", layout, 131_072) == Settings.triforce(budget=4096)
@@ -293,7 +293,7 @@ def test_settings():
 
 def test_prefill_beside_a_slow_link():
     """By hand: two layers of 1 s each, whose KV takes 3 s: 1, then 3 beside which the second waits, 1 and 3."""
-    layers = [(torch.zeros(3000, dtype=torch.uint8), None, None)] * 2
+    layers = [SimpleNamespace(kv=torch.zeros(3000, dtype=torch.uint8))] * 2
     read = Read(SimpleNamespace(layers=layers, tokens=range(500)), 2.0)
     device = SimpleNamespace(gbps=1e-6)
     runtime = SimpleNamespace(device=device, layout=SimpleNamespace(full=[0, 1]), settings=Settings())

@@ -27,7 +27,7 @@ def short_texts(monkeypatch):
 
 def test_equal():
     found = try_case(Case("cohere2"))
-    assert (found.verdict, found.model, found.windows) == ("equal", "Cohere2ForCausalLM", (24, None, 24, None))
+    assert (found.verdict, found.model, found.kinds) == ("equal", "Cohere2ForCausalLM", ("full", "sliding"))
     assert 0 < found.accepted < found.judged
     assert found.drafted > 0
 
@@ -112,7 +112,7 @@ def test_cases():
 
 def test_the_page():
     findings = [
-        Finding("llama", "", "LlamaForCausalLM", "equal", windows=(None, 24)),
+        Finding("llama", "", "LlamaForCausalLM", "equal", kinds=("full", "sliding")),
         Finding("llama", "YaRN", "LlamaForCausalLM", "equal"),
         Finding("llama", "odd", "LlamaForCausalLM", "refused", "LlamaForCausalLM is odd"),
         Finding("a", "", "AModel", "refused", "AModel has 2 of 4 layers of type 'x'"),

@@ -56,7 +56,8 @@ class TargetRig:
             retrieval = RetrievalCache(count, *heads, shape, news, ROOM, *where, context=limit + 2 * BLOCK)
         if count < len(windows):
             window = WindowCache([w for w in windows if w], *heads, limit, BLOCK, *where, drafts=ROOM)
-        self.caches = TargetCaches(windows, full, retrieval, window)
+        groups = [[i for i, w in enumerate(windows) if (w is None) == everything] for everything in (True, False)]
+        self.caches = TargetCaches(groups, full, retrieval, window)
         model = mock.Mock(device=CPU)
         self.target = levels.TargetLevel(model, self.caches, choosing)
         self.retrieval = levels.RetrievalLevel(model, self.caches)

@@ -30,7 +30,9 @@ def test_json_of_what_fits():
     assert report["fits"] is True
     assert report["missing"] == report["suggestions"] == []
     assert 0 < report["ms_per_token"] < report["ms_per_token_plain"]
-    assert report["vram_bytes"] == sum(report["device"].values()) <= report["vram_limit"]
+    phases = max(report["prefill_bytes"], report["decoding_bytes"])
+    assert report["vram_bytes"] == phases <= report["vram_limit"]
+    assert phases < sum(report["device"].values()), "no phase holds what the other needs"
 
 
 def test_json_of_what_does_not_fit():
@@ -181,3 +183,21 @@ def test_doctor_in_both_forms(tmp_path, monkeypatch):
     assert {"findings", "measured", "machine"} <= set(report)
     assert {"what", "state", "found", "remedy"} == set(report["findings"][0])
     assert "host memory" in call("doctor").stdout
+
+
+def test_a_packed_head_is_planned_and_suggested():
+    """Where nf4 alone leaves too little room, and in the command to paste."""
+    where = ["--gpu", "RTX 4070 Ti Super", "--vram", "9.5GB", "--ram", "64GB", "--context", "32K", "--json"]
+    asked = ["plan", "--model", "mistral-nemo", *where]
+    found = json.loads(call(*asked).stdout)
+    options = [row["option"] for row in found["suggestions"]]
+    assert not found["fits"]
+    assert "--quantize nf4" not in options
+    assert "--quantize nf4 --quantize-head int8" in options
+    packed = json.loads(call(*asked, "--quantize", "nf4", "--quantize-head", "int8").stdout)
+    assert packed["fits"]
+    assert (packed["quantize"], packed["quantize_head"]) == ("nf4", "int8")
+    assert "--quantize nf4 --quantize-head int8" in packed["command"]
+    half = json.loads(call(*asked, "--quantize", "nf4").stdout)
+    assert half["device"]["weights"] - packed["device"]["weights"] == 131072 * (5120 - 4)
+    assert "--quantize nf4 --quantize-head int8" in [row["option"] for row in half["suggestions"]]

@@ -21,7 +21,7 @@ SMALL |= {"adaptive": False, "overlap": False}  # by the clock, no two runs woul
 SETTINGS = Settings(**SMALL)
 EAGER = Settings(**SMALL, graphs=False)
 PROMPT, NEW = prompt_ids(200), 120
-FAMILIES = ("llama", "qwen2-sliding", "gemma3", "mistral-sliding", "qwen3-moe")
+FAMILIES = ("llama", "qwen2-sliding", "gemma3", "mistral-sliding", "qwen3-moe", "qwen3.5")
 
 
 def model_of(family):
@@ -78,7 +78,7 @@ def test_nothing_changes(family, draft, captures):
     assert replays[0] > 0.7 * result.stats.steps
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "qwen3.5"])
 def test_logits_and_keys_equal(family, captures, monkeypatch):
     compare_each_step(monkeypatch)
     with TriForce(model_of(family), draft="self", settings=SETTINGS) as engine:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from offload_triforce.kernels import machine_code, tiling  # noqa: E402
+from tests.without_interpreter import run_compiling  # noqa: E402
 
 # What a block may have on RTX 30, 40 and 50 cards, and a multiprocessor (of which 1 KB per block is CUDA's own). The
 # H100 has more.
@@ -33,10 +31,7 @@ needs_disassembler = pytest.mark.skipif(
 
 
 def compile_kernels(*arguments, **environment):
-    """Run the compiler in a process of its own: in this one the kernels may belong to the interpreter."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "offload_triforce.kernels.aot", *arguments]
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=3000)
+    return run_compiling("offload_triforce.kernels.aot", *arguments, **environment)
 
 
 @functools.cache
@@ -58,7 +53,9 @@ def test_kernels_compile_and_fit(cc, extent):
         "attention_state._combine_kernel",
         "chunk_scores._score_kernel",
         *(f"chunk_selection._take_{kind}_kernel" for kind in ("packed", "plain")),
+        *(f"delta_rule._{kind}_kernel" for kind in ("commit", "convolution", "enter", "rule")),
         "fetch._fetch_kernel",
+        "int8_product._product_kernel",
         "kv_codec._decode_kernel",
         "packed_attention._update_kernel",
         "verify_attention._update_kernel",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.without_interpreter import run_compiling
 
 pytest.importorskip("triton")
 
@@ -16,11 +14,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def report():
     """Of the program in ``recorder``: it compiles, so the interpreter must not have the kernels."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.recorder"]
-    root = Path(__file__).parents[2]
-    environment = kept | {"OFFLOAD_TRIFORCE_KERNELS": "triton"}
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    run = run_compiling("tests.kernels.recorder", timeout=300, OFFLOAD_TRIFORCE_KERNELS="triton")
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 

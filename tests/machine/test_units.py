@@ -90,6 +90,13 @@ def test_no_size(text):
         parse_bytes(text, "--vram")
 
 
+def test_more_bytes_than_there_are():
+    """A slip: it would end as an overflow far from here."""
+    assert parse_bytes("1000TB") == 10**15
+    with pytest.raises(InputError, match=r"--ram '9{400}GB' is more than any machine has"):
+        parse_bytes("9" * 400 + "GB", "--ram")
+
+
 @pytest.mark.parametrize("text", ["24Gb", "24 Gbit", "24Mb"])
 def test_bits_are_no_size(text):
     with pytest.raises(InputError, match="is in bits; write bytes with a capital, as 24"):

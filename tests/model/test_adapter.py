@@ -8,7 +8,7 @@ from torch import nn
 from offload_triforce import TriForce, UnsupportedModelError
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import _attention
-from tests.tiny import VOCABULARY, build, greedy, prompt_ids, tiny_model
+from tests.tiny import VOCABULARY, greedy, prompt_ids, tiny_model
 
 
 class View:
@@ -36,7 +36,8 @@ def call(module=None, tokens=2, keys=None, mask=None, texts=1, **keywords):
 
 
 # Everything that any model of transformers 5.24 hands to its attention function, by what becomes of it.
-HONOURED = {"scaling": 0.5, "sliding_window": 7, "softcap": 30.0}
+SINKS = torch.arange(6.0)
+HONOURED = {"scaling": 0.5, "sliding_window": 7, "softcap": 30.0, "s_aux": SINKS}
 HARMLESS = {
     "position_ids": torch.arange(2)[None],
     "cache_position": torch.arange(2),
@@ -58,8 +59,8 @@ HARMLESS = {
     "max_length_q": None,
 }
 REFUSED = {
-    "s_aux": (torch.zeros(6), "learned attention sinks"),
-    "sinks": (torch.zeros(6), "learned attention sinks"),
+    "s_aux": (torch.zeros(2, 6), r"has learned attention sinks of shape \[2, 6\]; only one number for each of its 6"),
+    "sinks": (torch.zeros(1, 6, 2, 1), "attention sinks that are computed for each token"),
     "position_bias": (torch.zeros(1, 6, 2, 2), "additive position biases"),
     "indices": (torch.zeros(1, 2, 2), "sparse attention"),
     "block_indices": (torch.zeros(1, 2, 2), "sparse attention"),
@@ -76,8 +77,8 @@ REFUSED = {
 
 
 def test_what_is_honoured():
-    assert call(**HONOURED) == [(3, AttentionParams(0.5, 7, 30.0))]
-    assert call() == [(3, AttentionParams(8**-0.5, None, None))]
+    assert call(**HONOURED) == [(3, AttentionParams(0.5, 7, 30.0, SINKS))]
+    assert call() == [(3, AttentionParams(8**-0.5, None, None, None))]
 
 
 def test_what_changes_nothing():
@@ -149,16 +150,18 @@ def dropping():
     return tiny_model("llama", attention_dropout=0.1).train()
 
 
-def with_sinks():
-    moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return build("GptOss", head_dim=8, **moe)
+def with_sinks_of_groups():
+    """A number for each KV head, of which there are two."""
+    model = tiny_model("gpt-oss")
+    model.model.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(2))
+    return model
 
 
 MODELS = {
     "a mask of its own": (doge, "DogeForCausalLM masks its attention by what the values say"),
     "both ways": (reading_both_ways, "LlamaAttention attends to later tokens too"),
     "training": (dropping, r"LlamaAttention drops 10% of its attention at random; call the model's eval\(\)"),
-    "sinks": (with_sinks, "GptOssAttention uses learned attention sinks"),
+    "sinks": (with_sinks_of_groups, r"GptOssAttention has learned attention sinks of shape \[2\]"),
 }
 
 

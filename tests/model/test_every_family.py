@@ -61,7 +61,7 @@ def test_planned_or_refused(model_type):
     shape = shape_of(config_of(model_type), torch.float32)
     assert replace(shape.layout, device=None) == found
     assert shape.weights.total == 4 * shape.weights.parameters
-    assert shape.heads % found.layers[0].kv_heads == 0
+    assert shape.heads % found.attention[0].kv_heads == 0
 
 
 @pytest.mark.parametrize("model_type", LOADED)

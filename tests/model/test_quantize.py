@@ -12,6 +12,7 @@ from offload_triforce.model.fetch import fetch_model
 from offload_triforce.model.gguf_header import read_header
 from offload_triforce.model.loader import load_model
 from offload_triforce.planner.models import find_shape
+from tests.packed import bytes_taken
 from tests.tiny import greedy, prompt_ids, tiny_model
 from tests.tiny_gguf import save_tiny_gguf
 
@@ -33,15 +34,6 @@ def folder(gguf, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def bytes_taken(model):
-    """Of all weights, and of what packed ones need to be unpacked again."""
-    taken = 0
-    for weight in model.parameters():
-        state, scale = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
-        taken += weight.nbytes + (0 if state is None else state.absmax.nbytes) + (0 if scale is None else scale.nbytes)
-    return taken
 
 
 def manner(model):
@@ -159,7 +151,7 @@ class TestRoom:
     def test_a_card_that_holds_the_packed_weights_alone(self, gguf):
         self.card = 10**5
         assert "tiny.gguf is unpacked to bfloat16 on loading" in self.refusal(gguf, "cuda")
-        assert "--quantize nf4 packs it again" in self.refusal(gguf, "cuda")
+        assert "packs it to 0.00 GB, which fits" in self.refusal(gguf, "cuda")
         quantize.check_room(gguf, read_header(gguf), torch.bfloat16, torch.device("cuda"), "nf4")
 
     @pytest.mark.parametrize(("device", "how"), [("cpu", None), ("cuda", "nf4"), ("cuda", None)])

@@ -43,7 +43,7 @@ SAID = {
         "uses dynamic NTK rotary scaling",
     ),
     "a state space": ("mamba", {}, "has 4 of 4 layers of type 'linear_attention' (a recurrent state"),
-    "delta rule": ("qwen3_5", {}, "Qwen3_5ForCausalLM has 2 of 4 layers of type 'linear_attention'"),
+    "linear attention": ("minimax", {}, "MiniMaxForCausalLM has 2 of 4 layers of type 'linear_attention'"),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "of type 'conv' (short convolutions)"),
     "chunks": ("llama4_text", {}, "of type 'chunked_attention' (attention within chunks"),
     "AltUp": ("gemma3n_text", {}, "Gemma3nForCausalLM keeps several hidden states per token (AltUp)"),
@@ -109,10 +109,10 @@ def test_positions_on_three_axes(prefix):
 
 
 def test_text_decoders_that_are_not_loaded_by_themselves():
-    config = transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+    config = transformers.VipLlavaConfig(architectures=["VipLlavaForConditionalGeneration"])
     assert sentence(config, refuse_unloadable) == (
-        "LlavaForConditionalGeneration is a multimodal model (text with vision), whose text decoder transformers does "
-        "not load by itself"
+        "VipLlavaForConditionalGeneration is a multimodal model (text with vision), whose text decoder transformers "
+        "does not load by itself"
     )
 
 
@@ -154,7 +154,7 @@ def test_values_that_differ_from_layer_to_layer():
 
 def test_a_supported_kind_of_layer_is_taken_off_in_one_place(monkeypatch):
     """What is then the matter, if anything, is what a step through the model shows."""
-    config = config_of("qwen3_5_text", {})
+    config = config_of("minimax", {})
     assert "'linear_attention'" in sentence(config)
     monkeypatch.setattr(refusals, "SUPPORTED_LAYERS", (*refusals.SUPPORTED_LAYERS, "linear_attention"))
     refuse(config)

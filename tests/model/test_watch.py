@@ -180,7 +180,7 @@ def test_masks_that_families_ask_for(family):
         model.set_attn_implementation(PROBE_NAME)
         with pytest.raises(UnsupportedModelError, match="without a cache"):
             model(torch.zeros(1, 2, dtype=torch.long))
-    known = {None, *(layer.window for layer in layout.layers)}
+    known = {None, *(layer.window for layer in layout.attention)}
     assert masks
     assert {window_of(mask, known) for mask in masks} <= known
 

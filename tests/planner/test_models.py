@@ -12,6 +12,7 @@ from offload_triforce.model.loader import load_model
 from offload_triforce.model.shape import shape_of, shape_of_loaded
 from offload_triforce.planner.models import find_shape
 from tests.byte_tokenizer import save_tiny_llama
+from tests.packed import bytes_taken
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 
@@ -59,14 +60,9 @@ def test_experts_stay_as_they_are_under_nf4():
 def test_packed_bytes_are_those_that_bitsandbytes_takes(tmp_path, quantize):
     folder = str(save_tiny_llama(tmp_path))
     model, _ = load_model(folder, torch.bfloat16, torch.device("cpu"), quantize)
-    taken = 0
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        taken += weight.nbytes + (0 if state is None else state.absmax.nbytes)
-        scale = getattr(weight, "SCB", None)
-        taken += 0 if scale is None else scale.nbytes
-    planned = find_shape(folder).quantized(quantize).weights.total
-    assert planned == pytest.approx(taken, rel=0.01)
+    planned = find_shape(folder).quantized(quantize).weights
+    assert planned.total == pytest.approx(bytes_taken(model), rel=0.01)
+    assert shape_of_loaded(model, probe(model)).weights == planned
 
 
 def test_what_is_not_decoded_is_refused():

@@ -109,7 +109,19 @@ def test_drafting_ahead_changes_no_bit_of_a_pass(llama):
     assert_same(logits(model, layout, LateDevice(), ahead=True), expected)
 
 
-@pytest.mark.parametrize("settings", [{"ring": 1}, {"ring": 9, "resident": 0.0}, {"resident": 0.9}, {"tile": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ring": 1},
+        {"ring": 9, "resident": 0.0},
+        {"resident": 0.9},
+        {"tile": 2},
+        {"resident": 0.7, "prefill_resident": 0.2},
+        {"resident": 1.0, "prefill_resident": 0.0},
+        {"hidden_states": "host"},
+        {"hidden_states": "host", "prefill_chunk": 50, "resident": 0.5, "prefill_resident": 0.0},
+    ],
+)
 def test_other_plans(llama, settings):
     """Residency and ring move tiles about, and change no bit; another tile size rounds otherwise."""
     model, layout, _ = llama
@@ -211,7 +223,7 @@ class _HostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "gemma2", "qwen3.5"])
 def test_no_operation_of_a_pass_makes_the_host_wait(family, monkeypatch):
     """With refresh and write-back, as on CUDA: without the CPU's own shortcuts, and gathering is a kernel there."""
     model = tiny_model(family)

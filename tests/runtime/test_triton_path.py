@@ -22,7 +22,7 @@ def triton_kernels(monkeypatch):
     assert ops.uses_triton(torch.zeros(1, device=WHERE))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma2", "qwen3.5"])
 def test_passes_agree_with_the_eager_twins(family, monkeypatch):
     """Same logits, same keys and values, same choice of chunks - up to what rounding may turn."""
     model = tiny_model(family).to(WHERE)

@@ -15,7 +15,7 @@ from tests.stateful import Counting, Forking, Fussy, Moody
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 PROMPT, NEW = 179, 50
-FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3-moe")
+FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3-moe", "qwen3.5")
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "prefill_chunk": 100}
 
 
@@ -58,7 +58,9 @@ def ways(draw):
         "overlap": draw(st.booleans()),
         "chunk": draw(st.sampled_from([4, 8])),
         "bits": draw(st.sampled_from([4, 8, 16])),
-        "resident": draw(st.sampled_from([0.0, 0.4])),
+        "resident": draw(st.sampled_from([0.0, 0.4, 1.0])),
+        "prefill_resident": draw(st.sampled_from([None, 0.1])),
+        "hidden_states": draw(st.sampled_from([None, "host"])),
     }
 
 

@@ -1,0 +1,136 @@
+"""Checkpoints of models that see as well: their text decoder alone is loaded, and says what the whole model says."""
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from offload_triforce import InputError, TriForce
+from offload_triforce.model.loader import load_model
+from offload_triforce.model.shape import shape_of
+from offload_triforce.model.weights import count
+from offload_triforce.planner.models import find_shape
+from tests.byte_tokenizer import byte_tokenizer
+
+CPU = torch.device("cpu")
+SMALL = {"budget": 64, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64, "gamma": 4}
+WORDS = "To be, or not to be, that is the question: to be, or not to be, that"
+
+COMMON = {"vocab_size": 270, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON |= {"max_position_embeddings": 4096, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": None}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+THREE_AXES = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]}
+THREE_AXES |= {"mrope_interleaved": True}
+QWEN = COMMON | LINEAR | {"head_dim": 32, "num_hidden_layers": 4, "rope_parameters": THREE_AXES}
+EXPERTS = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+EXPERTS |= {"num_experts": 4, "num_experts_per_tok": 2}
+MISTRAL = COMMON | {"model_type": "mistral", "head_dim": 16, "num_hidden_layers": 2, "intermediate_size": 96}
+MISTRAL |= {"sliding_window": None, "tie_word_embeddings": False}
+EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 32, "patch_size": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+IMAGES = {"image_token_id": 265, "video_token_id": 266, "vision_start_token_id": 267, "vision_end_token_id": 268}
+
+# The whole model, and what is loaded of it.
+KINDS = {
+    "qwen3_5": (
+        {"text_config": QWEN | {"intermediate_size": 96}, "vision_config": QWEN_EYES, **IMAGES},
+        "Qwen3_5ForCausalLM",
+    ),
+    "qwen3_5_moe": ({"text_config": QWEN | EXPERTS, "vision_config": QWEN_EYES, **IMAGES}, "Qwen3_5MoeForCausalLM"),
+    "mistral3": (
+        {
+            "text_config": MISTRAL,
+            "vision_config": EYES | {"model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 265,
+            "tie_word_embeddings": False,
+        },
+        "MistralForCausalLM",
+    ),
+    "llava": (
+        {
+            "text_config": MISTRAL,
+            "vision_config": EYES | {"model_type": "clip_vision_model", "projection_dim": 32},
+            "image_token_index": 265,
+        },
+        "MistralForCausalLM",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory):
+    """A whole model of random weights, and the folder that it is saved in."""
+    changes, loaded = KINDS[request.param]
+    if not hasattr(transformers, loaded):
+        pytest.skip(f"transformers {transformers.__version__} has no {loaded}")
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(request.param, **changes)).eval()
+    folder = tmp_path_factory.mktemp(request.param)
+    whole.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return whole, folder, loaded
+
+
+def answer(whole, ids, tokens=24):
+    found = whole.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return found[0, ids.shape[1] :].tolist()
+
+
+def test_decodes_as_the_whole_model_does(saved):
+    """With drafts, and with tokens on three axes in the whole model: for a text all three are the same."""
+    whole, folder, _ = saved
+    with TriForce.load(str(folder), draft="self", dtype="float32", device="cpu", **SMALL) as engine:
+        result = engine.generate(WORDS, max_new_tokens=24, do_sample=False)
+    assert result.token_ids == answer(whole, torch.tensor([result.prompt_ids]))
+    assert len(set(result.token_ids)) > 3, "a model that says the same all the time would prove little"
+
+
+def test_only_the_text_decoder_is_loaded(saved):
+    whole, folder, loaded = saved
+    model, _ = load_model(str(folder), torch.float32, CPU)
+    assert type(model).__name__ == loaded
+    sees = sum(weight.numel() for name, weight in whole.named_parameters() if "language_model" not in name)
+    sees -= whole.lm_head.weight.numel()
+    assert sees > 0
+    assert model.num_parameters() == whole.num_parameters() - sees
+
+
+def test_names_of_weights_in_newer_files(saved, tmp_path):
+    """The same weights, named as the whole model has them in memory."""
+    whole, folder, loaded = saved
+    if loaded != "MistralForCausalLM":
+        pytest.skip("transformers finds these by itself")
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(dict(whole.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    named = [set(safe_open(place / "model.safetensors", "pt").keys()) for place in (folder, tmp_path)]
+    assert named[0].isdisjoint(named[1])
+    one, other = (load_model(str(place), torch.float32, CPU)[0].state_dict() for place in (folder, tmp_path))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_plans_the_text_decoder_from_the_configuration_alone(saved):
+    whole, folder, _ = saved
+    model, _ = load_model(str(folder), torch.bfloat16, CPU)
+    planned = find_shape(str(folder / "config.json"), torch.bfloat16)
+    assert planned.counts == count(model)
+    assert planned.counts == shape_of(whole.config.get_text_config(), torch.bfloat16).counts
+    assert planned.weights.parameters < whole.num_parameters()
+
+
+def test_weights_that_are_missing_are_said(saved, tmp_path):
+    _, folder, _ = saved
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if "language_model" in name and name.endswith("input_layernorm.weight"))
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lack 1 of the weights"):
+        load_model(str(tmp_path), torch.float32, CPU)

@@ -143,13 +143,18 @@ def _normalised(vectors):
     return vectors * tl.rsqrt(tl.sum(vectors * vectors, 1) + EPSILON_)[:, None]
 
 
+def _columns(columns: int) -> int:
+    """Columns of a state that a program has."""
+    return 32 if columns > 16 else 16
+
+
 def rule_launch(
     tokens: DeltaTokens, queries: Tensor, state: Tensor, nodes: DeltaNodes, step: NodeStep, output: Tensor
 ) -> Launch:
     """The second half: updates and outputs. A program per value head and some columns of its state."""
     count, keys, dim = tokens.key.shape
     values, columns = tokens.value.shape[1:]
-    block = 32 if columns > 16 else 16
+    block = _columns(columns)
     arguments = (
         queries, tokens.value, tokens.beta, state, nodes.keys, nodes.updates, nodes.decays, step.seen, step.places,
         output, count, columns, queries.stride(0), *tokens.value.stride()[:2], *tokens.beta.stride(), state.stride(0),
@@ -263,7 +268,7 @@ def commit_path(state: Tensor, keys: Tensor, updates: Tensor, decays: Tensor) ->
 def commit_launch(state: Tensor, keys: Tensor, updates: Tensor, decays: Tensor) -> Launch:
     """What ``commit_path`` launches: a program per layer, value head, and part and some columns of its state."""
     layers, values, dim, columns = state.shape
-    block = 32 if columns > 16 else 16
+    block = _columns(columns)
     arguments = (
         state, keys, updates, decays, keys.shape[2], columns, values, state.stride(0), state.stride(1),
         keys.stride(0), keys.stride(1), updates.stride(0), updates.stride(1), decays.stride(0), decays.stride(1),

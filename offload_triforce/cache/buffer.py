@@ -24,6 +24,26 @@ class TreeStep(NamedTuple):
     depths: Tensor
 
 
+def check_kept(kept: Sequence[int], pending: int) -> None:
+    """Numbers of pending tokens to keep: ascending.
+
+    Raises:
+        IndexError: not such numbers.
+    """
+    if list(kept) != sorted(set(kept)) or (len(kept) and not 0 <= kept[0] <= kept[-1] < pending):
+        raise IndexError(f"cannot keep tokens {list(kept)} of {pending} pending ones")
+
+
+def move_together(kept: Sequence[int], *parts: Tensor, dim: int) -> None:
+    """Move the ``kept`` tokens of each part, along its dimension ``dim``, to the front, in order."""
+    same = next((i for i, number in enumerate(kept) if i != number), len(kept))  # so many stay where they are
+    if same == len(kept):
+        return
+    source = to_device(torch.tensor(kept[same:], dtype=torch.long), parts[0].device)
+    for part in parts:
+        part.narrow(dim, same, len(source)).copy_(part.index_select(dim, source))
+
+
 class GrowingBuffer:
     """Keys and values of consecutive tokens for a stack of layers, [layers, 2, K, capacity, D].
 
@@ -126,13 +146,9 @@ class GrowingBuffer:
         Raises:
             IndexError: not such numbers.
         """
-        if list(kept) != sorted(set(kept)) or (len(kept) and not 0 <= kept[0] <= kept[-1] < self.pending):
-            raise IndexError(f"cannot keep tokens {list(kept)} of {self.pending} pending ones")
+        check_kept(kept, self.pending)
         start, count = self.committed, len(kept)
-        same = next((i for i, number in enumerate(kept) if i != number), count)  # so many stay where they are
-        if same < count:
-            source = to_device(torch.tensor(kept[same:], dtype=torch.long), self.kv.device)
-            self.kv[:, :, :, start + same : start + count] = self.kv[:, :, :, start:].index_select(3, source)
+        move_together(kept, self.kv[:, :, :, start:], dim=3)
         self.length, self.pending = start + count, count
 
     def commit(self, tokens: int) -> None:

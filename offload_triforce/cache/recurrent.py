@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offload_triforce.cache.buffer import check_kept, move_together
 from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.sizes import RecurrentShape
 from offload_triforce.kernels import ops
-from offload_triforce.scheduler.device import to_device
 
 
 class PendingNodes:
@@ -79,18 +79,14 @@ class PendingNodes:
         Raises:
             IndexError: not such numbers.
         """
-        if list(kept) != sorted(set(kept)) or (len(kept) and not 0 <= kept[0] <= kept[-1] < self.length):
-            raise IndexError(f"cannot keep tokens {list(kept)} of {self.length}")
+        check_kept(kept, self.length)
         count, before = len(kept), self.length
         self.length = count
         if count and kept[0]:  # the state will have gone as far as the first one's parent
             gone = self.decays[..., kept[0]] - self.gates[..., kept[0]]
             self.decays[..., :before] -= gone[..., None]
-        same = next((i for i, number in enumerate(kept) if i != number), count)  # so many stay where they are
+        move_together(kept, *self._parts(), dim=2)
         for part in self._parts():
-            if same < count:
-                source = to_device(torch.tensor(kept[same:], dtype=torch.long), part.device)
-                part[:, :, same:count] = part.index_select(2, source)
             part[:, :, count:before] = 0
 
     def clear(self) -> None:

@@ -72,21 +72,19 @@ def redirect(layer: nn.Module) -> None:
 
 def _redirect_module(module: ModuleType) -> None:
     with _changing:
-        for name, make in ((CONVOLUTION, _convolution), (RULE, _rule)):
+        for name, ask in ((CONVOLUTION, _ask_for_convolution), (RULE, _ask_for_rule)):
             own = getattr(module, name)
             if not getattr(own, "of_offload_triforce", False):
-                ours = functools.wraps(own)(make(own))
-                ours.of_offload_triforce = True
-                setattr(module, name, ours)
+                setattr(module, name, _dispatcher(own, ask))
 
 
-def _convolution(own: Callable[..., Any]) -> Callable[..., Any]:
-    def convolve(*args: Any, triforce: RecurrentView | None = None, **kwargs: Any) -> Any:
-        if triforce is None:
-            return own(*args, **kwargs)
-        return _ask_for_convolution(own, triforce, *args, **kwargs)
+def _dispatcher(own: Callable[..., Any], ask: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def ours(*args: Any, triforce: RecurrentView | None = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if triforce is None else ask(own, triforce, *args, **kwargs)
 
-    return convolve
+    ours.of_offload_triforce = True
+    return ours
 
 
 def _ask_for_convolution(
@@ -108,15 +106,6 @@ def _ask_for_convolution(
     _here.channels = hidden_states.shape[1]
     convolution = Convolution(hidden_states[0].T, weight, bias, _ACTIVATIONS[activation])
     return view.convolve(convolution, whole).T[None]
-
-
-def _rule(own: Callable[..., Any]) -> Callable[..., Any]:
-    def recur(*args: Any, triforce: RecurrentView | None = None, **kwargs: Any) -> Any:
-        if triforce is None:
-            return own(*args, **kwargs)
-        return _ask_for_rule(own, triforce, *args, **kwargs)
-
-    return recur
 
 
 def _ask_for_rule(

@@ -57,7 +57,7 @@ class Drafters:
             check_same_tokens(target, tokenizer, self.model, draft_tokenizer, settings.same_tokens)
             check_draft(self._layout, layout, settings)
             self._turner = KeyTurner(self.model)
-            attending = [i for i in range(len(self._layout.layers)) if i not in self._layout.recurrent]
+            attending = sorted([*self._layout.full, *self._layout.sliding])
             self._places = {layer: place for place, layer in enumerate(attending)}
 
     @property

@@ -22,8 +22,8 @@ CHOOSING = 13
 # Operations that a count may differ by, between releases of transformers.
 SLACK = 3
 
-# Per tile: our kernels' launches, and what the copy of its successor takes: that copy, four events that are recorded
-# and two that are waited for.
+# Per tile: our kernels' launches; and where it is fetched, a copy, four events that are recorded and two that are
+# waited for.
 LAUNCHES_PLAIN, LAUNCHES_CHOOSING = 1, 3
 COPYING = 7
 
@@ -45,6 +45,6 @@ def step_operations(model: ModelShape) -> int:
     return sum(RECURRENT if isinstance(layer, RecurrentShape) else attending for layer in model.layout.layers)
 
 
-def tile_seconds(choosing: bool) -> float:
-    """The host's time for one tile of a pass, with chunks chosen anew or not."""
-    return (COPYING + (LAUNCHES_CHOOSING if choosing else LAUNCHES_PLAIN)) * CALL
+def tile_seconds(choosing: bool) -> tuple[float, float]:
+    """The host's time for one tile of a pass: for its kernels, with chunks chosen anew or not, and for its copy."""
+    return (LAUNCHES_CHOOSING if choosing else LAUNCHES_PLAIN) * CALL, COPYING * CALL

@@ -108,7 +108,7 @@ def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, re
     flops = (4 + 2 * refresh) * model.heads * plan.head_dim * plan.tile_tokens * tokens
     tile = speeds.seconds((1.5 if refresh else 1.0) * plan.tile_bytes, flops)  # scoring reads the keys again
     issue = OPERATION * (step_operations(model) / plan.layers + refresh * CHOOSING)
-    return PassWork(tuple(gaps), tile, issue, tile_seconds(refresh))
+    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh))
 
 
 def predict_target(

@@ -24,7 +24,7 @@ from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.packing import check_packing
 from offload_triforce.model.prefill import Progress
-from offload_triforce.model.to_host import move_embeddings, place_embeddings
+from offload_triforce.model.to_host import place_embeddings
 from offload_triforce.runtime.conversation import Session as Conversation
 from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters
@@ -119,9 +119,8 @@ class TriForce:
         if settings.context is not None:
             model = find_source(model)  # once: what is kept here is hashed
             check_context(settings.context, max_positions(model))
-        target, tokenizer = load_model(model, kind, where, quantize, quantize_head)
-        if settings.embeddings is None and where.type == "cuda":
-            move_embeddings(target)
+        host_embeddings = settings.embeddings != "device" and where.type == "cuda"
+        target, tokenizer = load_model(model, kind, where, quantize, quantize_head, host_embeddings)
         if small is None:
             return cls(target, tokenizer, draft, settings=settings)
         loaded, draft_tokenizer = load_model(small, kind, where)

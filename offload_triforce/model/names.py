@@ -44,6 +44,9 @@ def _gemma3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, hea
     text = _llama(hidden, inner, layers, heads, kv_heads, 262208, head_dim=head_dim, max_position_embeddings=131072)
     kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
     text |= {"model_type": "gemma3_text", "sliding_window": 1024, "layer_types": kinds, "tie_word_embeddings": True}
+    far = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}
+    near = {"rope_type": "default", "rope_theta": 10000.0}
+    text["rope_parameters"] = {"full_attention": far, "sliding_attention": near}
     images = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
     images |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}
     return {"model_type": "gemma3", "text_config": text, "vision_config": images, "mm_tokens_per_image": 256}
@@ -55,6 +58,7 @@ def _qwen3_5(hidden: int, layers: int, heads: int, kv_heads: int, value_heads: i
     values |= {"num_key_value_heads": kv_heads, "vocab_size": 248320, "max_position_embeddings": 262144}
     values |= {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_conv_kernel_dim": 4}
     values |= {"linear_num_value_heads": value_heads, "linear_value_head_dim": 128, "tie_word_embeddings": False}
+    values |= {"partial_rotary_factor": 0.25}
     kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)]
     return values | {"layer_types": kinds} | others
 

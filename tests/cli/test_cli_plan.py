@@ -187,7 +187,7 @@ def test_doctor_in_both_forms(tmp_path, monkeypatch):
 
 def test_a_packed_head_is_planned_and_suggested():
     """Where nf4 alone leaves too little room, and in the command to paste."""
-    where = ["--gpu", "RTX 4070 Ti Super", "--vram", "9.5GB", "--ram", "64GB", "--context", "32K", "--json"]
+    where = ["--gpu", "RTX 4070 Ti Super", "--vram", "8.5GB", "--ram", "64GB", "--context", "32K", "--json"]
     asked = ["plan", "--model", "mistral-nemo", *where]
     found = json.loads(call(*asked).stdout)
     options = [row["option"] for row in found["suggestions"]]

@@ -8,6 +8,7 @@ from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.names import MODELS, find_known, hub_id, nearest
 from offload_triforce.model.outline import shape_of_known
 from offload_triforce.model.shape import shape_of
+from offload_triforce.planner.sizes import rotary_numbers
 
 # Published number of parameters (of the files on the hub, in millions; tied weights once), KV bytes per token in 16
 # bits (full layers alone), and the numbers of full and sliding layers. KV by hand: 2 x 2 bytes x KV heads x head
@@ -62,6 +63,8 @@ def test_a_row_against_published_numbers_and_against_the_model_itself(known):
     assert said.heads == built.heads
     for what in ("layers", "dtype", "vocabulary", "max_positions"):
         assert getattr(said.layout, what) == getattr(built.layout, what)
+    numbers = [rotary_numbers(shape.config.get_text_config(), shape.layout) for shape in (said, built)]
+    assert numbers[0] == numbers[1]
     for name in ("hidden_size", "intermediate_size"):  # what memory is reckoned with; some have experts alone
         texts = (shape.config.get_text_config() for shape in (said, built))
         assert len({getattr(text, name, None) for text in texts}) == 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.hidden import HiddenWindow
 from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.recurrent import PendingNodes, RecurrentCache
 from offload_triforce.cache.retrieval import RetrievalCache
@@ -29,9 +30,14 @@ class TargetCaches:
         retrieval: RetrievalCache | None,
         window: WindowCache | None,
         recurrent: RecurrentCache | None = None,
+        hidden: HiddenWindow | None = None,
     ) -> None:
-        """``groups``: numbers of the full, the sliding and the recurrent layers, each ascending."""
+        """``groups``: numbers of the full, the sliding and the recurrent layers, each ascending.
+
+        ``hidden``: the newest hidden states, where a drafter reads them.
+        """
         self.full, self.retrieval, self.window, self.recurrent = full, retrieval, window, recurrent
+        self.hidden = hidden
         self.place = {layer: i for group in groups for i, layer in enumerate(group)}
         self.windows = [] if window is None else window.windows
         self.length = 0  # committed tokens of the text
@@ -56,7 +62,7 @@ class TargetCaches:
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
-        for cache in (self.full, self.window):
+        for cache in (self.full, self.window, self.hidden):
             if cache is not None:
                 cache.end_fill(tokens)
         self.length = tokens
@@ -90,8 +96,8 @@ class TargetCaches:
         nodes = [] if self.recurrent is None else [self.recurrent.drafts]
         return [*self.drafts(), *nodes]
 
-    def _committing(self) -> list[FullCache | WindowCache | RecurrentCache]:
-        return [cache for cache in (self.full, self.window, self.recurrent) if cache is not None]
+    def _committing(self) -> list[FullCache | WindowCache | RecurrentCache | HiddenWindow]:
+        return [cache for cache in (self.full, self.window, self.recurrent, self.hidden) if cache is not None]
 
     def static_view(self, tokens: int) -> StaticView:
         """What the retrieval level attends to in steps of that many tokens that are captured."""
@@ -138,9 +144,9 @@ class TargetCaches:
             cache.restore(own)
         self.length = int(snapshot["length"])
 
-    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache]]:
+    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache | HiddenWindow]]:
         named = [("full", self.full), ("retrieval", self.retrieval), ("window", self.window)]
-        named.append(("recurrent", self.recurrent))
+        named += [("recurrent", self.recurrent), ("hidden", self.hidden)]
         return [(name, cache) for name, cache in named if cache is not None]
 
     def _sync(self, refreshed: int) -> None:

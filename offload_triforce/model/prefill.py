@@ -43,6 +43,8 @@ class RecurrentPart(NamedTuple):
 
 LayerPart = AttentionPart | RecurrentPart
 LayerDone = Callable[[int, LayerPart], "Leaving | None"]
+# Told which tokens are through all layers, and their hidden states [n, width], before the decoder's last norm.
+TokensDone = Callable[[range, Tensor], None]
 
 
 class _LayerView:
@@ -113,6 +115,7 @@ def prefill(
     layer_done: LayerDone,
     progress: Progress | None = None,
     states: HiddenStates | None = None,
+    tokens_done: TokensDone | None = None,
 ) -> None:
     """Compute the KV of ``tokens`` (n,), layer by layer. At least one more token must follow them.
 
@@ -124,10 +127,12 @@ def prefill(
             used again for the next layer: return the copies that are still reading it.
         progress: called with (steps done, steps in all).
         states: keeps the hidden states between two layers; on the device, if there is none.
+        tokens_done: called for each chunk in the end, in order.
     """
     states = states or DeviceStates(chunk)
     try:
-        _read_layers(model, layout, tokens, chunk, _LayerView(len(tokens), queries), layer_done, progress, states)
+        view = _LayerView(len(tokens), queries)
+        _read_layers(model, layout, tokens, chunk, view, layer_done, progress, states, tokens_done)
     finally:
         states.end()
 
@@ -141,6 +146,7 @@ def _read_layers(
     layer_done: LayerDone,
     progress: Progress | None,
     states: HiddenStates,
+    tokens_done: TokensDone | None,
 ) -> None:
     layers = model.get_decoder().layers
     parts = [slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk)]
@@ -158,7 +164,10 @@ def _read_layers(
         for number, per_layer in enumerate(calls):
             call = per_layer[index]
             made = layer(states.take(number), *call.args, **{**call.kwargs, "triforce": view})
-            states.put(number, made, keep=index + 1 < len(layers))
+            last = index + 1 == len(layers)
+            states.put(number, made, keep=not last)
+            if last and tokens_done is not None:
+                tokens_done(range(parts[number].start, parts[number].stop), made[0])
             done += 1
             if progress:
                 progress(done, total)

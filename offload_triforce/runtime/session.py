@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class Session:
         if len(tokens):
             chunk = runtime.settings.prefill_chunk
             states = runtime.states
-            prefill(runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill, progress, states)
+            told = None if caches.hidden is None else partial(self._keep_hidden, len(tokens))
+            prefill(runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill, progress, states, told)
         caches.end_fill(len(tokens))
         self.begun = True
         if runtime.layout.device.type == "cuda":
@@ -56,6 +58,12 @@ class Session:
             self.runtime.caches.fill_state(layer, *part)
             return None
         return self.runtime.caches.fill(layer, *part)
+
+    def _keep_hidden(self, total: int, part: range, states: Tensor) -> None:
+        """``part`` of a text of ``total`` tokens is through all layers: keep what a drafter may want of it."""
+        window, norm = self.runtime.caches.hidden, self.runtime.model.get_decoder().norm
+        for piece in window.wanted(part, total):
+            window.fill(piece.start, norm(states[piece.start - part.start : piece.stop - part.start]))
 
     def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
         """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""

@@ -46,6 +46,31 @@ def head_layers(config: PretrainedConfig) -> int:
     return next((count for name in _COUNTS if (count := getattr(text, name, None))), 0)
 
 
+def blank_head(model: PreTrainedModel) -> nn.Module | None:
+    """The layers of the head that a configuration tells of, for a model on the meta device; None if none can be had."""
+    try:
+        kind = _mtp_model()
+        _check_config(model.config, type(model).__name__)
+        _check_decoder(model)
+        with _described(model), torch.device("meta"):
+            return kind(model, 1).layers
+    except UnsupportedModelError:
+        return None
+
+
+def lacks_head(config: PretrainedConfig, source: str) -> bool:
+    """Whether a model's files are there and hold no head that could be read, whatever the configuration says."""
+    try:
+        _names_in(source)
+    except OSError:
+        return False
+    try:
+        _check_weights(config, source)
+    except InputError:
+        return True
+    return False
+
+
 def check_head(source: str) -> None:
     """Refuse a model without a head before its weights are read. ``source``: as ``load_model`` finds it.
 

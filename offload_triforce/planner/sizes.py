@@ -73,9 +73,9 @@ def draft_bytes(layout: ModelLayout, tokens: int) -> int:
     return size
 
 
-def hidden_bytes(layout: ModelLayout, settings: Settings, width: int | None) -> int:
-    """What the newest hidden states of that width take on the device, which an MTP head reads; None: it has none."""
-    return (settings.draft_cache + settings.draft_sink) * (width or 0) * layout.dtype.itemsize
+def hidden_bytes(layout: ModelLayout, settings: Settings, width: int) -> int:
+    """What the newest hidden states of that width take on the device, which an MTP head reads; 0: nobody does."""
+    return (settings.draft_cache + settings.draft_sink) * width * layout.dtype.itemsize
 
 
 class Configured(Protocol):

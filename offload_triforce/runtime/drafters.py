@@ -87,7 +87,7 @@ class Drafters:
         """Bytes on the device that a drafter's cache is yet to take."""
         if self.module is None or self._small is not None:
             return 0
-        width = None if self.head is None else self.head.width
+        width = 0 if self.head is None else self.head.width
         return draft_bytes(self._layout, self.settings.draft_cache) + hidden_bytes(self._layout, self.settings, width)
 
     def make(self, rule: AcceptanceRule, hidden: HiddenWindow | None) -> list[Drafter]:

@@ -49,13 +49,23 @@ def head_layers(config: PretrainedConfig) -> int:
 def blank_head(model: PreTrainedModel) -> nn.Module | None:
     """The layers of the head that a configuration tells of, for a model on the meta device; None if none can be had."""
     try:
-        kind = _mtp_model()
-        _check_config(model.config, type(model).__name__)
-        _check_decoder(model)
-        with _described(model), torch.device("meta"):
-            return kind(model, 1).layers
+        with torch.device("meta"):
+            return new_head(model).layers
     except UnsupportedModelError:
         return None
+
+
+def new_head(model: PreTrainedModel) -> PreTrainedModel:
+    """A head that has learned nothing yet, with the model's own embeddings.
+
+    Raises:
+        UnsupportedModelError: as ``load_head``.
+    """
+    kind = _mtp_model()
+    _check_config(model.config, type(model).__name__)
+    _check_decoder(model)
+    with _described(model):
+        return kind(model, 1)
 
 
 def lacks_head(config: PretrainedConfig, source: str) -> bool:

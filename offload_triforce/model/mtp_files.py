@@ -242,8 +242,8 @@ def _shortened(text: str, most: int = 200) -> str:
 def _described(model: PreTrainedModel) -> Iterator[None]:
     """While this lasts, a configuration says of its head what ``MtpModel`` asks for, where the family's own does not.
 
-    Qwen3.5 and its kin say ``mtp_num_hidden_layers`` alone: one layer, which attends to everything. And the patterns of
-    weights to ignore name those of the head alone, not an image tower's.
+    Qwen3.5 and its kin say ``mtp_num_hidden_layers`` alone: one layer, which attends to everything. And what the model
+    ignores in loading, which is what ``MtpModel`` looks for, is the head alone: no image tower, no other size.
     """
     text = model.config.get_text_config()
     told: dict[str, Any] = {"num_mtp_layers": 1}
@@ -252,7 +252,7 @@ def _described(model: PreTrainedModel) -> Iterator[None]:
     if getattr(text, "mlp_layer_types", None) is not None:
         told["mtp_mlp_layer_types"] = [text.mlp_layer_types[-1]]
     added = [name for name in told if getattr(text, name, None) is None]
-    patterns = [pattern for pattern in getattr(model, _IGNORED, None) or [] if "visual" not in pattern]
+    patterns = [r"(^|\.)mtp\.", rf"(^|\.)layers\.{text.num_hidden_layers}\."]
     try:
         for name in added:
             setattr(text, name, told[name])

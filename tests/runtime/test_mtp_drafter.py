@@ -11,7 +11,7 @@ from offload_triforce import TriForce
 from offload_triforce.cache.hidden import HiddenWindow
 from offload_triforce.runtime.mtp_drafter import MtpDrafter
 from tests.graphs.replay import replaying
-from tests.mtp import load, needs_heads, save_with_head
+from tests.mtp import OTHERS, load, needs_heads, save_with_head
 from tests.runtime.test_ways import ways
 from tests.tiny import greedy, prompt_ids
 
@@ -63,6 +63,16 @@ def test_large_trees_and_drafting_ahead(model, plain, draft, temperature):
     assert result.token_ids == plain(temperature, 0)
     assert result.stats.steps_ahead > 0
     assert result.stats.by_drafter["mtp"].proposed > 20
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family, tmp_path, monkeypatch):
+    """Heads with experts, and those whose weights lie behind the model's last layer."""
+    model, drafted = load(save_with_head(tmp_path, family)), Drafted(monkeypatch)
+    result = answer(model, draft="mtp", **WHOLE)
+    assert result.token_ids == greedy(model, prompt_ids(PROMPT), NEW)
+    same, number = agreement(model, drafted.drafts)
+    assert same == number > 20
 
 
 def test_without_draft_tokens(model, plain):

@@ -57,6 +57,7 @@ def _qwen3_5(hidden: int, layers: int, heads: int, kv_heads: int, value_heads: i
     values = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": 256}
     values |= {"num_key_value_heads": kv_heads, "vocab_size": 248320, "max_position_embeddings": 262144}
     values |= {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_conv_kernel_dim": 4}
+    values["mtp_num_hidden_layers"] = 1
     values |= {"linear_num_value_heads": value_heads, "linear_value_head_dim": 128, "tie_word_embeddings": False}
     values |= {"partial_rotary_factor": 0.25}
     kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)]
@@ -189,6 +190,7 @@ MODELS = (
                Part(2_542_801_920), 1_271_398_400, 89_128_960,
                matrices=((48, 5120, 96), (1024, 5120, 32), (5120, 6144, 64), (5120, 17408, 64), (6144, 5120, 48),
                          (10240, 5120, 48), (12288, 5120, 16), (17408, 5120, 128)), head_rows=248320),
+        mtp=Counts(1, Part(424_699_392), Part(), 1_271_398_400, 0, head_rows=248320),
     ),
     KnownModel(  # likewise Qwen3_5MoeForConditionalGeneration
         "qwen3.6-35b-a3b", "Qwen3.6-35B-A3B", ("Qwen/Qwen3.6-35B-A3B",),
@@ -197,6 +199,7 @@ MODELS = (
                Part(1_017_120_768), 508_559_360, 16_777_216, Part(32_212_254_720), 8 / 256,
                matrices=((1, 2048, 40), (32, 2048, 60), (512, 2048, 100), (2048, 512, 40), (2048, 4096, 40),
                          (4096, 2048, 30), (8192, 2048, 40)), head_rows=248320),
+        mtp=Counts(1, Part(39_334_400), Part(), 508_559_360, 0, Part(805_306_368), 8 / 256, head_rows=248320),
     ),
     KnownModel(
         "mistral-nemo", "Mistral-Nemo",

@@ -104,6 +104,8 @@ class ModelShape:
         embedding: bytes of the input embeddings, if they can lie in host memory; else 0.
         quantize: nf4, int8 or None. quantize_head: int8 or None, of the output embedding.
         gguf: the file that is loaded, where it is one: it is unpacked then.
+        mtp: what is in its MTP head, if its files hold one.
+        reads_hidden: width of the hidden states of another model that it reads, being the head of that; else 0.
     """
 
     name: str
@@ -116,6 +118,8 @@ class ModelShape:
     quantize: str | None = None
     quantize_head: str | None = None
     gguf: Path | None = None
+    mtp: Counts | None = None
+    reads_hidden: int = 0
 
     def quantized(self, quantize: str | None, quantize_head: str | None = None) -> ModelShape:
         """The same model with its weights packed otherwise.
@@ -127,6 +131,28 @@ class ModelShape:
         check_head_quantization(quantize_head, self.counts.tied)
         weights = self.counts.weights(self.layout.dtype.itemsize, quantize, quantize_head)
         return replace(self, weights=weights, quantize=quantize, quantize_head=quantize_head)
+
+    @property
+    def mtp_head(self) -> ModelShape | None:
+        """The MTP head as a draft model: one layer that attends to everything, in the model's dtype. The output
+        embedding is the model's: it is read, and takes no memory. None if there is no head that is read from files.
+        """
+        if self.mtp is None or self.gguf is not None:
+            return None
+        layout = self.layout
+        one = layout.layers[layout.full[-1]] if layout.full else layout.attention[-1]
+        own = self.mtp.weights(layout.dtype.itemsize, None)
+        weights = replace(own, head=self.weights.head, head_parameters=self.weights.head_parameters)
+        width = self.config.get_text_config().hidden_size
+        return ModelShape(
+            f"the MTP head of {self.name}",
+            self.config,
+            replace(layout, layers=(one,)),
+            self.heads,
+            weights,
+            self.mtp,
+            reads_hidden=width,
+        )
 
     @property
     def packing(self) -> str:
@@ -155,7 +181,8 @@ def shape_of_known(known: KnownModel, dtype: torch.dtype | None = None) -> Model
     layout = ModelLayout(layers_of_known(known), dtype, torch.device("meta"), text.vocab_size, positions, None)
     weights = known.counts.weights(dtype.itemsize, None)
     embedding = 0 if text.tie_word_embeddings else weights.head
-    return ModelShape(known.title, config, layout, text.num_attention_heads, weights, known.counts, embedding)
+    heads = text.num_attention_heads
+    return ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
 
 
 def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | RecurrentShape:

@@ -39,7 +39,7 @@ MARGIN = 1.25
 def assume(
     settings: Settings, context: int, draft: str, retrieval: float | None = None, drafted: float | None = None
 ) -> Assumed:
-    """The acceptance to reckon with. ``draft``: ngram, none, self or model; the rates win where they are given."""
+    """The acceptance to reckon with. ``draft``: ngram, none, self, model or mtp; the rates win where they are given."""
     if retrieval is None:
         retrieval = assumed_acceptance(settings.budget_for(context))
     return Assumed(retrieval, DRAFT_ACCEPTANCE[draft] if drafted is None else drafted)
@@ -61,7 +61,7 @@ def choose_settings(
     Args:
         model: the target. settings: as given so far. machine: what it is for; None of its memory may be taken yet.
         fixed: names of settings that stay as they are.
-        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        draft: a draft model's shape. draft_kind: ngram, none, self, model or mtp.
         retrieval, drafted: acceptance, where it is known.
     """
     if "hidden_states" not in fixed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offload_triforce.config import Settings
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.sizes import draft_bytes, make_plan, make_shape, work_out
+from offload_triforce.planner.sizes import draft_bytes, hidden_bytes, make_plan, make_shape, work_out
 from offload_triforce.scheduler.plan import TilePlan
 
 # Device memory that no allocation of ours accounts for: CUDA's own context, cuBLAS' workspaces, captured graphs.
@@ -78,7 +78,8 @@ def footprint(model: ModelShape, settings: Settings, context: int, draft: ModelS
     device = {"weights": model.weights.total - embedding} | needs.caches
     if draft is not None:
         weights = 0 if draft is model else draft.weights.total
-        device["draft"] = draft_bytes(draft.layout, settings.draft_cache) + weights
+        held = draft_bytes(draft.layout, settings.draft_cache)
+        device["draft"] = weights + held + hidden_bytes(draft.layout, settings, draft.reads_hidden)
     device["CUDA itself"] = DEVICE_OVERHEAD
     host = {"tiles of the full cache": 0} | needs.host | {"input embeddings": embedding, "the process": HOST_OVERHEAD}
     prefill, decoding = _taken(needs.prefill), _taken(needs.decoding)

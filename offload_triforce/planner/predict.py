@@ -29,8 +29,9 @@ from offload_triforce.scheduler.simulate import (
 ACCEPTANCE = ((1024, 0.886), (2048, 0.912), (4096, 0.944))
 # Acceptance by the retrieval level of a token that a drafter is asked for. Look-up in the text often has none to offer:
 # TriForce's chains take 10.2 steps for 12 tokens where the text is drawn (benchmarks/results/speculation_cpu.json, 10
-# cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family.
-DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6}
+# cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family, an MTP
+# head that is fed on with what it makes.
+DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6, "mtp": 0.65}
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,14 @@ def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Sp
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
-    """All that a draft model drafts for one step of the retrieval level; look-up in the text costs nothing here."""
+    """All that a draft model drafts for one step of the retrieval level; look-up in the text costs nothing here.
+
+    Steps of an MTP head are not captured.
+    """
     if draft is None:
         return 0.0
     reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1, bits=16)
-    launch = REPLAYED if settings.graphs else OPERATION
+    launch = REPLAYED if settings.graphs and not draft.reads_hidden else OPERATION
     return settings.gamma1 * resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
 
 

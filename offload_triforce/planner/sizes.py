@@ -90,6 +90,11 @@ def draft_bytes(layout: ModelLayout, tokens: int) -> int:
     return size
 
 
+def hidden_bytes(layout: ModelLayout, settings: Settings, width: int) -> int:
+    """What the newest hidden states of that width take on the device, which an MTP head reads; 0: nobody does."""
+    return (settings.draft_cache + settings.draft_sink) * width * layout.dtype.itemsize
+
+
 class Configured(Protocol):
     """A model, loaded or only planned."""
 

@@ -68,7 +68,7 @@ def is_accepted(found: PlanReport) -> bool:
 def command(found: PlanReport) -> str:
     """What to paste into a shell, with a file name to be replaced."""
     words = ["offload-triforce", "generate", "--model", found.question.source]
-    if found.settings.gamma and found.question.draft_source != "ngram":
+    if found.settings.gamma and found.question.draft_source != "auto":
         words += ["--draft", found.question.draft_source]
     return shlex.join([*words, "--prompt-file", PROMPT, *_options(found)])
 

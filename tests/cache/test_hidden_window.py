@@ -97,3 +97,19 @@ def test_what_is_dropped_leaves_nothing():
         window.rows(range(1))
     with pytest.raises(IndexError, match="cannot accept"):
         window.commit(1)
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(1, 30), st.integers(0, 30), st.integers(0, 12))
+def test_a_text_that_is_cut_and_read_on(capacity, sink, length, keep, more):
+    """What was overwritten since is missing, and nothing else is wrong."""
+    window, keep = HiddenWindow(capacity, sink, WIDTH, **WHERE), min(keep, length)
+    window.fill(0, rows(range(length)))
+    window.end_fill(length)
+    window.cut(keep)
+    gone = range(min(sink, keep), min(max(0, length - capacity), keep))
+    check(window, keep, missing=gone)
+    if more:
+        for piece in window.wanted(range(keep, keep + more), keep + more):
+            window.fill(piece.start, rows(piece))
+        window.end_fill(keep + more)
+        check(window, keep + more, missing=range(min(sink, keep), keep))

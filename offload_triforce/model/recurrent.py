@@ -8,12 +8,14 @@ arrives, the view that it holds is asked instead. No model code is copied.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from offload_triforce.errors import UnsupportedModelError
@@ -87,6 +89,16 @@ def _dispatcher(own: Callable[..., Any], ask: Callable[..., Any]) -> Callable[..
     return ours
 
 
+def serves(tokens: Tensor) -> bool:
+    """Whether installed kernels serve a layer of these: on CUDA in 16 bits. In float32 they round products to TF32."""
+    return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+
+
+def _own_for(tokens: Tensor, own: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's own function, with an installed kernel in its place only where that serves."""
+    return own if serves(tokens) else inspect.unwrap(own)
+
+
 def _ask_for_convolution(
     own: Callable[..., Any],
     view: RecurrentView,
@@ -101,7 +113,7 @@ def _ask_for_convolution(
         raise UnsupportedModelError(f"a convolution with the activation {activation!r} is not supported")
 
     def whole(inputs: Tensor) -> Tensor:
-        return own(inputs.T[None], weight, bias, activation=activation)[0].T
+        return _own_for(inputs, own)(inputs.T[None], weight, bias, activation=activation)[0].T
 
     _here.channels = hidden_states.shape[1]
     convolution = Convolution(hidden_states[0].T, weight, bias, _ACTIVATIONS[activation])
@@ -127,7 +139,7 @@ def _ask_for_rule(
 
     def whole(state: Tensor | None) -> tuple[Tensor, Tensor]:
         start = None if state is None else state[None]
-        output, end = own(
+        output, end = _own_for(value, own)(
             query,
             key,
             value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from importlib import metadata
@@ -11,13 +12,32 @@ from importlib import metadata
 BITSANDBYTES = (0, 50)
 UPDATE = "pip install -U bitsandbytes"
 
+# The first release of flash-linear-attention's kernels in which several value heads may share a key head. Older ones
+# count the key heads alone and do not look at the others; newer transformers no longer repeat the keys for them.
+FLA = (0, 5)
+
+
+@functools.cache
+def too_old_fla() -> str | None:
+    """The version of flash-linear-attention's kernels (fla-core) that is installed, if it is too old to be right."""
+    try:
+        found = metadata.version("fla-core")
+    except metadata.PackageNotFoundError:
+        return None
+    return found if _release(found) < FLA else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Its first two numbers."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
 
 def what_bitsandbytes_lacks() -> str | None:
     """What is wrong with the bitsandbytes that is installed, and what to do; None if it serves."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "which is not installed; pip install 'offload-triforce[bnb]'"
     found = metadata.version("bitsandbytes")
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < BITSANDBYTES:
+    if _release(found) < BITSANDBYTES:
         return (
             f"whose 4-bit product serves several tokens at once: {found}, which is installed, writes all weights out "
             f"in 16 bits in each step; {UPDATE}"

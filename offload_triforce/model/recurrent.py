@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import Convolution, DeltaTokens
+from offload_triforce.machine.packages import too_old_fla
 
 # The text decoders whose recurrent layers work like this, by model type.
 FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
@@ -94,9 +95,9 @@ def serves(tokens: Tensor) -> bool:
     return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
 
 
-def _own_for(tokens: Tensor, own: Callable[..., Any]) -> Callable[..., Any]:
-    """The model's own function, with an installed kernel in its place only where that serves."""
-    return own if serves(tokens) else inspect.unwrap(own)
+def _own_for(tokens: Tensor, own: Callable[..., Any], right: bool = True) -> Callable[..., Any]:
+    """The model's own function, with an installed kernel in its place only where that serves, and is ``right``."""
+    return own if right and serves(tokens) else inspect.unwrap(own)
 
 
 def _ask_for_convolution(
@@ -139,7 +140,7 @@ def _ask_for_rule(
 
     def whole(state: Tensor | None) -> tuple[Tensor, Tensor]:
         start = None if state is None else state[None]
-        output, end = _own_for(value, own)(
+        output, end = _own_for(value, own, right=too_old_fla() is None)(
             query,
             key,
             value,

@@ -130,6 +130,19 @@ def test_where_they_do_not_serve_the_models_own_functions_are_taken(installed):
 
 
 @pytest.mark.parametrize("installed", ["qwen3.5"], indirect=True)
+def test_kernels_that_are_too_old_are_left_alone(installed, monkeypatch):
+    """They count the key heads, and there may be more value heads."""
+    model, kernels = installed
+    expected = greedy(model, prompt_ids(PROMPT), NEW)
+    monkeypatch.setattr(recurrent, "serves", lambda tokens: True)
+    monkeypatch.setattr(recurrent, "too_old_fla", lambda: "0.4.1")
+    kernels.rules.clear(), kernels.convolutions.clear()
+    assert answer(model).token_ids == expected
+    assert not kernels.rules
+    assert kernels.convolutions, "of another package"
+
+
+@pytest.mark.parametrize("installed", ["qwen3.5"], indirect=True)
 def test_what_is_not_ours_goes_on_to_them(installed, monkeypatch):
     """The model's own steps, once its functions have been redirected: with a cache of its own, of any length."""
     model, kernels = installed

@@ -18,7 +18,7 @@ from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import fetch_model
 from offload_triforce.scheduler.emulated import EmulatedDevice
 
-MODELS = {"smollm2": 8192, "llama-1b": 131_072}  # and their positions
+MODELS = {"smollm2": 8192, "llama-1b": 131_072, "hybrid-1b": 262_144}  # and their positions
 # The link dominates when its time is a multiple of the computation's: these many times.
 DOMINANCE = (3.0, 6.0, 12.0)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import LlamaConfig
+from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from offload_triforce.errors import InputError
 from offload_triforce.model.names import find_known, nearest
@@ -16,8 +17,18 @@ _PARTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 _LLAMA_1B = {name: find_known("llama-3.2-1b").config[name] for name in _PARTS}
 _LLAMA_1B |= {"vocab_size": 32000, "tie_word_embeddings": False}
 
+# A hybrid in the proportions of Qwen3.5: three recurrent layers to each that attends, four heads to a KV head of 256.
+_HYBRID_1B = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 8}
+_HYBRID_1B |= {"num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32000, "tie_word_embeddings": False}
+_HYBRID_1B |= {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_conv_kernel_dim": 4}
+_HYBRID_1B |= {"linear_num_value_heads": 16, "linear_value_head_dim": 128}
+_HYBRID_1B |= {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 6}
+
 # Beside those of ``model.names``.
-SHAPES: dict[str, tuple[type, dict[str, Any]]] = {"llama-1b": (LlamaConfig, _LLAMA_1B)}
+SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama-1b": (LlamaConfig, _LLAMA_1B),
+    "hybrid-1b": (Qwen3_5TextConfig, _HYBRID_1B),
+}
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device, positions: int) -> PreTrainedModel:

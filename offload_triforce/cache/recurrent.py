@@ -126,6 +126,22 @@ class NodeView:
         return ops.delta_tree(tokens, nodes.state[layer], ops.DeltaNodes(*held), self._step)
 
 
+class OverNodes:
+    """A view whose steps are over nodes: what it answers recurrent layers, see ``RecurrentView``."""
+
+    def __init__(self, nodes: PendingNodes | None) -> None:
+        """``nodes``: where the steps' tokens go; None if the model has no such layers."""
+        self._states = None if nodes is None else NodeView(nodes)
+
+    def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
+        """The next recurrent layer's convolution of T new tokens: [T, C]."""
+        return self._states.convolve(convolution)
+
+    def recur(self, tokens: ops.DeltaTokens, _: object) -> Tensor:
+        """That layer's delta rule: [T, Hv, Dv]."""
+        return self._states.recur(tokens)
+
+
 class RecurrentCache:
     """What recurrent layers remember of the text: a state [L, Hv, Dk, Dv] in float32, and the convolution's tail.
 

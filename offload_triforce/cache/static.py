@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
-from offload_triforce.cache.recurrent import NodeView, PendingNodes
+from offload_triforce.cache.recurrent import OverNodes, PendingNodes
 from offload_triforce.kernels import ops
 
 # Takes what a step only reads into an attention, given the depths of its tokens and the counters.
@@ -24,7 +24,7 @@ class Held(NamedTuple):
     index: int
 
 
-class StaticView:
+class StaticView(OverNodes):
     """Buffers under steps of T tokens that are the same work each time, on the same memory.
 
     ``GrowingBuffer.attend`` cuts out what is held, so its shapes change from step to step. Here every operation takes
@@ -49,17 +49,17 @@ class StaticView:
             counters: numbers of tokens that ``find``'s readers go by.
             nodes: what the steps of recurrent layers write to.
         """
+        super().__init__(nodes)
         device = buffers[0].kv.device
         self.buffers, self.tokens, self.sight, self._find, self._counters = buffers, tokens, sight, find, counters
         self._back = torch.arange(-tokens, 0, device=device)
         self._attention = ops.RunningAttention()
-        self._nodes = None if nodes is None else NodeView(nodes)
         self.hidden: Tensor | None = None  # of the newest step, [T, width], where the model tells: in one place
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """How many numbers ``held`` returns: two per buffer, one per counter, and one for recurrent layers."""
-        return len(self.buffers), len(self.buffers), len(self._counters), int(self._nodes is not None)
+        return len(self.buffers), len(self.buffers), len(self._counters), int(self._states is not None)
 
     def held(self) -> list[int]:
         """What ``begin`` is to be told: tokens of each buffer once the step is written, those committed, counters.
@@ -73,9 +73,9 @@ class StaticView:
                 raise IndexError(f"{length} tokens do not fit a buffer of {buffer.capacity}")
         committed, counts = [buffer.committed for buffer in self.buffers], [counter() for counter in self._counters]
         nodes = []
-        if self._nodes is not None:
-            self._nodes.nodes.check_room(self.tokens)
-            nodes = [self._nodes.nodes.length + self.tokens]
+        if self._states is not None:
+            self._states.nodes.check_room(self.tokens)
+            nodes = [self._states.nodes.length + self.tokens]
         return [*lengths, *committed, *counts, *nodes]
 
     def begin(self, held: Tensor, mask: Tensor, depths: Tensor) -> None:
@@ -92,22 +92,14 @@ class StaticView:
             buffer: (length, kept)
             for buffer, length, kept in zip(self.buffers, lengths.split(1), committed.split(1), strict=True)
         }
-        if self._nodes is not None:
-            self._nodes.begin(self._nodes.nodes.static_step(mask, self._back + nodes))
+        if self._states is not None:
+            self._states.begin(self._states.nodes.static_step(mask, self._back + nodes))
 
     def see(self, hidden: Tensor) -> None:
         """The hidden states [T, width] of the step's tokens."""
         if self.hidden is None:
             self.hidden = torch.empty_like(hidden)
         self.hidden.copy_(hidden)
-
-    def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
-        """The next recurrent layer's convolution of T new tokens: [T, C]."""
-        return self._nodes.convolve(convolution)
-
-    def recur(self, tokens: ops.DeltaTokens, _: object) -> Tensor:
-        """That layer's delta rule: [T, Hv, Dv]."""
-        return self._nodes.recur(tokens)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
         """Write T new tokens behind those held and attend from them to all they see: query [H, T, D] -> [H, T, D]."""

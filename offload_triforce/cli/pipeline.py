@@ -22,7 +22,7 @@ EXAMPLES = examples("offload-triforce bench pipeline --model smollm2 --link-gbps
 @takes_settings("tile", "ring", "resident")
 def pipeline(
     *,
-    model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2 and llama-1b.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="May be repeated; smollm2, llama-1b and hybrid-1b.")] = None,
     link_gbps: Annotated[
         list[str] | None,
         typer.Option(help="Bandwidth in GB/s; may be repeated. By default three at which the link dominates."),

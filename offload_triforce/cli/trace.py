@@ -14,7 +14,7 @@ from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.values import read_speed, read_tokens
 from offload_triforce.model.fetch import check_source
 
-Model = Annotated[str, typer.Option(help="smollm2 (real text) or llama-1b (random weights).")]
+Model = Annotated[str, typer.Option(help="smollm2 (real text); llama-1b or hybrid-1b (random weights).")]
 EXAMPLES = examples("offload-triforce trace", "offload-triforce trace --out pass.json --png pass.png")
 
 

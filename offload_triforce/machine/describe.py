@@ -24,7 +24,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "offload_triforce": __version__,
-        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "numpy")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "numpy", "fla-core")},
         "torch_threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -21,7 +21,7 @@ from offload_triforce.machine.describe import describe_machine
 from offload_triforce.machine.hardware import Measured, keep_measured
 from offload_triforce.machine.measure import link_ceiling, memory_bandwidth
 from offload_triforce.machine.memory import free_on_host
-from offload_triforce.machine.packages import UPDATE, what_bitsandbytes_lacks
+from offload_triforce.machine.packages import UPDATE, too_old_fla, what_bitsandbytes_lacks
 from offload_triforce.scheduler.plan import TILE_BYTES
 
 _QUERY = ("name", "driver_version", "pcie.link.gen.current", "pcie.link.gen.max")
@@ -41,7 +41,7 @@ class Finding:
 def examine() -> dict[str, Any]:
     """All findings and a measurement, for JSON: ``findings``, ``measured``, ``machine``."""
     smi = ask_driver()
-    findings = [*check_gpu(smi), check_triton(), check_quantiser(), *check_host(), check_pinning()]
+    findings = [*check_gpu(smi), check_triton(), check_quantiser(), check_hybrid(), *check_host(), check_pinning()]
     if (wsl := check_wsl(platform.release())) is not None:
         findings.append(wsl)
     measured, lines = measure()
@@ -156,6 +156,20 @@ def check_quantiser() -> Finding:
     if (lacking := what_bitsandbytes_lacks()) is not None:
         return Finding("bitsandbytes", "missing", f"too old for --quantize, {lacking.partition(';')[0]}", UPDATE)
     return Finding("bitsandbytes", "ok", "there")
+
+
+def check_hybrid() -> Finding:
+    """For the prompts of models with recurrent layers. On a CPU, and for trees anywhere, it is not needed."""
+    what = "flash-linear-attention"
+    if (old := too_old_fla()) is not None:
+        remedy = "pip install -U fla-core; until then, prompts of hybrid models are read by slower functions"
+        return Finding(what, "slow", f"{old} knows no value heads that share a key head, and is not used", remedy)
+    if importlib.util.find_spec("fla") is not None:
+        return Finding(what, "ok", "there")
+    if not torch.cuda.is_available():
+        return Finding(what, "note", "not installed; without a card it would not be used")
+    remedy = "for hybrid models (Qwen3.5, Qwen3-Next, Olmo Hybrid): pip install 'offload-triforce[hybrid]'"
+    return Finding(what, "slow", "not installed: prompts of models with recurrent layers are read more slowly", remedy)
 
 
 def check_host() -> list[Finding]:

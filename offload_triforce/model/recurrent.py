@@ -8,16 +8,19 @@ arrives, the view that it holds is asked instead. No model code is copied.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.kernels.ops import Convolution, DeltaTokens
+from offload_triforce.machine.packages import too_old_fla
 
 # The text decoders whose recurrent layers work like this, by model type.
 FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
@@ -87,6 +90,16 @@ def _dispatcher(own: Callable[..., Any], ask: Callable[..., Any]) -> Callable[..
     return ours
 
 
+def serves(tokens: Tensor) -> bool:
+    """Whether installed kernels serve a layer of these: on CUDA in 16 bits. In float32 they round products to TF32."""
+    return tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+
+
+def _own_for(tokens: Tensor, own: Callable[..., Any], right: bool = True) -> Callable[..., Any]:
+    """The model's own function, with an installed kernel in its place only where that serves, and is ``right``."""
+    return own if right and serves(tokens) else inspect.unwrap(own)
+
+
 def _ask_for_convolution(
     own: Callable[..., Any],
     view: RecurrentView,
@@ -101,7 +114,7 @@ def _ask_for_convolution(
         raise UnsupportedModelError(f"a convolution with the activation {activation!r} is not supported")
 
     def whole(inputs: Tensor) -> Tensor:
-        return own(inputs.T[None], weight, bias, activation=activation)[0].T
+        return _own_for(inputs, own)(inputs.T[None], weight, bias, activation=activation)[0].T
 
     _here.channels = hidden_states.shape[1]
     convolution = Convolution(hidden_states[0].T, weight, bias, _ACTIVATIONS[activation])
@@ -127,7 +140,7 @@ def _ask_for_rule(
 
     def whole(state: Tensor | None) -> tuple[Tensor, Tensor]:
         start = None if state is None else state[None]
-        output, end = own(
+        output, end = _own_for(value, own, right=too_old_fla() is None)(
             query,
             key,
             value,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.buffer import TreeStep
-from offload_triforce.cache.recurrent import NodeView, PendingNodes
+from offload_triforce.cache.recurrent import OverNodes, PendingNodes
 from offload_triforce.cache.retrieval import Refresh
 from offload_triforce.cache.target import TargetCaches
 from offload_triforce.graphs.steps import StepGraphs
@@ -26,24 +26,16 @@ from offload_triforce.speculation.tree import Node, tokens_of, tree_mask
 Choosing = Literal["each pass", "once", "never"]
 
 
-class _Level:
+class _Level(OverNodes):
     """What both levels share: the weights, and a step over nodes of a tree."""
 
     def __init__(self, model: PreTrainedModel, caches: TargetCaches, nodes: PendingNodes | None) -> None:
         """``nodes``: where recurrent layers keep this level's tokens."""
+        super().__init__(nodes)
         self.model, self.caches = model, caches
-        self._states = None if nodes is None else NodeView(nodes)
         self._nodes: Sequence[Node] = ()
         self._before: Sequence[Node] = ()
         self._steps: dict[int | None, TreeStep | None] = {}
-
-    def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
-        """See ``RecurrentView``."""
-        return self._states.convolve(convolution)
-
-    def recur(self, tokens: ops.DeltaTokens, _: object) -> Tensor:
-        """See ``RecurrentView``."""
-        return self._states.recur(tokens)
 
     def _begin(self, nodes: Sequence[Node], before: Sequence[Node]) -> list[int]:
         """The step's nodes follow those that are pending: the positions of their tokens."""

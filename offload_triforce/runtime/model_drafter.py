@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_triforce.cache.recurrent import NodeView
+from offload_triforce.cache.recurrent import OverNodes
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.graphs.steps import StepGraphs
-from offload_triforce.kernels.ops import AttentionParams, Convolution, DeltaTokens
+from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.adapter import run
 from offload_triforce.speculation.acceptance import AcceptanceRule, DraftToken
 from offload_triforce.speculation.place import PathState, Place
 from offload_triforce.speculation.text import TokenText
 
 
-class ModelDrafter:
+class ModelDrafter(OverNodes):
     """The model drafter: a small transformers model over a streaming cache.
 
     The text may hold ids that this model has no embedding for (the target's vocabulary is padded further, or holds ids
@@ -39,8 +39,8 @@ class ModelDrafter:
 
         ``places``: of the model's layers that attend, in the cache; without, all layers do.
         """
+        super().__init__(None if cache.recurrent is None else cache.recurrent.nodes)
         self.model, self.cache, self.rule, self.graphs, self._places = model, cache, rule, graphs, places
-        self._states = None if cache.recurrent is None else NodeView(cache.recurrent.nodes)
         self._readable = model.get_input_embeddings().num_embeddings
         self._stand_in = _stand_in(model, self._readable)
         self._read: list[int] = []  # tokens of the text that have been read or left out, from ``_first`` on
@@ -49,14 +49,6 @@ class ModelDrafter:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """The view that the model attends over."""
         return self.cache.attend(layer if self._places is None else self._places[layer], query, key, value, params)
-
-    def convolve(self, convolution: Convolution, _: object) -> Tensor:
-        """See ``RecurrentView``."""
-        return self._states.convolve(convolution)
-
-    def recur(self, tokens: DeltaTokens, _: object) -> Tensor:
-        """See ``RecurrentView``."""
-        return self._states.recur(tokens)
 
     def _room(self, text: TokenText) -> int:
         """Draft tokens that the cache can hold beside those that are in the text already."""

@@ -44,6 +44,18 @@ def test_bytes_of_a_pass(resident):
     subject.close()
 
 
+def test_of_a_hybrid_only_what_attends_crosses_the_link(monkeypatch):
+    """Hand-counted: 2 of 8 layers, K and V, 2 heads of 256, 4 bytes; 3 tiles of 128 tokens."""
+    values = {**shapes.SHAPES["hybrid-1b"][1], **TINY, "head_dim": 256, "num_hidden_layers": 8}
+    values["layer_types"] = values["layer_types"][:8]
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (shapes.SHAPES["hybrid-1b"][0], values))
+    report = pipeline.bench_pipeline(["tiny"], Settings(tile=128), 512, 13, 2, [0.5])
+    (row,) = report["results"]
+    assert row["pass_bytes"] == 2 * 3 * 128 * 2 * 2 * 256 * 4
+    assert row["bytes_over_needed"] == 1.0
+    assert row["pass_over_link"] >= 1.0
+
+
 def test_filled_or_read_a_subject_is_ready_and_stays_as_it_is():
     model = shapes.random_model("tiny", torch.float32, torch.device("cpu"), 600)
     for prepare in (Subject.read, Subject.fill):

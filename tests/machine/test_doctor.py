@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from offload_triforce.errors import MemoryLimitError
-from offload_triforce.machine import doctor
+from offload_triforce.machine import doctor, packages
 from offload_triforce.machine.hardware import Measured, read_measured
 
+ERRORS = {"PackageNotFoundError": packages.metadata.PackageNotFoundError}
 GOOD = "NVIDIA GeForce RTX 4090, 550.54, 1, 4, 16, 16\n"
 
 
@@ -62,6 +63,32 @@ def test_wsl_and_missing_packages(monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert doctor.check_triton().state == "slow"
     assert doctor.check_quantiser().state == "note"
+
+
+@pytest.mark.parametrize(
+    ("version", "card", "state", "words"),
+    [
+        (None, False, "note", "would not be used"),
+        (None, True, "slow", "pip install 'offload-triforce[hybrid]'"),
+        ("0.6.0", True, "ok", "there"),
+        ("0.5.0", True, "ok", "there"),
+        ("0.4.2", True, "slow", "pip install -U fla-core"),
+        ("0.4.2", False, "slow", "pip install -U fla-core"),
+    ],
+)
+def test_kernels_for_hybrid_models(version, card, state, words, monkeypatch):
+    def versions(name):
+        if version is None:
+            raise ERRORS["PackageNotFoundError"](name)
+        return version
+
+    monkeypatch.setattr(packages, "metadata", SimpleNamespace(version=versions, **ERRORS))
+    monkeypatch.setattr(doctor, "too_old_fla", packages.too_old_fla.__wrapped__)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: version and name == "fla" and object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    found = doctor.check_hybrid()
+    assert found.state == state
+    assert words in f"{found.found} {found.remedy}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

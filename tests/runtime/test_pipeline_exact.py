@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload_triforce.cache.full import FullCache
 from offload_triforce.config import Settings
 from offload_triforce.kernels import ops, reference
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
+from offload_triforce.model.prefill import _LayerView
 from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.device import CudaDevice
-from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
+from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice, ThreadLane
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.store import Leaving
 from offload_triforce.speculation.tree import Node
@@ -47,7 +51,8 @@ def block():
 
 
 def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS, ahead=False):
-    """All logits of a prefill and some passes, each of 5 tokens of which 3 are kept: [passes * 5, V].
+    """All logits of a prefill and some passes, each of 5 tokens of which 3 are kept: [passes * 5, V]; what the caches
+    then hold: keys and values of each full layer, states and tails of the recurrent ones; and the retrieval cache.
 
     ``ahead``: the retrieval level drafts ahead while a pass is under way.
     """
@@ -75,17 +80,31 @@ def logits(model, layout, device, prompt=None, passes=PASSES, settings=SETTINGS,
                 target.commit(kept)
         assert bool(steps) == ahead
         kept = [runtime.caches.full.read(layer).clone() for layer in range(len(layout.full))]
+        kept += [] if runtime.caches.recurrent is None else runtime.caches.recurrent.snapshot().values()
         retrieval = runtime.caches.retrieval
         return torch.cat(rows), kept, torch.cat([retrieval.store.kv.flatten(), retrieval.settled.flatten()])
     finally:
         runtime.close()
 
 
-@pytest.fixture(scope="module")
-def llama():
-    model = tiny_model("llama")
+# A hybrid's copies run on while recurrent layers compute: before, between and behind those that attend.
+HYBRID = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2}
+MODELS = {"llama": lambda: tiny_model("llama"), "hybrid": lambda: tiny_model("qwen3.5", **HYBRID)}
+
+
+def prepared(model):
     layout = probe(model)
     return model, layout, logits(model, layout, EagerDevice())
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return prepared(MODELS["llama"]())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_model(request):
+    return prepared(MODELS[request.param]())
 
 
 def assert_same(actual, expected):
@@ -101,9 +120,17 @@ def test_bit_identical_under_200_seeds(llama, tens):
         assert_same(logits(model, layout, chaotic(seed)), expected)
 
 
-def test_drafting_ahead_changes_no_bit_of_a_pass(llama):
-    """The retrieval level reads its cache with the same weights while the pass writes there."""
-    model, layout, expected = llama
+@pytest.mark.parametrize("tens", range(4))
+def test_so_is_a_hybrid_under_40(tens):
+    model, layout, expected = prepared(MODELS["hybrid"]())
+    assert any(part.dim() == 4 and part.shape[0] == 4 for part in expected[1]), "the states of its recurrent layers"
+    for seed in range(10 * tens, 10 * tens + 10):
+        assert_same(logits(model, layout, chaotic(seed)), expected)
+
+
+def test_drafting_ahead_changes_no_bit_of_a_pass(any_model):
+    """The retrieval level reads its cache with the same weights while the pass writes there. States are shared, too."""
+    model, layout, expected = any_model
     for seed in range(20):
         assert_same(logits(model, layout, chaotic(seed, longest_ms=0.5), ahead=True), expected)
     assert_same(logits(model, layout, LateDevice(), ahead=True), expected)
@@ -122,9 +149,9 @@ def test_drafting_ahead_changes_no_bit_of_a_pass(llama):
         {"hidden_states": "host", "prefill_chunk": 50, "resident": 0.5, "prefill_resident": 0.0},
     ],
 )
-def test_other_plans(llama, settings):
+def test_other_plans(any_model, settings):
     """Residency and ring move tiles about, and change no bit; another tile size rounds otherwise."""
-    model, layout, _ = llama
+    model, layout, _ = any_model
     changed = Settings(**{**vars(SETTINGS), **settings})
     expected = logits(model, layout, EagerDevice(), settings=changed)
     assert_same(logits(model, layout, chaotic(3), settings=changed), expected)
@@ -172,38 +199,99 @@ def test_smollm2(smollm2):
         assert_same(logits(model, layout, chaotic(seed, longest_ms=0.5), prompt, 2, settings), expected)
 
 
-@pytest.mark.parametrize("mutation", ["arrival", "slot", "source"])
-def test_a_missing_wait_shows(llama, monkeypatch, mutation):
-    model, layout, expected = llama
+# --- every wait, removed
 
-    def wrong(seed):
-        device = EmulatedDevice(chaos=Chaos(seed, 10.0))
-        if mutation == "slot":
-            submit = device.incoming.submit
-            device.incoming.submit = lambda target, source, after=None: submit(target, source)
+
+def _arrival(monkeypatch):
+    """Attention reads a slot before its tile has landed."""
+
+    class Flying(deque):
+        def popleft(self):
+            slot, _ = super().popleft()
+            return slot, SimpleNamespace(wait=lambda: None, arrived=lambda: True)
+
+    begin = TileStream.begin
+
+    def mutated(self, tiles):
+        self._flying = Flying()
+        begin(self, tiles)
+
+    monkeypatch.setattr(TileStream, "begin", mutated)
+
+
+def _slot(monkeypatch):
+    """A tile is copied into a slot that is still being read."""
+    submit = ThreadLane.submit
+
+    def mutated(self, target, source, after=None):
+        return submit(self, target, source, None if self is self._owner.incoming else after)
+
+    monkeypatch.setattr(ThreadLane, "submit", mutated)
+
+
+def _attention(monkeypatch):
+    """A layer goes on before all tiles are in its attention."""
+    monkeypatch.setattr(EmulatedDevice, "finish", lambda self: None)
+
+
+def _source(monkeypatch):
+    """A prefill writes the next layer's keys and values over those that are leaving."""
+    nothing = property(lambda self: None, lambda self, value: None)
+    monkeypatch.setattr(_LayerView, "leaving", nothing, raising=False)
+
+
+def _source_behind_a_recurrent_layer(monkeypatch):
+    """The same, if a layer that attends comes next but one: the layer between has nothing that leaves."""
+
+    def put(self, leaving):
+        self._left = None if leaving is getattr(self, "_left", None) else leaving
+
+    monkeypatch.setattr(_LayerView, "leaving", property(lambda self: self._left, put), raising=False)
+
+
+def _prompt(monkeypatch):
+    """The first pass reads tiles that have not left the device yet."""
+    end_fill = FullCache.end_fill
+
+    def mutated(self, tokens):
+        leaving, self._leaving = self._leaving, Leaving()
+        end_fill(self, tokens)
+        self._leaving = leaving
+
+    monkeypatch.setattr(FullCache, "end_fill", mutated)
+
+
+def _news(monkeypatch):
+    """Tiles of new tokens are dropped from the tail, and read, before they have left it."""
+    land = FullCache._land
+
+    def mutated(self):
+        self._leaving = Leaving()
+        land(self)
+
+    monkeypatch.setattr(FullCache, "_land", mutated)
+
+
+WAITS = [_arrival, _slot, _attention, _source, _prompt, _news]
+CASES = [(name, wait) for name in MODELS for wait in WAITS] + [("hybrid", _source_behind_a_recurrent_layer)]
+
+
+@pytest.mark.parametrize(("name", "wait"), CASES, ids=lambda part: getattr(part, "__name__", part).strip("_"))
+def test_a_missing_wait_shows(name, wait, monkeypatch):
+    model, layout, expected = prepared(MODELS[name]())
+    wait(monkeypatch)
+
+    def wrong(device):
         try:
-            actual = logits(model, layout, device, passes=2)
+            actual = logits(model, layout, device)
         except RuntimeError:
             return True
-        return not torch.equal(actual[0], expected[0][:10])
+        return not torch.equal(actual[0], expected[0])
 
-    if mutation == "arrival":
-
-        class Flying(list):
-            def popleft(self):
-                slot, _ = self.pop(0)
-                return slot, SimpleNamespace(wait=lambda: None, arrived=lambda: True)
-
-        begin = TileStream.begin
-
-        def mutated(self, tiles):
-            self._flying = Flying()
-            begin(self, tiles)
-
-        monkeypatch.setattr(TileStream, "begin", mutated)
-    if mutation == "source":
-        monkeypatch.setattr(Leaving, "wait", lambda self, end=None: None)
-    assert any(wrong(seed) for seed in range(8))
+    # Delays at random, and the longest: a copy that nobody waits for never lands.
+    devices = [*(partial(EmulatedDevice, chaos=Chaos(seed, 10.0)) for seed in range(2)), LateDevice]
+    devices += [partial(EmulatedDevice, chaos=Chaos(seed, 10.0)) for seed in range(2, 8)]
+    assert any(wrong(make()) for make in devices)
 
 
 class _HostWaits(TorchDispatchMode):

@@ -12,10 +12,10 @@ from offload_triforce import TriForce
 from offload_triforce.cache.retrieval import RetrievalCache
 from offload_triforce.kernels import reference
 from tests.stateful import Counting, Forking, Fussy, Moody
-from tests.tiny import greedy, prompt_ids, tiny_model
+from tests.tiny import RECURRENT, greedy, prompt_ids, tiny_model
 
 PROMPT, NEW = 179, 50
-FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3-moe", "qwen3.5")
+FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3-moe", *sorted(RECURRENT))
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "prefill_chunk": 100}
 
 
@@ -79,6 +79,27 @@ def test_any_way_is_plain_decoding(family, way, draft, temperature, seed, brough
         options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed, **brought_by(brought)}
         result = engine.generate(prompt_ids(PROMPT), **options)
     assert result.token_ids == plain(family, temperature, seed, brought)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("family", sorted(RECURRENT))
+def test_a_hybrid_drafts_for_another_model(family, temperature):
+    """As level 0, over a cache whose window moves while its states go on."""
+    way = {**SMALL, "gamma": 6, "gamma1": 3, "draft_cost": 0.05, "draft_cache": 24}
+    with TriForce(model_of("llama"), draft=model_of(family), **way) as engine:
+        result = engine.generate(prompt_ids(PROMPT), max_new_tokens=NEW, temperature=temperature, seed=1)
+    assert result.token_ids == plain("llama", temperature, 1)
+    assert result.stats.draft.judged > 0
+
+
+@settings(deadline=None, max_examples=4)
+@given(ways(), st.sampled_from(["none", "self", "ngram+self"]), st.sampled_from([0.0, 0.7, 1.3]), st.integers(0, 2))
+@pytest.mark.parametrize("family", sorted(RECURRENT))
+def test_so_are_hybrids_of_each_kind(family, way, draft, temperature, seed):
+    """Often enough that each kind meets trees, chains, and itself as level 0."""
+    with TriForce(model_of(family), draft=draft, **{**SMALL, **way}) as engine:
+        result = engine.generate(prompt_ids(PROMPT), max_new_tokens=NEW, temperature=temperature, seed=seed)
+    assert result.token_ids == plain(family, temperature, seed)
 
 
 def counts(family="llama", **way):

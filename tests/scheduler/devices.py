@@ -7,7 +7,7 @@ import functools
 import torch
 
 from offload_triforce.scheduler.clock import HostMark
-from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice
+from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice, poison
 
 
 class EagerDevice:
@@ -58,10 +58,24 @@ class EagerDevice:
 
 
 class LateDevice(EagerDevice):
-    """Copies when waited for: whoever reads without waiting, or changes a source, finds wrong data."""
+    """Copies when waited for: whoever reads without waiting, or changes a source, finds wrong data.
+
+    Buffers are full of NaN to begin with: what is left in memory might be what somebody else has copied there before.
+    """
 
     def _lane(self):
         return LateLane()
+
+    def empty(self, shape, dtype):
+        return _poisoned(super().empty(shape, dtype))
+
+    def host_empty(self, shape, dtype):
+        return _poisoned(super().host_empty(shape, dtype))
+
+
+def _poisoned(buffer):
+    poison(buffer)
+    return buffer
 
 
 class _Done:

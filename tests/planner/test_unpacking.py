@@ -57,9 +57,19 @@ def test_our_rule_is_that_of_the_library(theirs, tokens, rows, columns, itemsize
 def test_around_every_limit(theirs, chip):
     """All numbers of tokens at which one of the two rules changes its mind, for the shapes of well-known models."""
     shapes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (5120, 5120), (17408, 5120), (5120, 17408)]
-    shapes += [(512, 3584), (18944, 3584), (3584, 18944), (576, 1536), (1536, 576), (192, 576), (6144, 2048), (96, 32)]
+    shapes += [
+        (512, 3584),
+        (18944, 3584),
+        (3584, 18944),
+        (576, 1536),
+        (1536, 576),
+        (192, 576),
+        (6144, 2048),
+        (96, 32),
+        (2048, 512),
+    ]
     for rows, columns in shapes:
-        for tokens in range(1, 521):
+        for tokens in (*range(1, 521), 1535, 1536, 1537):
             said = is_fused(tokens, rows, columns, 2, *chip)
             assert said == theirs(tokens, rows, columns, 2, *chip), (tokens, rows, columns)
 

@@ -41,7 +41,7 @@ def theirs():
     return fused
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     tokens=st.one_of(st.integers(1, 40), st.integers(1, 600), st.sampled_from([128, 193, 320, 384, 512, 1536, 1537])),
     rows=SIZES,
@@ -67,6 +67,11 @@ def test_around_every_limit(theirs, chip):
         (6144, 2048),
         (96, 32),
         (2048, 512),
+        # Right at a limit of blocks, and rows that are no whole number of them.
+        (3072, 4096),
+        (3072, 2048),
+        (5120, 512),
+        (100, 128),
     ]
     for rows, columns in shapes:
         for tokens in (*range(1, 521), 1535, 1536, 1537):

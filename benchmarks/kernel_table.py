@@ -35,6 +35,7 @@ import torch
 
 from offload_triforce.kernels import aot, aot_cases, machine_code, tiling
 from offload_triforce.kernels.launch import Launch
+from offload_triforce.machine.cards import find_card
 
 CHUNK, BUDGET, CLAIM = 8, 4096, 0.8
 NODES = (13, 49, 193, 512)
@@ -65,11 +66,13 @@ class Card:
     matrix: int = 32
 
 
-CARDS = {
-    "3090": Card("RTX 3090", 86, 82, 1.695e9, 0.936e12, 2e12),
-    "4090": Card("RTX 4090", 89, 128, 2.52e9, 1.008e12, 4e12),
-    "5090": Card("RTX 5090", 120, 170, 2.407e9, 1.792e12, 5e12),
-}
+def _card(short: str, cache: float) -> Card:
+    """The planner's own figures, and the one that it does not have."""
+    known = find_card(f"RTX {short}")
+    return Card(known.name, known.cc, known.sms, known.mhz * 1e6, known.memory_gbps * 1e9, cache)
+
+
+CARDS = {short: _card(short, cache) for short, cache in (("3090", 2e12), ("4090", 4e12), ("5090", 5e12))}
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def test_codes_are_as_near_as_they_can_be(biased, monkeypatch):
     assert ((unpacked - weight).abs() <= 0.5001 * head.scale[:, None]).all()
     assert (head.weight.abs().amax(1) == 127).sum() == len(weight) - 1
     assert not head.weight[3].any()
+    assert head.scale[3] == 1, "not 0 / 0, of which processors make what they like"
+    assert not head.training
     hidden = torch.randn(2, 5, weight.shape[1])
     expected = hidden @ unpacked.T + (0 if bias is None else bias)
     torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4)

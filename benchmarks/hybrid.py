@@ -25,8 +25,8 @@ def hybrid(
     minutes: Annotated[float, typer.Option(min=0.1, help="Of training, where it has not been done yet.")] = 8.0,
     again: Annotated[bool, typer.Option("--again", help="Train anew, though a model is kept.")] = False,
     tokens: Annotated[str, typer.Option(help="Length of the texts, at least 4096.")] = "4096",
-    answer: Annotated[str, typer.Option(help="Tokens of each answer.")] = "96",
-    runs: Annotated[int, typer.Option(min=1, help="Answers to each text at a temperature; 0 has one.")] = 2,
+    answer: Annotated[str, typer.Option(help="Tokens of each answer.")] = "64",
+    runs: Annotated[int, typer.Option(min=1, help="Answers to each text at a temperature; 0 has one.")] = 1,
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="Keep the JSON here.")] = None,
 ) -> None:

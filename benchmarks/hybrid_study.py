@@ -29,9 +29,9 @@ class Plan:
     """Texts of so many tokens, answers of ``new_tokens``; ``runs`` of them to each text where something is drawn."""
 
     tokens: int = 4096
-    new_tokens: int = 96
+    new_tokens: int = 64
     texts: int = 3
-    runs: int = 2
+    runs: int = 1
     temperatures: Sequence[float] = (0.0, 0.6, 1.0)
 
 

@@ -105,7 +105,7 @@ def bench_retrieval(
     tokens, budget = check_request(model, tokens, measured, budget)
     asked = find_task(task)
     say(f"{model}: loading")
-    engine = TriForce.load(find_source(model), dtype="float32", context=tokens + measured)
+    engine = TriForce.load(find_source(model), "ngram", dtype="float32", context=tokens + measured)
     given = measured if asked.ask is None else 1  # of the tokens gone through, those that need not be drawn
     ids = prompts(engine.tokenizer, [asked], tokens + given - 1)[asked]
     if asked.ask is None:

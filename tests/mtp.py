@@ -63,6 +63,8 @@ def save_with_head(folder: Path, family: str = "qwen3.5", leave_out: bool = Fals
         model = build(prefix, seed=1, **{"initializer_range": 0.12, "mtp_num_hidden_layers": 1, **changes})
     else:
         model = tiny_model(family, seed=1, calm=True, layer_types=KINDS, mtp_num_hidden_layers=1)
+    with torch.no_grad():  # else hidden states before and after the last norm would be the same to the head's own
+        model.get_decoder().norm.weight.uniform_(-0.5, 1.0)
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     if not leave_out:

@@ -108,7 +108,7 @@ def bench_prediction(
     source = find_source(model)
     check_context(tokens + new_tokens, max_positions(source))
     say(f"loading {model}")
-    engine = TriForce.load(source)
+    engine = TriForce.load(source, "ngram")
     case = Case(demo_prompt(engine, tokens), new_tokens)
     check_length(engine.layout, engine.settings, len(case.prompt), new_tokens)
     say("reading the text")

@@ -151,7 +151,7 @@ def _run_model(
     model: BenchModel, plan: Plan, settings: Settings, say: Say, keep: Callable[[], None], report: dict[str, Any]
 ) -> None:
     say(f"{model.name}: loading")
-    engine, tokens = TriForce.load(find_source(model.name), dtype="float32"), plan.tokens or model.tokens
+    engine, tokens = TriForce.load(find_source(model.name), "ngram", dtype="float32"), plan.tokens or model.tokens
     asked = prompts(engine.tokenizer, plan.tasks, tokens)
     head_dim = engine.layout.attention[0].head_dim
     ways = make_ways(settings, yardstick(tokens, draft_cost=settings.draft_cost), head_dim, plan.levers)

@@ -142,5 +142,5 @@ def set_up(asked: ThroughputQuery, say: Say) -> Stage:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(asked.vram / total)
     say(f"loading {asked.model}")
-    engine = TriForce.load(source, device="cuda" if cuda else "cpu")
+    engine = TriForce.load(source, "ngram", device="cuda" if cuda else "cpu")
     return Stage(engine, source, gbps, link, **(real if asked.link is not None else {}))

@@ -1,4 +1,4 @@
-"""Reading the files of a saved session as they lie on disk: every byte is compared with what the manifest says of it."""
+"""Reading the files of a saved session: every byte is held against what the manifest says of it."""
 
 from __future__ import annotations
 

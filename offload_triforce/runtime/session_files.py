@@ -69,7 +69,7 @@ _SPARE = 2**20  # bytes, for the manifest and what folders take
 
 @dataclass(frozen=True)
 class SavedText:
-    """What a save has done. ``size``: bytes of the session; ``written``: of these, now. ``files``: that were written."""
+    """What a save has done. ``size``: bytes of the session; ``written``: of these, now; ``files``: how many."""
 
     folder: Path
     tokens: int
@@ -245,8 +245,8 @@ def _older(folder: Path, identity: ModelIdentity, shape: KVShape) -> Manifest | 
         return old
     difference = difference or "another shape or dtype of its keys and values"
     raise InputError(
-        f"{folder} holds a session of {old.model.name}, and this model ({identity.name}) has {difference}; name another "
-        "folder, or remove that session first"
+        f"{folder} holds a session of {old.model.name}, and this model ({identity.name}) has {difference}; name "
+        "another folder, or remove that session first"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import xxhash
@@ -137,20 +137,18 @@ def write_manifest(manifest: Manifest) -> bytes:
         "block": manifest.block,
         "tokens": _file_as_json(manifest.tokens),
         "shards": [[_file_as_json(shard) for shard in layer] for layer in manifest.shards],
-        "points": [
-            [
-                point.tokens,
-                _file_as_json(point.file),
-                [[part.name, part.dtype, list(part.shape)] for part in point.parts],
-            ]
-            for point in manifest.points
-        ],
+        "points": [_point_as_json(point) for point in manifest.points],
     }
     return json.dumps({"format": FORMAT, "version": VERSION, "checksum": _checksum(body), "session": body}).encode()
 
 
 def _file_as_json(file: FileEntry) -> list[Any]:
     return [file.name, file.size, file.checksum]
+
+
+def _point_as_json(point: PointEntry) -> list[Any]:
+    parts = [[part.name, part.dtype, list(part.shape)] for part in point.parts]
+    return [point.tokens, _file_as_json(point.file), parts]
 
 
 def _checksum(body: Any) -> str:
@@ -235,11 +233,10 @@ class _Reader:
         length = _number(body["length"], MOST_TOKENS, "its number of tokens", 1)
         block = _number(body["block"], _MOST["block"], "the tokens of a shard", 1)
         tokens = self._file(body["tokens"], tokens_name, size_of([tokens_of(length)]))
-        empty = Manifest(
-            _number(body["saved"], 2**40, "the time of saving"), self._model(), layers, kv_heads, head_dim, dtype,
-            body["long"], length, block, tokens, (), (),
-        )  # fmt: skip
-        return Manifest(**(vars(empty) | {"shards": self._shards(empty), "points": self._points(length)}))
+        saved = _number(body["saved"], 2**40, "the time of saving")
+        shape = (layers, kv_heads, head_dim, dtype)
+        bare = Manifest(saved, self._model(), *shape, body["long"], length, block, tokens, (), ())
+        return replace(bare, shards=self._shards(bare), points=self._points(length))
 
     def _model(self) -> ModelIdentity:
         name, configuration, weights, tokenizer = _list(self._body["model"], "hashes of a model", 4)
@@ -252,16 +249,11 @@ class _Reader:
         layers = _list(self._body["shards"], "layers", manifest.layers)
         for layer in layers:
             _list(layer, "shards of a layer", manifest.blocks)
-        whole, last = (size_of([manifest.kv(block)]) for block in (0, manifest.blocks - 1))
+        sizes = [size_of([manifest.kv(block)]) for block in (0, manifest.blocks - 1)]
         found = []
         for index, layer in enumerate(layers):
-            sizes = [whole] * (manifest.blocks - 1) + [last]
-            found.append(
-                tuple(
-                    self._shard(value, index, block, size)
-                    for block, (value, size) in enumerate(zip(layer, sizes, strict=True))
-                )
-            )
+            shards = (self._shard(v, index, b, sizes[b == manifest.blocks - 1]) for b, v in enumerate(layer))
+            found.append(tuple(shards))
         return tuple(found)
 
     def _shard(self, value: Any, layer: int, block: int, size: int) -> FileEntry:

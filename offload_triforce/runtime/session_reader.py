@@ -26,7 +26,7 @@ AHEAD = 3  # blocks that are read before they are asked for
 
 
 def open_text(folder: Path, identity: ModelIdentity, expected: KVShape, progress: Progress | None = None) -> TextOnDisk:
-    """Open a saved session to go on with. Its keys and values are read, and their sums checked, when they are asked for.
+    """Open a saved session to go on with. Keys and values are read, and their sums checked, as they are asked for.
 
     Args:
         folder: of the session. identity: of the model that goes on. expected: what that model's caches hold.

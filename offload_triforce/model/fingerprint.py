@@ -28,8 +28,6 @@ _ELSEWHERE |= {"use_cache", "output_attentions", "output_hidden_states", "return
 _ELSEWHERE |= {"label2id", "bos_token_id", "eos_token_id", "pad_token_id"}
 # Many scripts, spaces, digits and marks: tokenizers that differ in how they split or normalise differ here.
 _PROBE = "The  quick fox, isn't it? 1234567 + 89.\n\tdef f(x):\n    return x\r\n Ünïcödé ﬁ 中文 русский عربى 🙂"
-    "The  quick brown fox, isn't it? 1234567 + 89.\n\tdef f(x):\n    return x\r\n Ünïcödé ﬁ Å 中文字符 русский عربى 🙂é"
-)
 
 
 @torch.no_grad()

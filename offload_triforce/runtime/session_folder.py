@@ -233,14 +233,27 @@ def clear_strays(folder: Path) -> None:
                 path.unlink()
 
 
+def check_there(folder: Path) -> None:
+    """Whether there is anything of a session, be it damaged or half written.
+
+    Raises:
+        InputError: there is not.
+    """
+    try:
+        found = os.path.lexists(folder / MANIFEST) or bool(own_files(folder))
+    except OSError:
+        found = False
+    if not found:
+        raise NoSession(f"there is no session at {folder}; `offload-triforce sessions list` says what there is")
+
+
 def remove_text(folder: Path) -> int:
     """Remove a session, even a damaged one; returns the bytes that it took. What else is in its folder stays.
 
     Raises:
         InputError: there is none. BusyError: it is being saved. StorageError: the disk refuses.
     """
-    if not folder.is_dir() or not (os.path.lexists(folder / MANIFEST) or own_files(folder)):
-        raise InputError(f"there is no session at {folder}; `offload-triforce sessions list` says what there is")
+    check_there(folder)
     with locked(folder):
         try:
             # The manifest first: what is interrupted leaves no half session, only files for the next save to clear.

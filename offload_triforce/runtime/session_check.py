@@ -55,7 +55,7 @@ def read_into(folder: Path, file: FileEntry, tensors: Sequence[TensorEntry], dat
     """
     header = header_of(tensors)
     whole = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_PIECE)) if data is None else data
+    buffer = memoryview(bytearray(min(_PIECE, file.size))) if data is None else data
     descriptor = open_file(folder, file)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)  # all at once: a disk is quick with many requests

@@ -125,7 +125,7 @@ def _make(folder: Path) -> bool:
         return True
     except FileExistsError as error:
         if not folder.is_dir():
-            raise InputError(f"{folder} is a file; name a folder for the session") from error
+            raise InputError(f"{folder} is a file, or below one; name a folder for the session") from error
     except OSError as error:
         raise _cannot_write(folder, error) from error
     if not (folder / MANIFEST).exists():

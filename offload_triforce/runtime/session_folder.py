@@ -102,7 +102,7 @@ def load_manifest(folder: Path) -> Manifest:
                 raise damaged(folder, f"{MANIFEST} is no plain file")
             if found.st_size > MOST_BYTES:
                 raise damaged(folder, f"its manifest has {found.st_size:,} bytes, more than any of ours")
-            data = file.read(MOST_BYTES)
+            data = file.read(found.st_size)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f"{folder} holds no session" if folder.is_dir() else f"there is no session at {folder}"
         raise NoSession(f"{what}; `offload-triforce sessions list` says what there is") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
-from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.simulate import (
@@ -165,7 +165,8 @@ def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) 
 def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:
     """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer.
 
-    Hidden states in host memory come and go beside the computation. What is resident late comes up at the end.
+    Groups bring up what was read before. Hidden states in host memory come and go beside the computation.
+    What is resident late comes up at the end.
     """
     layout, weights, speeds = model.layout, model.weights, machine.speeds
     chunks = -(-context // settings.prefill_chunk)
@@ -177,13 +178,15 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     states = 0.0
     if settings.hidden_states == "host":
         states = context * model.config.get_text_config().hidden_size * layout.dtype.itemsize / link
+    # Each group but the first brings up what was read before it: of g groups, (g - 1) / 2 times the whole.
+    again = (-(-context // group_tokens(layout)) - 1) / 2
     computing, copying = [], []
     full = set(layout.full)
     for index, shape in enumerate(layout.layers):
         computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
         computing.append(max(computed, states))
         leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
-        copying.append(leaves / link)
+        copying.append((1 + again) * leaves / link)
     return predict_prefill(computing, copying, chunks) + (plan.late_bytes / link if plan is not None else 0.0)
 
 

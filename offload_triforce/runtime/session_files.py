@@ -98,22 +98,16 @@ def save_text(
     if not len(source.tokens):
         raise InputError("there is nothing to save yet: the session has not read any text")
     created = _make(folder)
-    saved = False
     try:
         with locked(folder):
             try:
-                result = _Save(folder, source, identity, block).run(progress)
-                saved = True
+                return _Save(folder, source, identity, block).run(progress)
             finally:
                 clear_strays(folder)
+                if created and not os.path.lexists(folder / MANIFEST):
+                    _unmake(folder)  # with the lock in hand: whoever comes next sees that the folder is gone
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    finally:
-        if created and not saved and not (folder / MANIFEST).exists():
-            with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()
-                folder.rmdir()
-    return result
 
 
 def _make(folder: Path) -> bool:
@@ -136,6 +130,12 @@ def _make(folder: Path) -> bool:
     return False
 
 
+def _unmake(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
 def _cannot_write(folder: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
@@ -152,7 +152,7 @@ class _Save:
 
     def __init__(self, folder: Path, source: TextSource, identity: ModelIdentity, block: int) -> None:
         self.folder, self.source, self.stamp = folder, source, secrets.token_hex(8)
-        self.ids = torch.tensor(list(source.tokens), dtype=torch.int64)
+        self.ids = source.tokens
         if int(self.ids.min()) < 0 or int(self.ids.max()) >= 2**31:
             raise ValueError("token ids are not negative, and have 31 bits")
         _check_ascending(source.checkpoints, len(self.ids))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -287,11 +287,3 @@ class _Reader:
         if type(bytes_) is not int or bytes_ != size:
             raise ManifestError(f"gives {str(bytes_)[:40]!r} bytes for {given}, whose tensors take {size:,}")
         return FileEntry(given, bytes_, _text(checksum, _HASH.fullmatch, f"the checksum of {given}"))
-
-
-def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))

@@ -42,7 +42,7 @@ def open_text(folder: Path, identity: ModelIdentity, expected: KVShape, progress
     ids = _read(folder, manifest.tokens, [tokens_of(manifest.length)])["tokens"]
     if int(ids.min()) < 0:
         raise damaged(folder, f"{manifest.tokens.name} holds a negative id")
-    return TextOnDisk(folder, manifest, expected, ids.tolist(), progress)
+    return TextOnDisk(folder, manifest, expected, ids.long(), progress)
 
 
 def check_model(folder: Path, manifest: Manifest, identity: ModelIdentity, expected: KVShape) -> None:
@@ -77,12 +77,14 @@ class TextOnDisk:
     """A ``TextSource`` in a folder. Blocks are read whole, some of them ahead; for one thread at a time."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shape: KVShape, tokens: Sequence[int], progress: Progress | None
+        self, folder: Path, manifest: Manifest, shape: KVShape, tokens: Tensor, progress: Progress | None
     ) -> None:
         """See ``open_text``."""
         self.folder, self.manifest, self.shape = folder, manifest, shape
         self.tokens, self.long = tokens, manifest.long
-        self.checkpoints = [Checkpoint(point.tokens, PartsOnDisk(folder, point)) for point in manifest.points]
+        self.checkpoints: Sequence[Checkpoint] = [
+            Checkpoint(point.tokens, PartsOnDisk(folder, point)) for point in manifest.points
+        ]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object
         self._blocks: dict[int, Future[Tensor]] = {}  # in the order of reading: those of the first layer, and so on

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from offload_triforce.errors import InputError, StorageError
 from offload_triforce.runtime.held import Checkpoint, TextSource
+from offload_triforce.runtime.prefix import common_prefix
 from offload_triforce.runtime.session_folder import check_file, open_file
-from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry, common_beginning
+from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry
 from offload_triforce.runtime.session_reader import DTYPES, open_text
 from offload_triforce.runtime.shard_header import TensorEntry, header_of, in_order
 from offload_triforce.runtime.shard_writer import checksum_of
@@ -31,7 +32,7 @@ def kept_blocks(folder: Path, old: Manifest | None, new: Manifest, source: TextS
         held = open_text(folder, old.model, source.shape)
     except (InputError, StorageError):
         return 0
-    common = common_beginning(held.tokens, ids.tolist())
+    common = common_prefix(held.tokens, ids)
     kept = 0
     while kept < min(old.blocks, new.blocks) and old.reach(kept) == new.reach(kept) and new.reach(kept)[1] <= common:
         if not _ends_the_same(folder, old, kept, source):

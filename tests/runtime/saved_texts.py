@@ -20,7 +20,7 @@ def make_text(tokens, seed=0, layers=2, kv_heads=2, head_dim=4, dtype=torch.bflo
     kv = [_numbers(ids, seed + layer, kv_heads, head_dim, dtype) for layer in range(layers)]
     counts = list(range(every, tokens, every)) if every else []
     points = [Checkpoint(n, _parts(n, ids, choice=False)) for n in counts] + [Checkpoint(tokens, _parts(tokens, ids))]
-    return HeldText(ids, points, shape, kv, long)
+    return HeldText(torch.tensor(ids), points, shape, kv, long)
 
 
 def _numbers(ids, seed, kv_heads, head_dim, dtype):
@@ -52,7 +52,8 @@ def bits(tensor):
 
 def check_same(found, wanted):
     """All of a text, to the last bit."""
-    assert list(found.tokens) == list(wanted.tokens)
+    assert found.tokens.dtype == torch.int64
+    assert torch.equal(found.tokens, wanted.tokens)
     assert (found.shape, found.long) == (wanted.shape, wanted.long)
     for layer in range(wanted.shape.layers):
         one, other = (text.read(layer, 0, len(wanted.tokens)) for text in (found, wanted))

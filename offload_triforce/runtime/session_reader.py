@@ -82,9 +82,7 @@ class TextOnDisk:
         """See ``open_text``."""
         self.folder, self.manifest, self.shape = folder, manifest, shape
         self.tokens, self.long = tokens, manifest.long
-        self.checkpoints: Sequence[Checkpoint] = [
-            Checkpoint(point.tokens, PartsOnDisk(folder, point)) for point in manifest.points
-        ]
+        self.checkpoints: Sequence[Checkpoint] = [CheckpointOnDisk.of(folder, point) for point in manifest.points]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object
         self._blocks: dict[int, Future[Tensor]] = {}  # in the order of reading: those of the first layer, and so on
@@ -136,23 +134,41 @@ class TextOnDisk:
         return _read(self.folder, file, [entry])[entry.name]
 
 
-class PartsOnDisk(Mapping[str, Tensor]):
-    """The parts of a checkpoint by name. Their file is read when the first of them is asked for."""
+class CheckpointOnDisk(Checkpoint):
+    """A checkpoint whose parts are read when the first of them is asked for."""
 
-    def __init__(self, folder: Path, point: PointEntry) -> None:
-        self._folder, self._point = folder, point
+    @classmethod
+    def of(cls, folder: Path, point: PointEntry) -> CheckpointOnDisk:
+        """``point``: of the manifest of the session at ``folder``."""
+        return cls(point.tokens, PartsOnDisk(folder, point))
+
+    @property
+    def size(self) -> int:
+        """Bytes; nothing is read to count them."""
+        return sum(entry.size for entry in self.parts.entry.parts)
+
+
+class PartsOnDisk(Mapping[str, Tensor]):
+    """The parts of a checkpoint by name.
+
+    Attributes:
+        folder: of the session. entry: what its manifest says of them.
+    """
+
+    def __init__(self, folder: Path, entry: PointEntry) -> None:
+        self.folder, self.entry = folder, entry
         self._parts: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if self._parts is None:
-            self._parts = _read(self._folder, self._point.file, self._point.parts)
+            self._parts = _read(self.folder, self.entry.file, self.entry.parts)
         return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(part.name for part in self._point.parts)
+        return iter(part.name for part in self.entry.parts)
 
     def __len__(self) -> int:
-        return len(self._point.parts)
+        return len(self.entry.parts)
 
 
 def _read(folder: Path, file: FileEntry, tensors: Sequence[TensorEntry]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from offload_triforce.runtime.held import Checkpoint, TextSource
 from offload_triforce.runtime.prefix import common_prefix
 from offload_triforce.runtime.session_folder import check_file, open_file
 from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry
-from offload_triforce.runtime.session_reader import DTYPES, open_text
+from offload_triforce.runtime.session_reader import DTYPES, PartsOnDisk, open_text
 from offload_triforce.runtime.shard_header import TensorEntry, header_of, in_order
 from offload_triforce.runtime.shard_writer import checksum_of
 
@@ -61,6 +61,8 @@ def _ends_the_same(folder: Path, old: Manifest, block: int, source: TextSource) 
 def known_point(folder: Path, old: Manifest | None, point: Checkpoint) -> PointEntry | None:
     """Where a checkpoint lies already, to the last bit; else None."""
     for other in old.points if old else ():
+        if isinstance(point.parts, PartsOnDisk) and (point.parts.folder, point.parts.entry) == (folder, other):
+            return other if _is_there(folder, other.file) else None  # that one was read from here, or will be
         if other.tokens == point.tokens and list(other.parts) == entries_of(point):
             same = checksum_of(header_of(other.parts), data_of(point)) == other.file.checksum
             return other if same and _is_there(folder, other.file) else None
@@ -77,6 +79,8 @@ def _is_there(folder: Path, file: FileEntry) -> bool:
 
 def entries_of(point: Checkpoint) -> list[TensorEntry]:
     """What the file of a checkpoint holds, in order."""
+    if isinstance(point.parts, PartsOnDisk):
+        return list(point.parts.entry.parts)
     return in_order([TensorEntry(n, DTYPE_NAMES[part.dtype], tuple(part.shape)) for n, part in point.parts.items()])
 
 

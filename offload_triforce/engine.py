@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +31,6 @@ from offload_triforce.runtime.drafters import DraftChoice, Drafters
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
 from offload_triforce.runtime.texts import Texts
-from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 
@@ -83,8 +80,8 @@ class TriForce:
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
-        self._texts = Texts(model, self.layout, self.settings, self._drafters)
         self._turns = Turns()  # of the answers that the caches belong to
+        self._texts = Texts(model, self.layout, self.settings, self._drafters, self._turns)
 
     @classmethod
     def load(
@@ -271,17 +268,6 @@ class TriForce:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[Texts]:
-        """The caches and texts, for something else than an answer. It waits for its turn, as an answer does."""
-        answer = Answer()
-        try:
-            self._turns.take(answer, wait=True)
-            with on(self.layout.device), torch.inference_mode(False), torch.no_grad():
-                yield self._texts
-        finally:
-            self._turns.release(answer)
 
     def _stream(
         self,

@@ -103,6 +103,10 @@ class RecurrentShape:
         state = 4 * self.value_heads * self.key_dim * self.value_dim
         return state + 2 * (self.taps - 1) * self.channels * itemsize
 
+    def checkpoint_bytes(self, itemsize: int) -> int:
+        """Bytes of a copy of the state and the convolution's newest inputs."""
+        return self.state_bytes(itemsize) - (self.taps - 1) * self.channels * itemsize
+
     def node_bytes(self, itemsize: int) -> int:
         """Bytes of one token that is not in the state yet: key, update and two sums in float32, and its input."""
         return 4 * (self.key_heads * self.key_dim + self.value_heads * (self.value_dim + 2)) + self.channels * itemsize

@@ -155,7 +155,7 @@ class TargetCaches:
         return not gone or (self.recurrent is None and (not self.window or self.window.can_drop(gone, self.length)))
 
     def cut(self, tokens: int, parts: Snapshot | None = None) -> None:
-        """Keep the first ``tokens`` tokens. The retrieval cache's choice goes, unless it is among ``parts``.
+        """Keep the first ``tokens`` tokens. The retrieval cache's choice goes.
 
         ``parts``: a ``checkpoint`` of just those tokens, for what cannot be cut.
         """
@@ -196,22 +196,20 @@ class TargetCaches:
                 cache.reset()
             self.length = 0
 
-    def checkpoint(self, choice: bool) -> dict[str, Tensor]:
-        """What ``cut`` cannot bring back of the committed tokens; with the retrieval cache's ``choice``, if wanted.
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What ``cut`` cannot bring back of the committed tokens, by name, in host memory. While nothing is pending."""
+        return self._snapshots("window", "recurrent")
 
-        In host memory, by name. Between two passes, while nothing is pending.
-        """
-        wanted = {"window", "recurrent", *(["retrieval"] if choice else [])}
-        return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
-
-    def snapshot(self, choice: bool = True) -> dict[str, Tensor]:
-        """All that the committed tokens have left, but for the tiles, and for the retrieval cache without ``choice``.
+    def snapshot_text(self) -> dict[str, Tensor]:
+        """All that the committed tokens have left, but for tiles and the choice of chunks: those go with ``restore``.
 
         Between two passes, while nothing is pending.
         """
-        tail = {} if self.full is None else self.full.snapshot()
-        own = {f"full.{key}": part for key, part in tail.items()}
-        return {"length": torch.tensor([self.length]), **own, **self.checkpoint(choice)}
+        return {"length": torch.tensor([self.length]), **self._snapshots("full", "window", "recurrent")}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The same with the choice."""
+        return {**self.snapshot_text(), **self._snapshots("retrieval")}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of these caches, over tiles that hold what they held then; drafts are dropped."""
@@ -220,6 +218,10 @@ class TargetCaches:
                 own = _named_parts(snapshot, name)
                 cache.restore(own) if own else cache.reset()
             self.length = int(snapshot["length"])
+
+    def _snapshots(self, *wanted: str) -> dict[str, Tensor]:
+        """Of these caches, as far as there are such."""
+        return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

@@ -33,6 +33,10 @@ GROUP = 32_768
 MARKED_GROUP = 8_192
 
 
+# Of windows and states that are kept, in host memory, so that a text can be cut there: at most so much.
+CHECKPOINT_BYTES = 4 << 30
+
+
 def group_tokens(layout: ModelLayout) -> int:
     """Tokens of a prompt that are read at a time; the memory of their hidden states is used again."""
     return MARKED_GROUP if layout.sliding or layout.recurrent else GROUP
@@ -151,6 +155,8 @@ def work_out(
         one, count = layout.layers[layout.recurrent[0]], len(layout.recurrent)
         caches["recurrent states"] = count * one.state_bytes(itemsize)
         caches["draft tokens of recurrent layers"] = count * (block + settings.room) * one.node_bytes(itemsize)
+    if settings.reuse and (layout.sliding or layout.recurrent):
+        host["checkpoints of windows and states"] = checkpoints_bytes(layout, context)
     decoding["activations of a pass"] = activation_bytes(config, block, itemsize)
     decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize
     chunk = min(settings.prefill_chunk, context)
@@ -165,6 +171,14 @@ def work_out(
         "activations of a chunk": activation_bytes(config, chunk, itemsize),
     }
     return Needs(host, caches, prefill, decoding)
+
+
+def checkpoints_bytes(layout: ModelLayout, context: int) -> int:
+    """What is kept of a text of so many tokens, to be able to cut it: after each group, and at its end."""
+    reach = min(context, max((layout.layers[i].window for i in layout.sliding), default=0))
+    size = reach * sum(layout.token_bytes(i) for i in layout.sliding)
+    size += sum(layout.layers[i].checkpoint_bytes(layout.dtype.itemsize) for i in layout.recurrent)
+    return max(2 * size, min(CHECKPOINT_BYTES, size * (1 + -(-context // MARKED_GROUP))))
 
 
 def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:

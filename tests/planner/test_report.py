@@ -155,11 +155,10 @@ def test_rather_than_that_hidden_states_wait_in_host_memory(llama):
 def test_a_million_tokens_on_a_24_gb_card():
     found = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20))
     assert not found.missing
-    assert found.settings.hidden_states == "host"
-    assert "the prompt's hidden states (7.52 GB) wait in host memory between two layers" in notes(found)
-    assert "--hidden-states host" in command(found)
-    on_card = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20, hidden_states="device"))
-    assert [gap["what"] for gap in on_card.missing] == ["device memory"]
+    assert found.settings.hidden_states == "device", "those of a group are small"
+    there = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20, hidden_states="host"))
+    assert "the prompt's hidden states (0.23 GB) wait in host memory between two layers" in notes(there)
+    assert "--hidden-states host" in command(there)
 
 
 def test_what_is_set_stays_set(llama):

@@ -80,7 +80,7 @@ class TestWhatToDo:
         found = make_report(ask())
         said = verdict(found)
         assert found.way == "hierarchy"
-        assert said.startswith("Fits: 24.6 GB of 25.1 GB on the card and 14.7 GB of 64.0 GB of host memory; about ")
+        assert said.startswith("Fits: 24.6 GB of 25.1 GB on the card and 13.9 GB of 64.0 GB of host memory; about ")
         assert "tokens per second) through the hierarchy, 6.0 times as fast as plain decoding" in said
         assert said.endswith("which is what this runtime is for.")
         assert found.pays_from is None
@@ -165,7 +165,7 @@ class TestWhatToDo:
 
     def test_one_thing_missing_gets_two_ways_out(self):
         said = verdict(make_report(ask("llama-2-7b-128k", ram=48)))
-        assert said.endswith("--ram 72GB or --context 96256 would make it fit.")
+        assert said.endswith("--ram 72GB or --context 97280 would make it fit.")
 
 
 class TestLoading:

@@ -59,7 +59,7 @@ def history(model, layout, device, **changes):
 
     try:
         with attached(model), torch.no_grad():
-            session = Session(runtime)
+            session = Session(runtime, keep=True)
             session.begin(TEXT[:70])
             passes(TEXT[70:90])
             session._ids = TEXT
@@ -69,7 +69,8 @@ def history(model, layout, device, **changes):
             other = torch.cat([TEXT[:50], TEXT[20:70], TEXT[:10]])
             session.prepare(other)  # cuts
             look()
-            session.take(parked, Start(len(parked.tokens), parked.checkpoints[-1]))
+            points = parked.checkpoints
+            session.take(parked, Start(len(parked.tokens), points[-1] if points else None))
             look()
             session.prepare(TEXT)
             passes(TEXT[-1:])

@@ -98,7 +98,9 @@ def test_default_budget(context, budget):
 
 @pytest.mark.parametrize("draft", ["fast", "", "Self"])
 def test_unknown_draft(model, draft):
-    with pytest.raises(InputError, match=f"unknown draft {draft!r}; use a loaded model, 'ngram', 'self', 'ngram.self'"):
+    with pytest.raises(
+        InputError, match=f"unknown draft {draft!r}; use a loaded model, 'auto', 'ngram', 'mtp', 'self'"
+    ):
         TriForce(model, draft=draft)
 
 

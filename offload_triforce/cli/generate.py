@@ -34,7 +34,7 @@ PROMPT = {"rich_help_panel": "Prompt and answer"}
 def generate(
     *,
     model: Annotated[str, typer.Option(help="A name that models lists, a hub id, a folder or a GGUF file.")],
-    draft: Draft = "ngram",
+    draft: Draft = "auto",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", **PROMPT)] = None,
     prompt_file: Annotated[
         str | None,

@@ -9,7 +9,7 @@ import typer
 
 Draft = Annotated[
     str,
-    typer.Option(help="A small model, likewise; or ngram, self, none. ngram+ before a model: both."),
+    typer.Option(help="A small model, likewise; or auto, ngram, mtp, self, none. ngram+ before one of them: both."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 or int8 weights (bitsandbytes).")]

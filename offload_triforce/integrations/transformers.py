@@ -27,7 +27,7 @@ def triforce_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     triforce_settings: Settings | None = None,
-    triforce_draft: DraftChoice = "ngram",
+    triforce_draft: DraftChoice = "auto",
     triforce_streamer: BaseStreamer | None = None,
     triforce_seed: int | None = None,
     triforce_wait: bool = True,
@@ -39,7 +39,7 @@ def triforce_generate(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from ``generate``.
         triforce_settings: how to run.
-        triforce_draft: a small model, "ngram", "self" or "none", or two together as in ``TriForce``.
+        triforce_draft: a small model, "auto", "ngram", "mtp", "self" or "none", or two together as in ``TriForce``.
         triforce_streamer: a streamer, where this is not called by ``generate``; else ``streamer=`` does the same.
         triforce_seed: of the draws; None takes one from torch's global generator.
         triforce_wait: for other threads' steps with the same model; False: a ``BusyError`` if there is one right now.

@@ -90,6 +90,11 @@ def draft_bytes(layout: ModelLayout, tokens: int) -> int:
     return size
 
 
+def hidden_bytes(layout: ModelLayout, settings: Settings, width: int) -> int:
+    """What the newest hidden states of that width take on the device, which an MTP head reads; 0: nobody does."""
+    return (settings.draft_cache + settings.draft_sink) * width * layout.dtype.itemsize
+
+
 class Configured(Protocol):
     """A model, loaded or only planned."""
 
@@ -167,7 +172,7 @@ def work_out(
     prefill = {
         "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
         "hidden states": (min(group, SLOTS * chunk) if on_host else group) * states,
-        "rotary embeddings": group * 2 * max(layer.head_dim for layer in layout.attention) * itemsize,
+        "rotary embeddings": group * rotary_numbers(config, layout) * itemsize,
         "activations of a chunk": activation_bytes(config, chunk, itemsize),
     }
     return Needs(host, caches, prefill, decoding)
@@ -190,6 +195,26 @@ def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> in
     inner = getattr(config, "intermediate_size", None) or 4 * width
     queries = heads * (getattr(config, "head_dim", None) or width // heads)
     return tokens * (3 * inner + 5 * width + 3 * max(width, queries)) * itemsize
+
+
+def rotary_numbers(config: PretrainedConfig, layout: ModelLayout) -> int:
+    """How many sines and cosines of a token are kept while the prompt is read. ``config``: of a text model.
+
+    Some turn a part of each head only, and some have frequencies of their own for layers with a window.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {"full_attention": layout.full, "sliding_attention": layout.sliding}
+    if not any(kind in ropes for kind in kinds):  # one for all layers
+        common = {"partial_rotary_factor": getattr(config, "partial_rotary_factor", None), **ropes}
+        ropes, kinds = {"all": common}, {"all": [*layout.full, *layout.sliding]}
+    width = 0
+    for kind, layers in kinds.items():
+        rope = ropes.get(kind) or {}
+        whole = max((layout.layers[layer].head_dim for layer in layers), default=0)
+        # "Proportional" ones are as wide as the head: the rest of it is turned by nothing.
+        part = 1.0 if rope.get("rope_type") == "proportional" else rope.get("partial_rotary_factor") or 1.0
+        width += 2 * int(whole * part)
+    return width
 
 
 def check_memory(needs: Needs, device: torch.device, context: int) -> None:

@@ -169,7 +169,8 @@ class Session:
         def work() -> None:
             self._chosen = False
             read = (runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill)
-            prefill(*read, progress, states, before, whole)
+            told = None if caches.hidden is None else partial(self._keep_hidden, whole)
+            prefill(*read, progress, states, before, whole, told)
             caches.end_fill(held + len(tokens))
             self._chosen = True
 
@@ -200,6 +201,12 @@ class Session:
             self.runtime.caches.fill_state(layer, *part)
             return None
         return self.runtime.caches.fill(layer, *part)
+
+    def _keep_hidden(self, total: int, part: range, states: Tensor) -> None:
+        """``part`` of a text of ``total`` tokens is through all layers: keep what a drafter may want of it."""
+        window, norm = self.runtime.caches.hidden, self.runtime.model.get_decoder().norm
+        for piece in window.wanted(part, total):
+            window.fill(piece.start, norm(states[piece.start - part.start : piece.stop - part.start]))
 
     def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
         """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""

@@ -118,4 +118,5 @@ class Texts:
         coming = self._drafters.bytes_to_come
         settings = choose_for_loaded(self._model, self._layout, self._settings, context, coming)
         with on(self._layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
-            return Runtime(self._model, self._layout, settings, context, pinning)
+            keeps = self._drafters.head is not None
+            return Runtime(self._model, self._layout, settings, context, pinning, keep_hidden=keeps)

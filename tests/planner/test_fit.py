@@ -49,10 +49,12 @@ WIDTHS = {
 }
 # 128 in all others.
 HEAD_DIM = {"SmolLM2-135M-Instruct": 64, "Llama-3.2-1B": 64, "Phi-3-mini-128K": 96}
-HEAD_DIM |= {"Gemma-3-4B": 256, "Gemma-3-12B": 256, "Qwen3.6-27B": 256, "Qwen3.6-35B-A3B": 256}
 # Recurrent layers, their value heads and convolved channels; 16 key heads, and dimensions of 128.
 RECURRENT = {"Qwen3.6-27B": (48, 48, 10240), "Qwen3.6-35B-A3B": (30, 32, 8192)}
-FIXED = ("budget", "gamma", "gamma1", "resident", "hidden_states", "embeddings")
+# Sines and cosines of a token, where they are not two per dimension of a head: a quarter of it, and two kinds.
+ROTARY = {"Qwen3.6-27B": 2 * 64, "Qwen3.6-35B-A3B": 2 * 64, "Gemma-3-27B": 4 * 128}
+ROTARY |= dict.fromkeys(("Gemma-3-4B", "Gemma-3-12B"), 4 * 256)
+FIXED = ("budget", "gamma", "gamma1", "resident", "hidden_states", "embeddings", "prefill_chunk")
 _SHAPES = {}
 
 
@@ -82,7 +84,7 @@ def by_hand(name, budget):
     layer_token = 4 * kv
     total = 2e6 * millions + DEVICE_OVERHEAD
     total += CONTEXT * layer_token + 2 * group(name) * hidden  # one layer's KV, and hidden states
-    total += 2 * 2 * group(name) * HEAD_DIM.get(name, 128)  # sines and cosines
+    total += 2 * group(name) * ROTARY.get(name, 2 * HEAD_DIM.get(name, 128))
     total += 1024 * 2 * (3 * inner + 8 * hidden)
     if full:
         tile = 1 << int(min(16 * 2**20 / layer_token, CONTEXT / 4)).bit_length() - 1

@@ -25,7 +25,7 @@ RUNS, LENGTH = 16, 64
 # Settings that say where a model is from or how it is run, not what it computes; how it is packed, its weights say.
 _ELSEWHERE = {"architectures", "dtype", "torch_dtype", "name_or_path", "quantization_config", "transformers_version"}
 _ELSEWHERE |= {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label"}
-_ELSEWHERE |= {"label2id", "bos_token_id", "eos_token_id", "pad_token_id"}
+_ELSEWHERE |= {"label2id", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 # Many scripts, spaces, digits and marks: tokenizers that differ in how they split or normalise differ here.
 _PROBE = "The  quick fox, isn't it? 1234567 + 89.\n\tdef f(x):\n    return x\r\n Ünïcödé ﬁ 中文 русский عربى 🙂"
 

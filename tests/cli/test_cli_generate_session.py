@@ -1,4 +1,4 @@
-"""``generate --session NAME``: begun, gone on with in another run, refused for another model, saved when interrupted."""
+"""``generate --session NAME``: begun, gone on with, refused for another model, saved when interrupted."""
 
 import json
 
@@ -42,7 +42,9 @@ def test_a_path(model, book, tmp_path):
 
 
 def test_refused_before_the_work(model, book, tmp_path):
-    refused("generate", "--model", "nowhere", "--prompt", "x", "--session", "a b", words="cannot be the name of a session")
+    refused(
+        "generate", "--model", "nowhere", "--prompt", "x", "--session", "a b", words="cannot be the name of a session"
+    )
     asked(model, book, "Who?", "--session", "book")
     other = save_tiny_llama(tmp_path / "other", initializer_range=0.3)
     mistaken = generate("--model", other, "--prompt", "x", "--session", "book", *FEW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from offload_triforce.runtime.conversation import Session as Conversation
 from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters, check_named
 from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.saving import Saver
 from offload_triforce.runtime.session import Session
 from offload_triforce.runtime.texts import Texts
 from offload_triforce.speculation.stats import DecodeStats
@@ -82,6 +84,7 @@ class TriForce:
             check_context(self.settings.context, self.layout.max_positions)
         self._turns = Turns()  # of the answers that the caches belong to
         self._texts = Texts(model, self.layout, self.settings, self._drafters, self._turns)
+        self._saver = Saver(model, self.layout, tokenizer, self._texts)
 
     @classmethod
     def load(
@@ -248,7 +251,11 @@ class TriForce:
 
     def session(self) -> Conversation:
         """A text of its own, kept from question to question whatever else is asked of this engine."""
-        return Conversation(self, self._texts, self._texts.pool.add(owned=True))
+        return Conversation(self, self._texts, self._saver, self._texts.pool.add(owned=True))
+
+    def load_session(self, path: str | Path, progress: Progress | None = None) -> Conversation:
+        """Go on with a session that was saved, see ``Saver.load``. It is read when it is first asked something."""
+        return Conversation(self, self._texts, self._saver, self._saver.load(Path(path), progress))
 
     def close(self) -> None:
         """Give the caches back. An answer that is still being read is given up, at the end of its present step."""

@@ -26,3 +26,7 @@ class MemoryLimitError(TriForceError):
 
 class BusyError(TriForceError):
     """An engine or a model is in use, and the caller does not want to wait, or could wait for ever."""
+
+
+class StorageError(TriForceError):
+    """The disk is full, or cannot be read or written: what lay there before is as it was."""

@@ -15,6 +15,7 @@ from offload_triforce.cli import (
     pipeline,
     plan,
     prediction,
+    sessions,
     speculation,
     throughput,
     trace,
@@ -46,6 +47,12 @@ bench.command(epilog=speculation.EXAMPLES)(speculation.speculation)
 bench.command(epilog=throughput.EXAMPLES)(throughput.throughput)
 bench.command(epilog=prediction.EXAMPLES)(prediction.prediction)
 app.add_typer(bench, name="bench")
+kept = typer.Typer(help="What is kept on disk of texts that were read before.", no_args_is_help=True)
+kept.command("list", epilog=sessions.LIST_EXAMPLES)(sessions.list_sessions)
+kept.command(epilog=sessions.SHOW_EXAMPLES)(sessions.show)
+kept.command(epilog=sessions.RM_EXAMPLES)(sessions.rm)
+kept.command(epilog=sessions.VERIFY_EXAMPLES)(sessions.verify)
+app.add_typer(kept, name="sessions")
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ from offload_triforce.cli.ending import notes, say
 from offload_triforce.errors import InputError, TriForceError
 
 if TYPE_CHECKING:
+    from offload_triforce.cli.kept_session import KeptSession
     from offload_triforce.engine import TriForce
-    from offload_triforce.generation.answer import Generation
+    from offload_triforce.generation.answer import Generation, TextStream
 
 
 class Sink:
@@ -62,14 +63,21 @@ class Sink:
 
 
 def answer(
-    engine: TriForce, ids: list[int], seed: int | None, sink: Sink, verbose: bool, sampling: dict[str, Any]
+    engine: TriForce,
+    ids: list[int],
+    seed: int | None,
+    sink: Sink,
+    verbose: bool,
+    sampling: dict[str, Any],
+    kept: KeptSession | None = None,
 ) -> None:
-    """Decode and report. What came before an interruption or a mistake is given out first."""
+    """Decode and report. What came before an interruption or a mistake is given out first, and ``kept`` saved."""
     from offload_triforce.cli import report
 
     stopped: BaseException | None = None
     with engine, report.bars(notes) as (progress, pinning):
-        stream = engine.stream(ids, seed=seed, progress=progress, pinning=pinning, **sampling)
+        asked = engine if kept is None else kept.session
+        stream = asked.stream(ids, seed=seed, progress=progress, pinning=pinning, **sampling)
         say(report.opening(engine))
         try:
             for piece in stream:
@@ -78,6 +86,7 @@ def answer(
             stopped = error
         result = stream.result
         link = engine.layout.device.type == "cuda" or engine.settings.link_gbps is not None
+        stopped = _save(kept, stream, stopped)
     if stopped is None or result.token_ids:
         sink.finish(result)
     say(report.closing(result))
@@ -85,6 +94,17 @@ def answer(
         say(line)
     if stopped is not None:
         raise stopped
+
+
+def _save(kept: KeptSession | None, stream: TextStream, stopped: BaseException | None) -> BaseException | None:
+    """Save the session, if there is one; returns what the command ends with."""
+    stream.close()
+    try:
+        if kept is not None:
+            kept.save()
+    except (KeyboardInterrupt, TriForceError) as error:
+        return stopped or error
+    return stopped
 
 
 def _same(first: Path, second: Path) -> bool:

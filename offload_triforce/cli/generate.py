@@ -11,6 +11,7 @@ import typer
 from offload_triforce.cli.answering import Sink, answer
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import loading, say
+from offload_triforce.cli.kept_session import KeptSession
 from offload_triforce.cli.options import AsJson, Config, Device, Draft, Quantize, QuantizeHead, Seed, Temperature
 from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models, say_unpacked
@@ -23,6 +24,7 @@ EXAMPLES = examples(
     'cat notes.txt | offload-triforce generate --model m.gguf --ask "Summarise."',
     "offload-triforce generate --model m.gguf --raw --prompt 'def fibonacci(n):' -v",
     "offload-triforce generate --model m.gguf --prompt-file a.txt --output b.txt",
+    "offload-triforce generate --model m.gguf --prompt-file a.txt --session a",
 )
 EMPTY = "the prompt is empty; give --prompt-file, --prompt or --ask, or pipe a text in"
 PATIENCE = 2.0  # seconds, before somebody is told that standard input is being read
@@ -55,6 +57,10 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
+    session: Annotated[
+        str | None,
+        typer.Option(help="Go on with the session of that name, or begin it: what both texts begin with is not read."),
+    ] = None,
     seed: Seed = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
     device: Device = "auto",
@@ -73,6 +79,7 @@ def generate(
     _check_words(stop, prompt, ask, system, raw)
     sink = Sink(output, as_json, prompt_file)
     check_packing(quantize, quantize_head)
+    kept = None if session is None else KeptSession(session)
     source, small = find_models(model, draft)
     text = _text(prompt, prompt_file, ask)
     from offload_triforce.engine import TriForce
@@ -81,6 +88,8 @@ def generate(
     say_unpacked(source, dtype, device, quantize)
     with loading(model):
         engine = TriForce.load(source, small, dtype, device, quantize, settings, quantize_head)
+    if kept is not None:
+        kept.open(engine)
     ids = build_prompt(engine.tokenizer, text, ask, system, raw)
     sampling = {
         "temperature": temperature,
@@ -90,7 +99,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "max_new_tokens": new_tokens,
     }
-    answer(engine, ids, seed, sink, verbose, sampling | ({"stop_strings": stop} if stop else {}))
+    answer(engine, ids, seed, sink, verbose, sampling | ({"stop_strings": stop} if stop else {}), kept)
 
 
 def _check_words(stop: list[str] | None, prompt: str | None, ask: str | None, system: str | None, raw: bool) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_CHOSEN = "OFFLOAD_TRIFORCE_CACHE"
+
 
 def cache_folder() -> Path:
     """Where models are kept: $OFFLOAD_TRIFORCE_CACHE, or ~/.cache/offload-triforce/models."""
-    return Path(os.environ.get("OFFLOAD_TRIFORCE_CACHE") or Path.home() / ".cache/offload-triforce/models")
+    return Path(os.environ.get(_CHOSEN) or Path.home() / ".cache/offload-triforce/models")
+
+
+def sessions_folder() -> Path:
+    """Where named sessions are kept: ``sessions`` in $OFFLOAD_TRIFORCE_CACHE, or in ~/.cache/offload-triforce."""
+    return Path(os.environ.get(_CHOSEN) or Path.home() / ".cache/offload-triforce") / "sessions"

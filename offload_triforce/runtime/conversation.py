@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from offload_triforce.generation.answer import Generation, TextStream
 from offload_triforce.generation.async_stream import AsyncTextStream
 from offload_triforce.generation.checks import Prompt
+from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.pool import Text
+from offload_triforce.runtime.saving import Saver
+from offload_triforce.runtime.session_files import SavedText
 from offload_triforce.runtime.texts import Texts
 
 
@@ -34,9 +38,9 @@ class Session:
     and ``stats.reused_tokens`` says how much that was.
     """
 
-    def __init__(self, engine: Engine, texts: Texts, text: Text) -> None:
+    def __init__(self, engine: Engine, texts: Texts, saver: Saver, text: Text) -> None:
         """See ``TriForce.session``."""
-        self._engine, self._texts, self.text = engine, texts, text
+        self._engine, self._texts, self._saver, self.text = engine, texts, saver, text
 
     def generate(self, prompt: Prompt, *args: Any, **options: Any) -> Generation:
         """See ``TriForce.generate``."""
@@ -57,6 +61,17 @@ class Session:
     def tokens(self) -> Tensor:
         """Ids of the tokens that are held, int64 (n,)."""
         return self._texts.tokens(self.text)
+
+    def save(self, path: str | Path, progress: Progress | None = None) -> SavedText:
+        """Write what is held to a folder; what lies there already of the same text is not written again.
+
+        ``progress``: told (bytes written, bytes to write). ``TriForce.load_session`` goes on with it.
+
+        Raises:
+            InputError: there is nothing to save, or the folder is of something else. BusyError: somebody saves there.
+            StorageError: the disk is full or refuses. An older session there stays whole in any case.
+        """
+        return self._saver.save(self.text, Path(path), progress)
 
     def close(self) -> None:
         """Forget the text, and give its memory back."""

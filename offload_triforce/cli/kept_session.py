@@ -1,0 +1,54 @@
+"""The session of ``generate --session NAME``: gone on with or begun, and saved whatever the answer ends with."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from offload_triforce.cli.ending import say
+from offload_triforce.cli.sessions import bytes_bar
+from offload_triforce.machine.units import gigabytes
+from offload_triforce.runtime.session_folder import MANIFEST, load_manifest, session_path
+
+if TYPE_CHECKING:
+    from offload_triforce.engine import TriForce
+
+
+class KeptSession:
+    """One session on disk. It is checked before the model is loaded, as far as that goes."""
+
+    def __init__(self, name: str) -> None:
+        """``name``: or a path with a slash in it.
+
+        Raises:
+            InputError: no such name, or what is there is damaged.
+        """
+        self.folder = session_path(name)
+        self._old = os.path.lexists(self.folder / MANIFEST)
+        if self._old:
+            load_manifest(self.folder)
+
+    def open(self, engine: TriForce) -> None:
+        """Go on with what is there, or begin anew.
+
+        Raises:
+            InputError: it is of another model, or damaged. StorageError: it cannot be read.
+        """
+        if self._old:
+            self.session = engine.load_session(self.folder)
+            say(f"going on with {self.folder}: {len(self.session.tokens):,} tokens")
+        else:
+            self.session = engine.session()
+
+    def save(self) -> None:
+        """Save what has been read and written so far.
+
+        Raises:
+            InputError, BusyError, StorageError: what was saved before is there still.
+        """
+        if not len(self.session.tokens):
+            return  # it was stopped before anything was read
+        with bytes_bar(f"saving {self.folder.name}") as told:
+            saved = self.session.save(self.folder, told)
+        size = f"{saved.tokens:,} tokens, {gigabytes(saved.size)}, of these {gigabytes(saved.written)} anew"
+        say(f"saved {saved.folder}: {size}")

@@ -1,0 +1,66 @@
+"""An engine's texts and the disk: whose text it is, and what its caches take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload_triforce.errors import InputError
+from offload_triforce.model.fingerprint import identify
+from offload_triforce.model.identity import ModelIdentity
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.lock import Hold, do_and_undo, locks_of
+from offload_triforce.model.prefill import Progress
+from offload_triforce.runtime.held import KVShape
+from offload_triforce.runtime.pool import Text
+from offload_triforce.runtime.session_files import SavedText, open_text, save_text
+from offload_triforce.runtime.texts import Texts
+
+
+class Saver:
+    """Saves and loads the texts of one engine. Its model is recognised once, when that is first needed."""
+
+    def __init__(
+        self, model: PreTrainedModel, layout: ModelLayout, tokenizer: PreTrainedTokenizerBase | None, texts: Texts
+    ) -> None:
+        """``texts``: of the engine."""
+        self._model, self._layout, self._tokenizer, self._texts = model, layout, tokenizer, texts
+        self._identity: ModelIdentity | None = None
+
+    def save(self, text: Text, folder: Path, progress: Progress | None = None) -> SavedText:
+        """Save what is held of a text, see ``save_text``; while that lasts, no answer goes on."""
+        identity = self.identity()
+        with self._texts.turn():
+            source = self._texts.source(text)
+            if source is None:
+                raise InputError("there is nothing to save yet: the session has not read any text")
+            return save_text(folder, source, identity, progress)
+
+    def load(self, folder: Path, progress: Progress | None = None) -> Text:
+        """A text on disk, see ``open_text``. It comes into the caches when it is gone on with.
+
+        ``progress``: told (bytes read, bytes in all).
+
+        Raises:
+            InputError: there is none, it is damaged, or of another model. StorageError: it cannot be read.
+        """
+        source = open_text(folder, self.identity(), kv_shape(self._layout), progress)
+        with self._texts.turn():
+            return self._texts.pool.add(source, owned=True)
+
+    def identity(self) -> ModelIdentity:
+        """Of the model. Nobody runs it meanwhile."""
+        if self._identity is None:
+            hold = Hold(locks_of([self._model]))
+            take = lambda: (hold.take(), identify(self._model, self._tokenizer))[1]  # noqa: E731
+            self._identity = do_and_undo(take, hold.give)
+        return self._identity
+
+
+def kv_shape(layout: ModelLayout) -> KVShape:
+    """What full caches hold of a model, before there are any; as ``Runtime.kv_shape``."""
+    if not layout.full:
+        return KVShape(0, 1, 1, layout.dtype)
+    shape = layout.layers[layout.full[0]]
+    return KVShape(len(layout.full), shape.kv_heads, shape.head_dim, layout.dtype)

@@ -11,7 +11,22 @@ import typer
 from offload_triforce.cli.answering import Sink, answer
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import loading, say
-from offload_triforce.cli.options import AsJson, Config, Device, Draft, Quantize, QuantizeHead, Seed, Temperature
+from offload_triforce.cli.options import (
+    AsJson,
+    Config,
+    Device,
+    Draft,
+    Dtype,
+    MinP,
+    Model,
+    Quantize,
+    QuantizeHead,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models, say_unpacked
 from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
@@ -33,7 +48,7 @@ PROMPT = {"rich_help_panel": "Prompt and answer"}
 @takes_settings()
 def generate(
     *,
-    model: Annotated[str, typer.Option(help="A name that models lists, a hub id, a folder or a GGUF file.")],
+    model: Model,
     draft: Draft = "ngram",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", **PROMPT)] = None,
     prompt_file: Annotated[
@@ -51,12 +66,12 @@ def generate(
     max_new_tokens: Annotated[str, typer.Option(help="Limit of the answer.", **PROMPT)] = "256",
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.", **PROMPT)] = None,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is off.")] = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
     quantize_head: QuantizeHead = None,

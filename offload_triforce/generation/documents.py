@@ -29,6 +29,10 @@ def read_document(path: str) -> Document:
     Raises:
         InputError: there is none, it is no text, or it is too large.
     """
+    if path == "-":
+        raise InputError("standard input is the conversation's own; name a file")
+    if "\0" in path:
+        raise InputError(f"no such file: {path!r}")
     file = Path(os.path.expanduser(path))
     try:
         size = file.stat().st_size

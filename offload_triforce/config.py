@@ -6,10 +6,11 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from offload_triforce.errors import InputError
-from offload_triforce.machine.units import MOST_TOKENS, parse_speed, parse_tokens
+from offload_triforce.machine.units import MOST_BYTES, MOST_TOKENS, parse_bytes, parse_speed, parse_tokens
 
 DEFAULT_BUDGET = 8192
 
@@ -21,7 +22,7 @@ def _setting(default: Any, text: str, **about: Any) -> Any:
         default: its value if nobody gives one. text: one or two sentences for people.
         about: ``least``, ``most``: of a whole number. ``above``: a number that it must exceed. ``choices``: all values.
             ``tokens``: it counts tokens, and may be written as 128K. ``speed``: it is one, in GB/s, and may be written
-            as 25Gb/s. ``panel``: where ``--help`` lists it.
+            as 25Gb/s. ``size``: in bytes, and may be written as 24GB. ``panel``: where ``--help`` lists it.
     """
     return field(default=default, metadata={"help": text, **about})
 
@@ -158,6 +159,17 @@ class Settings:
     link_gbps: float | None = _setting(
         None, "Emulate a link of this speed, in GB/s; CPU only.", above=0, speed=True, panel=_MEMORY
     )
+    reuse: bool = _setting(
+        True, "Keep what was read of a text, for prompts that go on with it; else each is read from its beginning."
+    )
+    session_memory: int | None = _setting(
+        None,
+        "Host memory for texts that others have displaced, as 16GB; by default three quarters of what is free.",
+        least=0,
+        most=MOST_BYTES,
+        size=True,
+        panel=_MEMORY,
+    )
     prefill_chunk: int = _setting(
         1024, "Tokens per prefill step through one layer.", least=1, tokens=True, panel=_DETAILS
     )
@@ -270,11 +282,16 @@ def _check(each: Field, value: Any) -> None:
 
 def _read(each: Field, value: Any) -> Any:
     """A setting's value, given as text where it has a unit: on the command line, in a file or from Python alike."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (unit := unit_of(each)) is None:
         return value
-    if each.metadata.get("tokens"):
-        return parse_tokens(value, each.name)
-    return parse_speed(value, each.name, bare=True) if each.metadata.get("speed") else value
+    return {"tokens": parse_tokens, "size": parse_bytes, "speed": partial(parse_speed, bare=True)}[unit](
+        value, each.name
+    )
+
+
+def unit_of(each: Field) -> str | None:
+    """What a setting that is given as text is measured in: "tokens", "size" or "speed"; None for all others."""
+    return next((unit for unit in ("tokens", "size", "speed") if each.metadata.get(unit)), None)
 
 
 def replace_settings(settings: Settings, values: Mapping[str, Any]) -> Settings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,11 +27,12 @@ from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.packing import check_packing
 from offload_triforce.model.prefill import Progress
 from offload_triforce.model.to_host import move_embeddings, place_embeddings
-from offload_triforce.planner.choose import choose_for_loaded
+from offload_triforce.runtime.conversation import Session as Conversation
 from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
+from offload_triforce.runtime.texts import Texts
 from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
@@ -80,7 +83,7 @@ class TriForce:
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
-        self._runtime: Runtime | None = None
+        self._texts = Texts(model, self.layout, self.settings, self._drafters)
         self._turns = Turns()  # of the answers that the caches belong to
 
     @classmethod
@@ -137,10 +140,11 @@ class TriForce:
         progress: Progress | None = None,
         pinning: Progress | None = None,
         wait: bool = True,
+        session: Conversation | None = None,
         **options: Any,
     ) -> Generation:
         """Continue a text; see ``stream`` for the arguments. Returns the answer with its statistics."""
-        told = {"progress": progress, "pinning": pinning, "wait": wait}
+        told = {"progress": progress, "pinning": pinning, "wait": wait, "session": session}
         with self.stream(prompt, generation_config, seed=seed, streamer=streamer, **told, **options) as stream:
             for _ in stream:
                 pass
@@ -156,6 +160,7 @@ class TriForce:
         progress: Progress | None = None,
         pinning: Progress | None = None,
         wait: bool = True,
+        session: Conversation | None = None,
         **options: Any,
     ) -> TextStream:
         """Continue a text, piece by piece.
@@ -171,6 +176,7 @@ class TriForce:
             progress: called with (done, total) during the prefill.
             pinning: called with (done, total) bytes while host memory is pinned in the background (CUDA).
             wait: until the answer of another thread is over, if there is one. False: a ``BusyError`` instead.
+            session: the text that goes on; by default any that was read before and that the prompt goes on with.
 
         Returns:
             An iterator of text. Its ``result`` is what has been generated so far.
@@ -179,6 +185,7 @@ class TriForce:
             InputError, MemoryLimitError, BusyError: before the work starts.
         """
         how = {"seed": seed, "streamer": streamer, "progress": progress, "pinning": pinning, "wait": wait}
+        how["session"] = session
         return self._stream(Answer(), prompt, generation_config, options, how)
 
     def astream(
@@ -191,6 +198,7 @@ class TriForce:
         progress: Progress | None = None,
         pinning: Progress | None = None,
         wait: bool = True,
+        session: Conversation | None = None,
         **options: Any,
     ) -> AsyncTextStream:
         """The same for ``async for``, decoded on a thread of its own; see ``stream`` for the arguments.
@@ -198,6 +206,7 @@ class TriForce:
         Callbacks are called on that thread. What ``stream`` raises comes with the first piece.
         """
         how = {"seed": seed, "streamer": streamer, "progress": progress, "pinning": pinning, "wait": wait}
+        how["session"] = session
         return AsyncTextStream(lambda answer: self._stream(answer, prompt, generation_config, options, how))
 
     async def agenerate(
@@ -217,9 +226,10 @@ class TriForce:
         progress: Progress | None = None,
         pinning: Progress | None = None,
         wait: bool = True,
+        session: Conversation | None = None,
     ) -> TextStream:
         """Decode a request that has been interpreted already."""
-        return self._run(Answer(), request, seed, streamer, progress, pinning, wait)
+        return self._run(Answer(), request, seed, streamer, progress, pinning, wait, session)
 
     def resume(self, session: Session, prompt: Prompt, seed: int, **options: Any) -> TextStream:
         """Continue a text that a session has begun: its caches hold all of ``prompt`` but the last token.
@@ -240,7 +250,11 @@ class TriForce:
     @property
     def runtime(self) -> Runtime | None:
         """The caches of the latest request, and the settings that were chosen for them; None before the first."""
-        return self._runtime
+        return self._texts.runtime
+
+    def session(self) -> Conversation:
+        """A text of its own, kept from question to question whatever else is asked of this engine."""
+        return Conversation(self, self._texts, self._texts.pool.add(owned=True))
 
     def close(self) -> None:
         """Give the caches back. An answer that is still being read is given up, at the end of its present step."""
@@ -248,7 +262,7 @@ class TriForce:
 
         def work() -> None:
             self._turns.close(closing)
-            self._give_back()
+            self._texts.close()
 
         do_and_undo(work, lambda: self._turns.release(closing))
 
@@ -258,24 +272,16 @@ class TriForce:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _give_back(self) -> None:
-        """For whoever has the turn."""
-        self._drafters.close()
-        if self._runtime is not None:
-            self._runtime.close()
-            self._runtime = None
-            if self.layout.device.type == "cuda":
-                torch.cuda.empty_cache()  # so that what was freed counts as free
-
-    def _ensure_runtime(self, needed: int, pinning: Progress | None = None) -> Runtime:
-        if self._runtime is not None and self._runtime.context < needed:
-            self._give_back()
-        if self._runtime is None:
-            context = self.settings.context or needed
-            settings = choose_for_loaded(self.model, self.layout, self.settings, context, self._drafters.bytes_to_come)
-            with on(self.layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
-                self._runtime = Runtime(self.model, self.layout, settings, context, pinning)
-        return self._runtime
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Texts]:
+        """The caches and texts, for something else than an answer. It waits for its turn, as an answer does."""
+        answer = Answer()
+        try:
+            self._turns.take(answer, wait=True)
+            with on(self.layout.device), torch.inference_mode(False), torch.no_grad():
+                yield self._texts
+        finally:
+            self._turns.release(answer)
 
     def _stream(
         self,
@@ -297,14 +303,16 @@ class TriForce:
         progress: Progress | None,
         pinning: Progress | None,
         wait: bool,
+        session: Conversation | None,
     ) -> TextStream:
         check_call(seed, streamer)
         check_length(self.layout, self.settings, len(request.prompt), request.max_new_tokens)
         try:
             self._turns.take(answer, wait)
-            runtime = self._ensure_runtime(len(request.prompt) + request.max_new_tokens, pinning)
+            cached = self._texts.ensure(len(request.prompt) + request.max_new_tokens, pinning)
             seed = int(torch.randint(2**62, (1,), device="cpu")) if seed is None else seed
-            return self._begin(answer, Session(runtime), request, seed, streamer, progress=progress, wait=wait)
+            seat = partial(self._texts.seat, request.prompt, None if session is None else session.text)
+            return self._begin(answer, cached, request, seed, streamer, progress=progress, wait=wait, seat=seat)
         except BaseException:
             self._turns.release(answer)
             raise
@@ -322,7 +330,7 @@ class TriForce:
         with torch.inference_mode(False):
             text = TokenText(request.prompt, len(request.prompt) + request.max_new_tokens + 1)
         task = Task(self.model, self._drafters, session, request, seed, text, DecodeStats(), **how)
-        tokens = decode_answer(task, self._turns, answer, self._give_back)
+        tokens = decode_answer(task, self._turns, answer, self._texts.give_back)
         release = partial(self._turns.release, answer)
         stream = TextStream(tokens, request.prompt, self.tokenizer, task.stats, streamer, answer.cancel, release)
         weakref.finalize(stream, release).atexit = False

@@ -75,6 +75,9 @@ class Device(Protocol):
     def record(self) -> Event:
         """The computation issued so far."""
 
+    def catch_up(self) -> None:
+        """The host waits for the computation issued so far."""
+
     def mark(self) -> Mark:
         """The end of the computation issued so far, to tell the time by (see ``clock``)."""
 
@@ -169,6 +172,10 @@ class CudaDevice:
     def record(self) -> _CudaEvent:
         """The computation issued so far."""
         return _CudaEvent(torch.cuda.current_stream(self.device).record_event(), self.device)
+
+    def catch_up(self) -> None:
+        """The host waits for the current stream."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     def mark(self) -> _CudaMark:
         """The end of the computation issued so far. Work that was queued before a mark is not counted after it."""

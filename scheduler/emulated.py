@@ -187,6 +187,10 @@ class EmulatedDevice:
         event.set()
         return event
 
+    def catch_up(self) -> None:
+        """The host waits for the computation issued so far."""
+        self.record().wait()
+
     def mark(self) -> HostMark:
         """Now: the caller computes itself. Under chaos, ``finish`` first."""
         return HostMark()

@@ -94,6 +94,21 @@ class TileStore:
             self._pinner.wait(layer)
         return self._device.outgoing.submit(place, kv, after=self._device.record())
 
+    def fetch(self, layer: int, tile: int) -> Tensor:
+        """This tile on the device, [2, K, tile_tokens, D]: not to be written to. For single ones, outside of a pass."""
+        place = self.place(layer, tile)
+        if self.is_resident(layer, tile):
+            return place
+        arrived = self._device.empty(tuple(place.shape), place.dtype)
+        self._device.incoming.submit(arrived, place, after=self._device.record()).wait()
+        return arrived
+
+    def put(self, layer: int, tile: int, kv: Tensor) -> None:
+        """Store a whole tile [2, K, tile_tokens, D] from host memory, while nothing is on its way to its place."""
+        if self._pinner:
+            self._pinner.wait(layer)
+        self._places[layer, tile].copy_(kv)
+
     def wait_pinned(self) -> None:
         """Return once all host memory is pinned. For measurements; ``write`` waits for what it needs."""
         for layer in range(self.plan.layers if self._pinner else 0):

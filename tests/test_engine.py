@@ -156,9 +156,9 @@ def test_memory_too_small(monkeypatch):
     assert abs(float(needed) - float(missing) - 0.5) < 0.11
     context = int(fits.replace(",", ""))
     assert context > 400_000
-    TriForce(model, context=context)._ensure_runtime(100)
+    TriForce(model, context=context)._texts.ensure(100)
     with pytest.raises(MemoryLimitError):
-        TriForce(model, context=int(context * 1.2))._ensure_runtime(100)
+        TriForce(model, context=int(context * 1.2))._texts.ensure(100)
 
 
 def test_no_memory_at_all(model, monkeypatch):
@@ -195,7 +195,7 @@ def test_memory_that_runs_out_on_the_way(model, monkeypatch):
                 engine.generate(PROMPT, **GREEDY)
         assert "\n" not in str(error.value)
         assert error.value.__context__ is None, "it would keep alive what filled the memory"
-        assert engine._runtime is None
+        assert engine.runtime is None
         assert engine.generate(PROMPT, **GREEDY).token_ids == greedy(model, PROMPT, NEW)
 
 
@@ -387,7 +387,7 @@ def test_link_bytes(family, gamma):
         passes = [len(tokens) for tokens in stream._tokens]
         layers = len(engine.layout.full)
         tile_bytes = 16 * engine.layout.token_bytes(engine.layout.full[0])
-        keep = engine._runtime.caches.full.keep
+        keep = engine.runtime.caches.full.keep
     stats = stream.stats
     assert sum(passes) == NEW
     assert len(passes) == stats.passes

@@ -94,6 +94,16 @@ class GrowingBuffer:
         self.kv[layer, 1, :, self.length : end] = value
         return self.kv[layer, :, :, :end]
 
+    def replace(self, layer: int, kv: Tensor) -> None:
+        """Put ``kv`` [2, K, n, D] in the place of all that one layer holds. Set ``length`` when all layers have theirs.
+
+        Raises:
+            IndexError: the tokens do not fit.
+        """
+        if kv.shape[2] > self.capacity:
+            raise IndexError(f"{kv.shape[2]} tokens do not fit a buffer of {self.capacity}")
+        self.kv[layer, :, :, : kv.shape[2]] = kv
+
     def attend(
         self,
         layer: int,

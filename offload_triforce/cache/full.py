@@ -136,16 +136,29 @@ class FullCache:
         self.tiles += self._left
         self._left = 0
 
+    def begin_fill(self) -> None:
+        """A prefill begins, behind what is held: the device has room for it, and the tiles begin to stream."""
+        self._settle()
+        self.stream.store.give_up()
+        self.stream.begin(self.tiles)
+
+    def load(self, layer: int, kv: Tensor) -> None:
+        """Bring one layer's committed tokens to the device, into ``kv`` [2, K, length, D]. Layers in order."""
+        tile = self.stream.plan.tile_tokens
+        for part in self.stream.tiles(layer):
+            kv[:, :, part.index * tile : (part.index + 1) * tile] = part.kv
+        kv[:, :, self.tiled :] = self.tail.settled[layer]
+
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving:
-        """See ``FilledLayers``. Whole tiles leave for their places at once."""
+        """See ``FilledLayers``. Whole tiles leave for their places at once; those that are there stay."""
         tile, tiles = self.stream.plan.tile_tokens, self._whole_tiles(kv.shape[2])
         leaving = Leaving()
-        for index in range(tiles):
+        for index in range(self.tiles, tiles):
             start = index * tile
             landed = self.stream.store.write(layer, index, kv[:, :, start : start + tile])
             leaving.add(start, landed)
             self._leaving.add(start, landed)
-        self.tail.write(layer, kv[0, :, tiles * tile :], kv[1, :, tiles * tile :])
+        self.tail.replace(layer, kv[:, :, tiles * tile :])
         return leaving
 
     def end_fill(self, tokens: int) -> None:
@@ -154,6 +167,61 @@ class FullCache:
         self.tiles = self._whole_tiles(tokens)
         self.tail.length = tokens - self.tiled
         self.stream.store.bring_up(self.tiles)
+
+    def cut(self, tokens: int) -> None:
+        """Forget all but the first ``tokens`` tokens. Those of tiles that are no longer whole return to the tail.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        self._settle()
+        if not 0 <= tokens <= self.length:
+            raise IndexError(f"cannot keep {tokens} of {self.length} tokens")
+        tile, tiles = self.stream.plan.tile_tokens, self._whole_tiles(tokens)
+        first, returning = tiles * tile, range(tiles, self.tiles)
+        staying = self.tail.settled[:, :, :, : max(0, tokens - self.tiled)].clone()  # it moves over itself
+        for layer in range(self.stream.plan.layers):
+            for index in returning:
+                part = self.stream.store.fetch(layer, index)[:, :, : tokens - index * tile]
+                self.tail.kv[layer, :, :, index * tile - first :][:, :, : part.shape[2]] = part
+        self.tail.kv[:, :, :, self.tiled - first :][:, :, :, : staying.shape[3]] = staying
+        self.tiles = tiles
+        self.tail.length = tokens - first
+
+    def copy_out(self, layer: int, start: int, stop: int) -> Tensor:
+        """Committed tokens [start, stop) of one layer, [2, K, stop - start, D], in host memory. After ``still``."""
+        plan, store, parts = self.stream.plan, self.stream.store, []
+        for index in range(start // plan.tile_tokens, min(self.tiles, -(-stop // plan.tile_tokens))):
+            first = index * plan.tile_tokens
+            parts.append(store.place(layer, index)[:, :, max(0, start - first) : stop - first].cpu())
+        if stop > self.tiled:
+            parts.append(self.tail.settled[layer][:, :, max(0, start - self.tiled) : stop - self.tiled].cpu())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def adopt(self, tokens: int, read: Callable[[int, int, int], Tensor]) -> None:
+        """Hold ``tokens`` tokens that were read before: ``read(layer, start, stop)`` is what ``copy_out`` was of them.
+
+        On empty caches, after ``still``.
+        """
+        plan, store = self.stream.plan, self.stream.store
+        self.tiles = self._whole_tiles(tokens)
+        for layer in range(plan.layers):
+            for index in range(self.tiles):
+                first = index * plan.tile_tokens
+                store.put(layer, index, read(layer, first, first + plan.tile_tokens))
+            self.tail.replace(layer, read(layer, self.tiled, tokens))
+        self.tail.length = tokens - self.tiled
+        store.bring_up(self.tiles)
+
+    def still(self) -> None:
+        """Nothing is pending, and all that was on its way to host memory is there for the host to read."""
+        self._settle()
+        self.stream.device.catch_up()
+
+    def _settle(self) -> None:
+        """Nothing is pending, and nothing on its way."""
+        self.tail.commit(0)
+        self._land()
 
     def reset(self) -> None:
         """Forget everything, and make room on the device for a prefill."""

@@ -160,6 +160,10 @@ class RecurrentCache:
         for nodes in (self.nodes, self.drafts):
             nodes.tail[layer] = tail
 
+    def load(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's state [Hv, Dk, Dv] and tail [W - 1, C], to read on from."""
+        return self.state[layer].clone(), self.nodes.tail[layer].clone()
+
     def end_step(self, tokens: int) -> None:
         """The step is through all layers: its tokens are pending."""
         self.nodes.end_step(tokens)

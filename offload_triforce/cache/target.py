@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -35,6 +36,7 @@ class TargetCaches:
         self.place = {layer: i for group in groups for i, layer in enumerate(group)}
         self.windows = [] if window is None else window.windows
         self.length = 0  # committed tokens of the text
+        self.whole = True  # False: something was interrupted in the middle of a change, and only ``reset`` helps
 
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving | None:
         """See ``FilledLayers``; ``layer`` is counted in the model. The retrieval cache chooses."""
@@ -49,6 +51,25 @@ class TargetCaches:
         """The same of a recurrent layer, see ``RecurrentCache.fill``."""
         self.recurrent.fill(self.place[layer], state, tail)
 
+    def begin_fill(self) -> None:
+        """A prefill begins that reads on behind what is held. Nothing is pending; the retrieval cache chooses anew."""
+        self.drop_pending()
+        if self.full is not None:
+            self.full.begin_fill()
+            self.retrieval.reset()
+
+    def held(self, window: int | None) -> int:
+        """Tokens that ``load`` brings, of a layer with that window."""
+        return self.length if window is None else min(self.length, self.window.reach)
+
+    def load(self, layer: int, window: int | None, kv: Tensor) -> None:
+        """The newest ``held`` tokens of a layer, into ``kv`` [2, K, held, D] on the device. Layers in order."""
+        (self.full if window is None else self.window).load(self.place[layer], kv)
+
+    def load_state(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same of a recurrent layer, see ``RecurrentCache.load``."""
+        return self.recurrent.load(self.place[layer])
+
     def end_step(self, tokens: int) -> None:
         """A step of the target is through all layers: its tokens are pending."""
         for cache in self._committing():
@@ -56,20 +77,22 @@ class TargetCaches:
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
-        for cache in (self.full, self.window):
-            if cache is not None:
-                cache.end_fill(tokens)
-        self.length = tokens
-        self._sync(tokens)
+        with self._changing():
+            for cache in (self.full, self.window):
+                if cache is not None:
+                    cache.end_fill(tokens)
+            self.length = tokens
+            self._sync(tokens)
 
     def commit(self, kept: Sequence[int]) -> None:
         """The target accepts these of its pending tokens (their numbers, ascending). What is drafted stays."""
         refreshed = self.length
-        for cache in self._committing():
-            cache.select(kept)
-            cache.commit(len(kept))
-        self.length += len(kept)
-        self._sync(refreshed)
+        with self._changing():
+            for cache in self._committing():
+                cache.select(kept)
+                cache.commit(len(kept))
+            self.length += len(kept)
+            self._sync(refreshed)
 
     def drafts(self) -> list[GrowingBuffer]:
         """Where keys and values of the retrieval level's draft tokens are pending."""
@@ -119,24 +142,91 @@ class TargetCaches:
         most = retrieval.most_pending if window is None else window.drafts.capacity
         return StaticView(drafts, find, tokens, most, [chosen, committed], nodes)
 
+    def drop_pending(self) -> None:
+        """Forget what nobody has judged, on both levels."""
+        with self._changing():
+            for cache in self._committing():
+                cache.commit(0)
+            self.keep_drafts([])
+
+    def can_cut(self, tokens: int) -> bool:
+        """Whether ``cut`` can go back to the first ``tokens`` tokens: a state cannot, and a window not far."""
+        gone = self.length - tokens
+        return not gone or (self.recurrent is None and (not self.window or self.window.can_drop(gone, self.length)))
+
+    def cut(self, tokens: int, parts: Snapshot | None = None) -> None:
+        """Keep the first ``tokens`` tokens. The retrieval cache's choice goes, unless it is among ``parts``.
+
+        ``parts``: a ``checkpoint`` of just those tokens, for what cannot be cut.
+        """
+        self.drop_pending()
+        with self._changing():
+            if self.full is not None:
+                self.full.cut(tokens)
+                self.retrieval.reset()
+            if parts is None and self.window is not None:
+                self.window.drop(self.length - tokens)
+            for name, cache in self._named():
+                if own := _named_parts(parts or {}, name):
+                    cache.restore(own)
+            self.length = tokens
+
+    def still(self) -> None:
+        """Nothing is pending, and all that is held can be read by the host."""
+        self.drop_pending()
+        if self.full is not None:
+            self.full.still()
+
+    def adopt(self, tokens: int, read: Callable[[int, int, int], Tensor], parts: Snapshot) -> None:
+        """Hold a text that was read before, see ``FullCache.adopt``. ``parts``: a ``checkpoint`` of its tokens."""
+        self.reset()
+        self.still()
+        with self._changing():
+            if self.full is not None:
+                self.full.adopt(tokens, read)
+            for name, cache in self._named():
+                if own := _named_parts(parts, name):
+                    cache.restore(own)
+            self.length = tokens
+
     def reset(self) -> None:
         """Forget everything."""
-        for _, cache in self._named():
-            cache.reset()
-        self.length = 0
+        with self._changing():
+            for _, cache in self._named():
+                cache.reset()
+            self.length = 0
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """All that the committed tokens have left, but for the tiles. Between two passes, while nothing is pending."""
-        parts = {f"{name}.{key}": part for name, cache in self._named() for key, part in cache.snapshot().items()}
-        return {"length": torch.tensor([self.length]), **parts}
+    def checkpoint(self, choice: bool) -> dict[str, Tensor]:
+        """What ``cut`` cannot bring back of the committed tokens; with the retrieval cache's ``choice``, if wanted.
+
+        In host memory, by name. Between two passes, while nothing is pending.
+        """
+        wanted = {"window", "recurrent", *(["retrieval"] if choice else [])}
+        return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
+
+    def snapshot(self, choice: bool = True) -> dict[str, Tensor]:
+        """All that the committed tokens have left, but for the tiles, and for the retrieval cache without ``choice``.
+
+        Between two passes, while nothing is pending.
+        """
+        tail = {} if self.full is None else self.full.snapshot()
+        own = {f"full.{key}": part for key, part in tail.items()}
+        return {"length": torch.tensor([self.length]), **own, **self.checkpoint(choice)}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of these caches, over tiles that hold what they held then; drafts are dropped."""
-        for name, cache in self._named():
-            prefix = f"{name}."
-            own = {key.removeprefix(prefix): part for key, part in snapshot.items() if key.startswith(prefix)}
-            cache.restore(own)
-        self.length = int(snapshot["length"])
+        with self._changing():
+            for name, cache in self._named():
+                own = _named_parts(snapshot, name)
+                cache.restore(own) if own else cache.reset()
+            self.length = int(snapshot["length"])
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is interrupted in here leaves the caches in no state to go on from."""
+        self.whole = False
+        yield
+        self.whole = True
 
     def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache]]:
         named = [("full", self.full), ("retrieval", self.retrieval), ("window", self.window)]
@@ -146,3 +236,9 @@ class TargetCaches:
     def _sync(self, refreshed: int) -> None:
         if self.full is not None:
             self.retrieval.sync(self.full.tail.settled, self.full.tiled, self.length, refreshed)
+
+
+def _named_parts(snapshot: Snapshot, name: str) -> Snapshot:
+    """Those of one cache."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): part for key, part in snapshot.items() if key.startswith(prefix)}

@@ -76,12 +76,32 @@ class WindowCache(GrowingBuffer):
             self.drop_front(max(0, self.length - self.reach))
 
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> None:
-        """See ``FilledLayers``. Only the newest tokens are kept."""
-        self.write(layer, kv[0, :, -self.reach :], kv[1, :, -self.reach :])
+        """See ``FilledLayers``. Only the newest tokens are kept; ``kv`` may begin with what ``load`` has given."""
+        self.replace(layer, kv[:, :, -self.reach :])
+
+    def load(self, layer: int, kv: Tensor) -> None:
+        """One layer's newest committed tokens, into ``kv`` [2, K, at most reach, D]."""
+        kv.copy_(self.kv[layer, :, :, self.committed - kv.shape[2] : self.committed])
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
-        self.length += min(tokens, self.reach)
+        self.length = min(tokens, self.reach)
+
+    def can_drop(self, newest: int, text: int) -> bool:
+        """Whether the window is still whole without the ``newest`` of ``text`` committed tokens."""
+        return newest <= self.committed and self.committed - newest >= min(text - newest, self.reach)
+
+    def drop(self, newest: int) -> None:
+        """Forget the ``newest`` committed tokens, see ``can_drop``, and all that is pending or drafted.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        super().commit(0)
+        if not 0 <= newest <= self.committed:
+            raise IndexError(f"cannot drop {newest} of {self.committed} tokens")
+        self.length -= newest
+        self.drafts.reset()
 
     def reset(self) -> None:
         """Forget everything."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from offload_triforce.config import Settings, replace_settings
+from offload_triforce.config import Settings, replace_settings, unit_of
 from offload_triforce.errors import InputError
 
 _KINDS = get_type_hints(Settings)
@@ -51,7 +51,7 @@ def _option(each: Field, default: Any) -> inspect.Parameter:
     kind = _KINDS[each.name]
     names = [f"--{words}/--no-{words}"] if kind is bool else [f"--{words}"]
     shown = False if each.default is None else ("on" if each.default else "off") if kind is bool else str(each.default)
-    text = str | None if about.get("tokens") or about.get("speed") else kind | None
+    text = str | None if unit_of(each) else kind | None
     option = typer.Option(
         *names, help=about["help"], rich_help_panel=about.get("panel"), show_default=shown if default is None else True
     )

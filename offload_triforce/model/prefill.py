@@ -9,7 +9,7 @@ replayed in their own order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,26 @@ from offload_triforce.scheduler.store import Leaving
 Progress = Callable[[int, int], None]
 
 
+class Beginning(Protocol):
+    """The beginning of a text that has been read before, for the layers that read on behind it."""
+
+    length: int
+
+    def held(self, window: int | None) -> int:
+        """How many of its newest tokens ``load`` brings, for a layer with that window."""
+
+    def load(self, layer: int, window: int | None, kv: Tensor) -> None:
+        """Their keys and values, into ``kv`` [2, K, held, D]. Layers come in order."""
+
+    def load_state(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Of a recurrent layer: its state [Hv, Dk, Dv] and its convolution's newest inputs [W - 1, C], to be kept."""
+
+
 class AttentionPart(NamedTuple):
-    """What a layer that attends makes of a text: ``kv`` [2, K, n, D], the newest ``queries`` [H, m, D], ``params``."""
+    """What a layer that attends makes of a text: ``kv`` [2, K, n, D], the newest ``queries`` [H, m, D], ``params``.
+
+    Where a text is read on, ``kv`` begins with what was held of its beginning.
+    """
 
     kv: Tensor
     queries: Tensor
@@ -48,28 +66,30 @@ LayerDone = Callable[[int, LayerPart], "Leaving | None"]
 class _LayerView:
     """What the layer that is being filled makes of the text: its KV, [2, K, n, D], and last queries; or its state."""
 
-    def __init__(self, tokens: int, queries: int) -> None:
-        self.tokens, self.keep_queries = tokens, queries
-        self.kv: Tensor | None = None
-        self.length = 0
+    def __init__(self, tokens: int, queries: int, before: Beginning | None) -> None:
+        self.tokens, self.keep_queries, self.before = tokens, queries, before
+        self._room: Tensor | None = None
+        self.index = self.length = 0  # number of the layer; tokens of its KV
         self.queries: Tensor | None = None
         self.params = ops.AttentionParams(1.0)
         self.leaving: Leaving | None = None  # copies of an earlier layer, which share the buffer
         self.state: Tensor | None = None
         self.tail: Tensor | None = None
 
-    def begin(self) -> None:
+    def begin(self, index: int) -> None:
         """The next layer's turn."""
-        self.length, self.queries, self.state, self.tail = 0, None, None, None
+        self.index, self.length, self.queries, self.state, self.tail = index, 0, None, None, None
 
     def part(self) -> LayerPart:
         """What has become of the layer."""
         if self.state is not None:
             return RecurrentPart(self.state, self.tail)
-        return AttentionPart(self.kv, self.queries, self.params)
+        return AttentionPart(self._room[:, :, : self.length], self.queries, self.params)
 
     def convolve(self, convolution: ops.Convolution, own: OwnConvolution) -> Tensor:
         inputs, news = convolution.inputs, convolution.weight.shape[1] - 1
+        if self.tail is None and self.before is not None:
+            self.state, self.tail = self.before.load_state(self.index)
         if self.tail is None:  # a text begins with nothing, which is zero
             self.tail = inputs.new_zeros(news, inputs.shape[1])
         whole = torch.cat([self.tail, inputs])
@@ -82,18 +102,32 @@ class _LayerView:
         return output
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
-        if self.kv is None or self.kv.shape[1] != key.shape[0] or self.kv.shape[3] != key.shape[2]:
-            self.kv = key.new_empty(2, key.shape[0], self.tokens, key.shape[2])
+        if self.length == 0:
+            self._begin_layer(key, params)
         end = self.length + key.shape[1]
         if self.leaving is not None:
             self.leaving.wait(end)
-        self.kv[0, :, self.length : end], self.kv[1, :, self.length : end] = key, value
+        kv = self._room[:, :, :end]
+        kv[0, :, self.length :], kv[1, :, self.length :] = key, value
         self.length, self.params = end, params
         newest = query[:, -self.keep_queries :]
         if self.queries is not None and newest.shape[1] < self.keep_queries:  # a short last chunk
             newest = torch.cat([self.queries, newest], dim=1)[:, -self.keep_queries :]
         self.queries = newest
-        return ops.prefill_attention(query, self.kv[0, :, :end], self.kv[1, :, :end], params)
+        return ops.prefill_attention(query, kv[0], kv[1], params)
+
+    def _begin_layer(self, key: Tensor, params: ops.AttentionParams) -> None:
+        """Room for a layer's keys and values, with those that are held."""
+        heads, dim = key.shape[0], key.shape[2]
+        before = 0 if self.before is None else self.before.length
+        if self._room is None or (self._room.shape[1], self._room.shape[3]) != (heads, dim):
+            self._room = key.new_empty(2, heads, before + self.tokens, dim)
+        if self.before is None:
+            return
+        self.length = self.before.held(params.window)
+        if self.leaving is not None:
+            self.leaving.wait(self.length)
+        self.before.load(self.index, params.window, self._room[:, :, : self.length])
 
 
 class _Call:
@@ -113,6 +147,8 @@ def prefill(
     layer_done: LayerDone,
     progress: Progress | None = None,
     states: HiddenStates | None = None,
+    before: Beginning | None = None,
+    whole: int | None = None,
 ) -> None:
     """Compute the KV of ``tokens`` (n,), layer by layer. At least one more token must follow them.
 
@@ -124,18 +160,28 @@ def prefill(
             used again for the next layer: return the copies that are still reading it.
         progress: called with (steps done, steps in all).
         states: keeps the hidden states between two layers; on the device, if there is none.
+        before: what the tokens follow. whole: tokens of the text that all of this is read for, if there are more.
     """
-    states = states or DeviceStates(chunk)
+    states, start = states or DeviceStates(chunk), 0 if before is None else before.length
+    view, end = _LayerView(len(tokens), queries, before), start + len(tokens)
     try:
-        _read_layers(model, layout, tokens, chunk, _LayerView(len(tokens), queries), layer_done, progress, states)
+        _read_layers(model, Stretch(layout, tokens, start, whole or end), chunk, view, layer_done, progress, states)
     finally:
         states.end()
 
 
+class Stretch(NamedTuple):
+    """Tokens (n,) of a text of ``whole`` tokens, from position ``start`` on."""
+
+    layout: ModelLayout
+    tokens: Tensor
+    start: int
+    whole: int
+
+
 def _read_layers(
     model: PreTrainedModel,
-    layout: ModelLayout,
-    tokens: Tensor,
+    stretch: Stretch,
     chunk: int,
     view: _LayerView,
     layer_done: LayerDone,
@@ -143,18 +189,19 @@ def _read_layers(
     states: HiddenStates,
 ) -> None:
     layers = model.get_decoder().layers
-    parts = [slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk)]
+    count = len(stretch.tokens)
+    parts = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     calls: list[list[_Call]] = []
     for number, part in enumerate(parts):
-        embedded, per_layer = _record(model, layout, tokens, part)
+        embedded, per_layer = _record(model, stretch, part)
         if not calls:
-            states.begin(embedded, len(tokens))
+            states.begin(embedded, count)
         states.put(number, embedded)
         calls.append(per_layer)
     del embedded
     total, done = len(layers) * len(calls), 0
     for index, layer in enumerate(layers):
-        view.begin()
+        view.begin(index)
         for number, per_layer in enumerate(calls):
             call = per_layer[index]
             made = layer(states.take(number), *call.args, **{**call.kwargs, "triforce": view})
@@ -165,15 +212,15 @@ def _read_layers(
         view.leaving = layer_done(index, view.part()) or view.leaving
 
 
-def _record(model: PreTrainedModel, layout: ModelLayout, tokens: Tensor, part: slice) -> tuple[Tensor, list[_Call]]:
+def _record(model: PreTrainedModel, stretch: Stretch, part: slice) -> tuple[Tensor, list[_Call]]:
     """Embed one chunk: the first layer's input [1, T, hidden], and each layer's other arguments."""
     decoder = model.get_decoder()
-    read = tokens[part]
-    positions = torch.arange(part.start, part.stop, device=model.device)
-    if layout.longrope_switch is not None:
+    read, start = stretch.tokens[part], stretch.start
+    positions = torch.arange(start + part.start, start + part.stop, device=model.device)
+    if stretch.layout.longrope_switch is not None:
         # longrope takes its frequencies from the largest position of a call: let every chunk have the text's.
         read = torch.cat([read, read[:1]])
-        positions = torch.cat([positions, positions.new_tensor([len(tokens)])])
+        positions = torch.cat([positions, positions.new_tensor([stretch.whole])])
     rows = embed(model, read)
     given = {"input_ids": read.to(model.device)[None]} if rows is None else {"inputs_embeds": rows[None]}
     states, calls = _run_recording(decoder, given, positions[None])

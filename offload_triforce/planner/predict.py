@@ -165,7 +165,7 @@ def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) 
 def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:
     """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer.
 
-    Hidden states in host memory come and go beside the computation. What is resident late comes up at the end.
+    Groups bring up what was read before. Hidden states in host memory come and go beside the computation. What is resident late comes up at the end.
     """
     layout, weights, speeds = model.layout, model.weights, machine.speeds
     chunks = -(-context // settings.prefill_chunk)
@@ -177,13 +177,15 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     states = 0.0
     if settings.hidden_states == "host":
         states = context * model.config.get_text_config().hidden_size * layout.dtype.itemsize / link
+    # Each group but the first brings up what was read before it: of g groups, (g - 1) / 2 times the whole.
+    again = (-(-context // group_tokens(layout)) - 1) / 2
     computing, copying = [], []
     full = set(layout.full)
     for index, shape in enumerate(layout.layers):
         computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
         computing.append(max(computed, states))
         leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
-        copying.append(leaves / link)
+        copying.append((1 + again) * leaves / link)
     return predict_prefill(computing, copying, chunks) + (plan.late_bytes / link if plan is not None else 0.0)
 
 

@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 LOGITS = 3
 
 
+# Tokens of a prompt that are read layer by layer at a time. After each such group the text can be gone on with, should
+# the rest be interrupted; each brings what was read before it over the link once more, which makes one and a half
+# passes for all groups of 128K tokens.
+GROUP = 32_768
+# The same where layers have a window or a state: those are kept after each group, so that the text can be cut there.
+MARKED_GROUP = 8_192
+
+
+def group_tokens(layout: ModelLayout) -> int:
+    """Tokens of a prompt that are read at a time; the memory of their hidden states is used again."""
+    return MARKED_GROUP if layout.sliding or layout.recurrent else GROUP
+
+
 def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan | None:
     """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window.
 
@@ -142,13 +155,13 @@ def work_out(
     decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize
     chunk = min(settings.prefill_chunk, context)
     states = config.hidden_size * itemsize  # of a token
-    on_host = settings.hidden_states == "host"
+    on_host, group = settings.hidden_states == "host", min(context, group_tokens(layout))
     if on_host:
-        host["hidden states of the prompt"] = context * states
+        host["hidden states of the prompt"] = group * states
     prefill = {
         "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
-        "hidden states": (min(context, SLOTS * chunk) if on_host else context) * states,
-        "rotary embeddings": context * 2 * max(layer.head_dim for layer in layout.attention) * itemsize,
+        "hidden states": (min(group, SLOTS * chunk) if on_host else group) * states,
+        "rotary embeddings": group * 2 * max(layer.head_dim for layer in layout.attention) * itemsize,
         "activations of a chunk": activation_bytes(config, chunk, itemsize),
     }
     return Needs(host, caches, prefill, decoding)

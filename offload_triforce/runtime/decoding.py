@@ -35,6 +35,7 @@ class Task:
         request: what is asked for. seed: of the draws.
         text: the prompt, and then the answer too. stats: what is counted.
         progress: told how far the prefill is.
+        seat: called first: brings what is held of the prompt into the caches.
         wait: for the models, where another thread is at work on them as the answer begins.
     """
 
@@ -46,10 +47,13 @@ class Task:
     text: TokenText
     stats: DecodeStats
     progress: Progress | None = None
+    seat: Callable[[], None] | None = None
     wait: bool = True
 
     def steps(self, answer: Answer) -> Iterator[list[int]]:
         """Prefill and passes; yields the new tokens after each pass."""
+        if self.seat is not None:
+            self.seat()
         request, runtime = self.request, self.session.runtime
         readable = self.model.get_input_embeddings().num_embeddings
         rule = make_rule(runtime.settings.rule, request, self.seed, runtime.layout, readable)
@@ -64,7 +68,7 @@ class Task:
             self.stats.ending = request.ending(text.ids)
             return self.stats.ending is not None
 
-        return self.session.continue_text(
+        yield from self.session.continue_text(
             self.text,
             request.max_new_tokens,
             self.drafters.make(rule),

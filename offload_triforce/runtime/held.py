@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.layer import Snapshot
 
 
@@ -39,6 +40,15 @@ class Checkpoint:
     parts: Snapshot
 
     @property
+    def has_choice(self) -> bool:
+        """Whether the retrieval cache's choice is among them."""
+        return any(name.startswith("retrieval.") for name in self.parts)
+
+    def without_choice(self) -> Checkpoint:
+        """The same without it, which is large, and of use only where a text ends."""
+        return Checkpoint(self.tokens, {n: p for n, p in self.parts.items() if not n.startswith("retrieval.")})
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return sum(part.nbytes for part in self.parts.values())
@@ -48,23 +58,16 @@ class TextSource(Protocol):
     """A text that was read, wherever it lies: in caches, in host memory or on disk.
 
     Attributes:
-        tokens: ids of all n tokens that have been read.
+        tokens: ids of all n tokens that have been read, int64 (n,), on the CPU.
         checkpoints: ascending; the last is of all n tokens.
         shape: of the keys and values.
         long: whether keys were turned by longrope's long frequencies; False for all other models.
     """
 
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-    @property
-    def checkpoints(self) -> Sequence[Checkpoint]: ...
-
-    @property
-    def shape(self) -> KVShape: ...
-
-    @property
-    def long(self) -> bool: ...
+    tokens: Tensor
+    checkpoints: Sequence[Checkpoint]
+    shape: KVShape
+    long: bool
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """Keys and values of tokens [start, stop) of one layer, [2, K, stop - start, D], in host memory.
@@ -73,15 +76,37 @@ class TextSource(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
+class LiveText:
+    """A text in the caches, see ``TextSource``. ``full`` may be None, where no layer attends to everything."""
+
+    tokens: Tensor
+    checkpoints: Sequence[Checkpoint]
+    shape: KVShape
+    full: FullCache | None
+    long: bool = False
+
+    def read(self, layer: int, start: int, stop: int) -> Tensor:
+        """See ``TextSource``."""
+        return self.full.copy_out(layer, start, stop)
+
+
+@dataclass
 class HeldText:
     """A text in plain host memory, see ``TextSource``. ``kv``: [2, K, n, D] of each layer."""
 
-    tokens: Sequence[int]
+    tokens: Tensor
     checkpoints: Sequence[Checkpoint]
     shape: KVShape
     kv: Sequence[Tensor]
     long: bool = False
+
+    @classmethod
+    def copy(cls, source: TextSource) -> HeldText:
+        """The same text in memory of its own."""
+        count = len(source.tokens)
+        kv = [source.read(layer, 0, count).clone() for layer in range(source.shape.layers)]
+        return cls(source.tokens, list(source.checkpoints), source.shape, kv, source.long)
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """See ``TextSource``."""
@@ -90,4 +115,9 @@ class HeldText:
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(part.nbytes for part in self.kv) + sum(point.size for point in self.checkpoints)
+        return text_bytes(self)
+
+
+def text_bytes(source: TextSource) -> int:
+    """Bytes of a text in host memory, or what it would take there."""
+    return len(source.tokens) * source.shape.token_bytes + sum(point.size for point in source.checkpoints)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import AttentionPart, LayerPart, Progress, RecurrentPart, prefill
+from offload_triforce.planner.sizes import group_tokens
+from offload_triforce.runtime.held import Checkpoint, LiveText, TextSource
+from offload_triforce.runtime.prefix import Start, Told, common_prefix, find_start
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.scheduler.device import on
 from offload_triforce.scheduler.store import Leaving
@@ -28,28 +32,164 @@ class Session:
     """One text in the caches of a runtime, all but its newest token. A runtime has one at a time: the latest begun.
 
     Attributes:
-        begun: whether the caches hold the beginning of a text; else ``continue_text`` reads it first.
+        checkpoints: of what cannot be cut, ascending; the newest one may know the retrieval cache's choice as well.
+        long: see ``TextSource``.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.begun = runtime, False
+    def __init__(self, runtime: Runtime, keep: bool = False) -> None:
+        """``keep``: the text will be gone back in, so its turns are marked."""
+        self.runtime, self.keep = runtime, keep
+        self.checkpoints: list[Checkpoint] = []
+        self.long = False
+        self._ids = torch.empty(0, dtype=torch.long)  # of the text; the caches may be behind
+        self._chosen = False  # whether the retrieval cache's choice was made over all that is held
+
+    @property
+    def ids(self) -> Tensor:
+        """Ids of the tokens that are held, (n,) on the CPU."""
+        return self._ids[: self.runtime.caches.length]
+
+    def forget(self) -> None:
+        """Empty the caches."""
+        self.runtime.caches.reset()
+        self.checkpoints.clear()
+        self._ids, self._chosen = self._ids[:0], False
 
     def begin(self, tokens: Tensor, progress: Progress | None = None) -> None:
         """Read ``tokens`` (n,) into empty caches. They are ready to continue from when it ends.
 
         The model must be attached, gradients off. ``progress``: told (steps done, steps in all).
         """
+        self.forget()
+        self._read(tokens, progress)
+
+    def prepare(self, prompt: Tensor, progress: Progress | None = None) -> int:
+        """Let the caches hold ``prompt`` (n,) but for its last token; returns how many tokens of it they held before.
+
+        What is interrupted leaves all that has been read till then. Otherwise as ``begin``.
+        """
+        caches, wanted, start = self.runtime.caches, prompt[:-1], self.start(prompt)
+        self.long = self._is_long(prompt)
+        if start is None:
+            self.begin(wanted, progress)
+            return 0
+        if start.tokens < caches.length:
+            self._go_back(start)
+        caches.drop_pending()
+        self._ids = prompt
+        missing = len(wanted) - start.tokens
+        if 0 < missing <= self.runtime.settings.news and self._chosen:
+            self._read_in_passes(prompt[start.tokens : -1].tolist())
+        elif missing:
+            self._read(wanted, progress)
+        return start.tokens
+
+    def start(self, prompt: Tensor) -> Start | None:
+        """How much of what is held stays, to go on with ``prompt`` (n,)."""
+        caches = self.runtime.caches
+        if not caches.whole or not self.turned_alike(self.long, prompt):
+            return None  # something was interrupted where it should not have been, or keys are of no use
+        shared = common_prefix(self.ids, prompt[:-1])
+        return find_start(caches.length, self.checkpoints, shared, len(prompt) - 1, caches.can_cut)
+
+    def turned_alike(self, long: bool, prompt: Tensor) -> bool:
+        """Whether keys of a text that was ``long`` are those of a prompt (n,), where longrope turns them."""
+        return long == self._is_long(prompt)
+
+    def can_cut_parked(self, tokens: int) -> bool:
+        """Whether a text that is not in the caches can be cut there without a checkpoint."""
+        return self.runtime.caches.window is None and self.runtime.caches.recurrent is None
+
+    def _is_long(self, prompt: Tensor) -> bool:
+        switch = self.runtime.layout.longrope_switch
+        return switch is not None and len(prompt) > switch
+
+    def source(self) -> TextSource:
+        """What is held, for the host to read where it lies: until the session goes on."""
+        caches = self.runtime.caches
+        caches.still()
+        if self.checkpoints and self.checkpoints[-1].tokens == caches.length and self.checkpoints[-1].has_choice:
+            points = self.checkpoints
+        else:
+            points = [*self.checkpoints, Checkpoint(caches.length, caches.checkpoint(self._chosen))]
+        return LiveText(self.ids.clone(), points, self.runtime.kv_shape, caches.full, self.long)
+
+    def take(self, source: TextSource, start: Start) -> None:
+        """Hold the first tokens of a text that was read before. ``start``: how many, see ``find_start``."""
+        self.forget()
+        parts = start.checkpoint.parts if start.checkpoint else {}
+        self.runtime.caches.adopt(start.tokens, source.read, parts)
+        self._ids = source.tokens
+        self._chosen = start.checkpoint is not None and start.checkpoint.has_choice
+        self.checkpoints = [point for point in source.checkpoints if point.tokens <= start.tokens]
+        self.long = source.long
+
+    def _go_back(self, start: Start) -> None:
+        point = start.checkpoint
+        self.runtime.caches.cut(start.tokens, point and point.parts)
+        self._chosen = point is not None and point.has_choice
+        self.checkpoints = [point for point in self.checkpoints if point.tokens <= start.tokens]
+
+    def _read(self, wanted: Tensor, progress: Progress | None) -> None:
+        """Read on to the end of ``wanted`` (n,), all of the text but its last token."""
         runtime, caches = self.runtime, self.runtime.caches
-        caches.reset()
-        if len(tokens):
-            chunk = runtime.settings.prefill_chunk
-            states = runtime.states
-            prefill(runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill, progress, states)
-        caches.end_fill(len(tokens))
-        self.begun = True
+        self._ids = wanted
+        held = caches.length
+        marked = caches.window is not None or caches.recurrent is not None
+        starts = [*range(held, len(wanted), group_tokens(runtime.layout))]
+        ends = [*starts[1:], len(wanted)]
+        sizes = [end - start for start, end in zip(starts, ends, strict=False)]
+        told = Told(progress, len(runtime.layout.layers), runtime.settings.prefill_chunk, sizes)
+        for start, end in zip(starts, ends, strict=False):
+            self._read_group(wanted[start:end], len(wanted), told)
+            told.group_done()
+            if marked and end < len(wanted):
+                self._mark(choice=False)
+        if not starts:
+            caches.end_fill(0)
         if runtime.layout.device.type == "cuda":
             # So that its time is not taken for decoding's.
             torch.cuda.current_stream(runtime.layout.device).synchronize()
+
+    def _read_group(self, tokens: Tensor, whole: int, progress: Progress) -> None:
+        """Layer by layer, behind what is held. Where that fails, the text is what it was."""
+        runtime, caches = self.runtime, self.runtime.caches
+        held, before, back = caches.length, None, caches.reset
+        if held:
+            before = caches
+            caches.begin_fill()
+            back = partial(caches.restore, caches.snapshot(choice=False))
+        chunk, states = runtime.settings.prefill_chunk, runtime.states
+
+        def work() -> None:
+            self._chosen = False
+            read = (runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill)
+            prefill(*read, progress, states, before, whole)
+            caches.end_fill(held + len(tokens))
+            self._chosen = True
+
+        try:
+            work()
+        except BaseException:
+            back()
+            raise
+
+    def _read_in_passes(self, tokens: Sequence[int]) -> None:
+        """Read on by passes of the target, which see all that is held."""
+        settings = self.runtime.settings
+        target = self.runtime.target("never" if settings.gamma == 0 else "each pass")
+        for start in range(0, len(tokens), settings.news):
+            nodes = chain(tokens[start : start + settings.news])
+            target.score(nodes)
+            target.commit(range(len(nodes)))
+
+    def _mark(self, choice: bool) -> None:
+        """Keep what could not be cut later. Of the retrieval cache's choices only the newest is kept."""
+        caches = self.runtime.caches
+        if choice:
+            self.checkpoints = [point.without_choice() for point in self.checkpoints]
+        self.checkpoints = [point for point in self.checkpoints if point.parts and point.tokens != caches.length]
+        self.checkpoints.append(Checkpoint(caches.length, caches.checkpoint(choice and self._chosen)))
 
     def _fill(self, layer: int, part: LayerPart) -> Leaving | None:
         if isinstance(part, RecurrentPart):
@@ -59,26 +199,22 @@ class Session:
 
     def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
         """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""
-        caches = self.runtime.caches
-        caches.reset()
+        self.forget()
         for index, part in enumerate(layers):
             leaving = self._fill(index, part)
             if leaving:
                 leaving.wait()
-        caches.end_fill(tokens)
-        self.begun = True
+        self.runtime.caches.end_fill(tokens)
+        self._chosen = True
 
     @torch.no_grad()
     def begin_as_read(self, reading: Reading, rest: Sequence[int] = ()) -> None:
         """The same with a text that was read before, and what follows it, which is read in passes."""
-        device, settings = self.runtime.layout.device, self.runtime.settings
+        device = self.runtime.layout.device
         self.begin_with(len(reading.tokens), (on_device(part, device) for part in reading.layers))
-        target, step = self.runtime.target("never" if settings.gamma == 0 else "each pass"), settings.news
         with on(device), attached(self.runtime.model):
-            for start in range(0, len(rest), step):
-                nodes = chain(rest[start : start + step])
-                target.score(nodes)
-                target.commit(range(len(nodes)))
+            self._read_in_passes(rest)
+        self._ids = torch.cat([reading.tokens, torch.tensor(rest, dtype=torch.long)])
 
     def continue_text(
         self,
@@ -91,10 +227,10 @@ class Session:
         ended: Callable[[int], bool],
         progress: Progress | None,
     ) -> Iterator[list[int]]:
-        """Decode up to ``limit`` tokens; yields the new ones after each pass. What is not begun is read first.
+        """Decode up to ``limit`` tokens; yields the new ones after each pass. What is not held is read first.
 
         Args:
-            text: the prompt; the caches hold all of it but its last token, if the session is begun.
+            text: the prompt.
             limit: most new tokens. rule: how draft tokens are judged.
             drafters: of level 0; the first that can draft is asked, or the one that pays.
             stats: what is counted. stop: see ``hierarchy.decode``. ended: is there nothing to say after this token?
@@ -103,8 +239,10 @@ class Session:
         runtime, started = self.runtime, time.perf_counter()
         crossed, up = runtime.link_bytes, runtime.brought_up
         stats.prompt_tokens = len(text)
-        if not self.begun:
-            self.begin(text.ids[:-1], progress)
+        stats.reused_tokens = self.prepare(text.ids, progress)
+        if self.keep:
+            self._mark(choice=runtime.settings.gamma > 0)
+        self._ids = text.buffer
         resumed = time.perf_counter()
         stats.prefill_s = resumed - started
         stats.resident_link_bytes = runtime.brought_up - up

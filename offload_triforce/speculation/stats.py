@@ -32,6 +32,7 @@ class Acceptance:
 class DecodeStats:
     """Counts and times of one run. Times in seconds, sizes in bytes.
 
+    ``reused_tokens``: of the prompt, held from before and not read again.
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
     ``resident_link_bytes``: brought up for resident tiles, once, between the prefill and the first pass.
@@ -40,6 +41,7 @@ class DecodeStats:
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     passes: int = 0
     draft: Acceptance = field(default_factory=Acceptance)
@@ -110,6 +112,7 @@ class DecodeStats:
         """Everything, under the names of the JSON report."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "passes": self.passes,
             "tokens_per_pass": self.tokens_per_pass,

@@ -39,6 +39,11 @@ class TokenText:
         """All ids so far, (n,): a view."""
         return self._ids[: self._length]
 
+    @property
+    def buffer(self) -> Tensor:
+        """The memory that ids are in, (capacity,): what there will be is undefined, and drafts come and go."""
+        return self._ids
+
     def ids_on(self, device: torch.device) -> Tensor:
         """All ids so far on a device, (n,). Each decided one is brought there once."""
         if device == self._ids.device:  # what is taken back must not change under the eyes of whoever keeps it

@@ -250,7 +250,7 @@ def test_on_a_card_the_rest_of_it_is_filled(monkeypatch):
 def test_on_cuda_every_shape_of_a_step_is_warmed_up(gamma, monkeypatch):
     """A capture in the middle of what is timed would take as long as many tokens."""
     engine, scored, answered = TriForce(tiny_model("llama"), draft="none"), [], []
-    runtime = engine._ensure_runtime(300)
+    runtime = engine._texts.ensure(300).runtime
 
     class Level:
         def __init__(self, *_):

@@ -168,7 +168,7 @@ def test_merged_configs():
 def test_refused_by_the_engine(engine, options, words):
     with pytest.raises(InputError, match=words):
         engine.generate([5, 6], **{"max_new_tokens": 2, **options})
-    assert engine._runtime is None, "before the work starts"
+    assert engine.runtime is None, "before the work starts"
 
 
 @pytest.fixture

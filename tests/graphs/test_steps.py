@@ -31,7 +31,7 @@ def model_of(family):
 def graphs_of(engine):
     """Those of both levels."""
     small = engine._drafters._small
-    return [engine._runtime.graphs, small[1]] if small else [engine._runtime.graphs]
+    return [engine.runtime.graphs, small[1]] if small else [engine.runtime.graphs]
 
 
 def answer(engine, prompt=PROMPT, new=NEW):

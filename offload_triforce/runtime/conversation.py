@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from offload_triforce.generation.answer import Generation, TextStream
 from offload_triforce.generation.async_stream import AsyncTextStream
 from offload_triforce.generation.checks import Prompt
+from offload_triforce.runtime.pool import Text
+from offload_triforce.runtime.texts import Texts
 
 
-class SessionEngine(Protocol):
+class Engine(Protocol):
     """What a session asks of its engine."""
 
-    def stream(self, prompt: Prompt, *args: Any, session: Any = None, **options: Any) -> TextStream: ...
+    def stream(self, prompt: Prompt, *args: Any, **options: Any) -> TextStream:
+        """See ``TriForce.stream``."""
 
-    def astream(self, prompt: Prompt, *args: Any, session: Any = None, **options: Any) -> AsyncTextStream: ...
+    def astream(self, prompt: Prompt, *args: Any, **options: Any) -> AsyncTextStream:
+        """See ``TriForce.astream``."""
 
-    def save_session(self, session: Session, path: str | Path) -> None: ...
-
-    def close_session(self, session: Session) -> None: ...
+    def turn(self) -> AbstractContextManager[Texts]:
+        """See ``TriForce.turn``."""
 
 
 class Session:
     """One text of an engine. What was read of it is not read again.
 
     >>> session = engine.session()
-    >>> first = session.generate([{"role": "user", "content": document + question}])
-    >>> session.save("report")
+    >>> first = session.generate(document + question)
+    >>> second = session.generate(document + question + first.text + another)
 
     Each prompt is the whole text, as without a session: of what is held, the longest common beginning is used again,
     and ``stats.reused_tokens`` says how much that was.
     """
 
-    def __init__(self, engine: SessionEngine) -> None:
+    def __init__(self, engine: Engine, texts: Texts, text: Text) -> None:
         """See ``TriForce.session``."""
-        self._engine = engine
+        self._engine, self._texts, self.text = engine, texts, text
 
     def generate(self, prompt: Prompt, *args: Any, **options: Any) -> Generation:
         """See ``TriForce.generate``."""
@@ -54,21 +58,14 @@ class Session:
         return self._engine.astream(prompt, *args, session=self, **options)
 
     @property
-    def tokens(self) -> Sequence[int]:
-        """Ids of the tokens that are held."""
-        raise NotImplementedError
-
-    def save(self, path: str | Path) -> None:
-        """Write what is held to a folder; what is there already of the same text is not written again.
-
-        Raises:
-            InputError, StorageError: the folder is of something else, or full; an older session there stays whole.
-        """
-        self._engine.save_session(self, path)
+    def tokens(self) -> Tensor:
+        """Ids of the tokens that are held, int64 (n,)."""
+        return self._texts.tokens(self.text)
 
     def close(self) -> None:
         """Forget the text, and give its memory back."""
-        self._engine.close_session(self)
+        with self._engine.turn() as texts:
+            texts.pool.remove(self.text)
 
     def __enter__(self) -> Session:
         return self

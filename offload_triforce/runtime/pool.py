@@ -1,0 +1,159 @@
+"""The texts of one engine: one lies in the caches, others are parked in host memory, or on disk, until they go on.
+
+Whichever of them a prompt goes on with comes back into the caches, as far as both are the same; what a text would lose
+by that is parked first. Parked texts share a limit of host memory: the least recently used leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from offload_triforce.machine.memory import free_on_host
+from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
+from offload_triforce.runtime.prefix import Start, common_prefix, find_start
+from offload_triforce.runtime.session import Session
+
+# Fewer tokens than these are read again rather than kept: about what one pass of the target reads in the time that
+# they would take to be copied.
+WORTH_KEEPING = 512
+# A text that is not in the caches is brought there for no less than this.
+LEAST_SHARED = 16
+# Of the host memory that is free, so much is left to others where nobody has set a limit.
+RESERVE = 0.25
+
+
+@dataclass(eq=False)
+class Text:
+    """One text of an engine.
+
+    Attributes:
+        owned: it is a user's session, and goes on only where that asks for it.
+        parked: where it lies; None is in the caches, or nowhere yet.
+        used: when, as a number that grows.
+    """
+
+    owned: bool = False
+    parked: TextSource | None = None
+    used: int = field(default=0)
+
+
+# Puts a text on disk; returns where it lies from now on.
+Shelve = Callable[[TextSource], TextSource]
+
+
+class SessionPool:
+    """All texts of one engine. It is used by whoever has the engine's turn.
+
+    Attributes:
+        seated: the text in the caches, if there is one.
+    """
+
+    def __init__(self, limit: int | None = None, shelve: Shelve | None = None) -> None:
+        """``limit``: bytes of parked texts in host memory; None is what is free, less a reserve."""
+        self._limit, self._shelve = limit, shelve
+        self._texts: list[Text] = []
+        self.seated: Text | None = None
+        self._clock = 0
+
+    def add(self, parked: TextSource | None = None, owned: bool = False) -> Text:
+        """A new text."""
+        text = Text(owned, parked)
+        self._texts.append(text)
+        return text
+
+    def remove(self, text: Text) -> None:
+        """Forget a text."""
+        if text in self._texts:
+            self._texts.remove(text)
+        text.parked = None
+        if self.seated is text:
+            self.seated = None
+
+    def seat(self, session: Session, prompt: Tensor, wanted: Text | None = None) -> None:
+        """Bring into the caches what is held of ``prompt`` (n,). ``session``: what the caches hold now.
+
+        ``wanted``: the text that goes on; it may be empty. None is any that nobody owns, or a new one.
+        """
+        self._clock += 1
+        best, start = self._best(session, prompt, wanted)
+        text = wanted or (best if best is not None and not best.owned else self.add())
+        before = self.seated
+        kept = start.tokens if best is before and text is best else 0
+        if before is not None and (len(session.ids) - kept > WORTH_KEEPING or (before.owned and text is not before)):
+            before.parked = self._park(session.source(), text)
+        if best is None:
+            session.forget()
+        elif best is not before:
+            session.take(best.parked, start)
+        rest, text.parked = text.parked, None
+        if rest is not None and len(rest.tokens) - (start.tokens if best is text else 0) > WORTH_KEEPING:
+            self.add(rest).used = self._clock - 1
+        self.seated, text.used = text, self._clock
+        self._texts = [each for each in self._texts if each.owned or each.parked is not None or each is text]
+
+    def unseat(self, session: Session) -> None:
+        """Park the text that is in the caches: they are about to go. What they chose does not fit others."""
+        if self.seated is not None and len(session.ids):
+            self.seated.parked = self._park(session.source(), self.seated)
+        for text in self._texts:
+            if text.parked is not None:
+                text.parked.checkpoints = [point.without_choice() for point in text.parked.checkpoints]
+        self.seated = None
+
+    def clear(self) -> None:
+        """Forget all texts."""
+        for text in self._texts:
+            text.parked = None
+        self._texts = [text for text in self._texts if text.owned]
+        self.seated = None
+
+    def lose(self) -> None:
+        """The caches are gone, and the text that was there."""
+        self.seated = None
+
+    def source(self, text: Text, session: Session | None) -> TextSource | None:
+        """Where a text can be read from; None where nothing of it is held. ``session``: what the caches hold."""
+        if text is self.seated and session is not None and len(session.ids):
+            return session.source()
+        return text.parked
+
+    def _best(self, session: Session, prompt: Tensor, wanted: Text | None) -> tuple[Text | None, Start]:
+        """The text that has most of a prompt, and how much of it stays. In doubt the wanted one, or that in place."""
+        best, most = None, Start(0)
+        for text in sorted(self._texts, key=lambda each: (each is not wanted, each is not self.seated, -each.used)):
+            start = session.start(prompt) if text is self.seated else _parked_start(text.parked, prompt, session)
+            least = 1 if text is self.seated or text is wanted else LEAST_SHARED
+            if start is not None and start.tokens >= max(least, most.tokens + 1):
+                best, most = text, start
+        return best, most
+
+    def _park(self, source: TextSource, staying: Text) -> TextSource | None:
+        """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` is about to be used."""
+        size = text_bytes(source)
+        while size > self._room():
+            parked = [t for t in self._texts if isinstance(t.parked, HeldText) and t is not staying]
+            if not parked:
+                return self._shelve(source) if self._shelve else None
+            oldest = min(parked, key=lambda each: each.used)
+            oldest.parked = self._shelve(oldest.parked) if self._shelve else None
+        return HeldText.copy(source)
+
+    def _room(self) -> int:
+        """Bytes of host memory that parked texts may still take."""
+        if self._limit is None:
+            return int(free_on_host() * (1 - RESERVE))
+        return self._limit - sum(t.parked.size for t in self._texts if isinstance(t.parked, HeldText))
+
+
+def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -> Start | None:
+    """How much of a parked text a prompt goes on with."""
+    if parked is None or not session.turned_alike(parked.long, prompt):
+        return None
+    held, points = len(parked.tokens), parked.checkpoints
+    start = find_start(held, points, common_prefix(parked.tokens, prompt[:-1]), len(prompt) - 1, session.can_cut_parked)
+    if start is not None and start.tokens == held and points:
+        return Start(held, points[-1])
+    return start

@@ -1,0 +1,69 @@
+"""From where a text is read on: how much of a prompt is held already, and how far back the caches can go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from offload_triforce.model.prefill import Progress
+from offload_triforce.runtime.held import Checkpoint
+
+
+def common_prefix(one: Tensor, other: Tensor) -> int:
+    """How many ids both begin with. (n,) and (m,)."""
+    most = min(len(one), len(other))
+    differ = (one[:most] != other[:most]).nonzero()
+    return int(differ[0]) if len(differ) else most
+
+
+class Start(NamedTuple):
+    """So many tokens stay. ``checkpoint``: of them, where the caches cannot be cut without; or with their choice."""
+
+    tokens: int
+    checkpoint: Checkpoint | None = None
+
+
+def find_start(
+    held: int, checkpoints: Sequence[Checkpoint], shared: int, wanted: int, can_cut: Callable[[int], bool]
+) -> Start | None:
+    """From where to read on to ``wanted`` tokens; None from the beginning.
+
+    A retrieval cache whose text was cut has to choose anew, and that takes at least one token to be read, unless a
+    checkpoint just there knows its choice.
+
+    Args:
+        held: tokens of the text. checkpoints: of it.
+        shared: tokens that it has in common with what is wanted.
+        can_cut: whether the text can be cut to so many tokens without a checkpoint.
+    """
+    if shared == held:
+        return Start(shared) if shared else None
+    known = [point for point in checkpoints if point.tokens <= shared]
+    if known and known[-1].tokens == wanted and known[-1].has_choice:
+        return Start(wanted, known[-1])
+    most = min(shared, wanted - 1)
+    starts = [Start(point.tokens, point) for point in known if point.tokens <= most]
+    if most > 0 and can_cut(most):
+        starts.append(Start(most))
+    return max(starts, key=lambda start: start.tokens, default=None)
+
+
+class Told:
+    """Progress of a prefill in groups, told as that of one: (steps done, steps in all)."""
+
+    def __init__(self, progress: Progress | None, layers: int, chunk: int, groups: Sequence[int]) -> None:
+        """``groups``: tokens of each; ``chunk``: of a step, through one of the ``layers``."""
+        self._progress = progress
+        self._steps = [layers * -(-tokens // chunk) for tokens in groups]
+        self._before, self._total = 0, sum(self._steps)
+
+    def __call__(self, done: int, _: int) -> None:
+        """So much of the present group."""
+        if self._progress is not None:
+            self._progress(self._before + done, self._total)
+
+    def group_done(self) -> None:
+        """The next one follows."""
+        self._before += self._steps.pop(0)

@@ -1,0 +1,105 @@
+"""The caches of one engine, made when they are first needed, and the texts that have been in them."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload_triforce.config import Settings
+from offload_triforce.errors import MemoryLimitError
+from offload_triforce.machine.units import MOST_TOKENS
+from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.prefill import Progress
+from offload_triforce.planner.choose import choose_for_loaded
+from offload_triforce.runtime.drafters import Drafters
+from offload_triforce.runtime.held import TextSource
+from offload_triforce.runtime.pool import SessionPool, Text
+from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.session import Session
+from offload_triforce.scheduler.device import on
+
+
+class Texts:
+    """Of one engine; used by whoever has its turn.
+
+    Attributes:
+        session: the text in the caches; None while there are no caches.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: ModelLayout, settings: Settings, drafters: Drafters) -> None:
+        """``drafters``: their caches come and go with the target's."""
+        self._model, self._layout, self._settings, self._drafters = model, layout, settings, drafters
+        self.session: Session | None = None
+        self.pool = SessionPool(settings.session_memory)
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """The caches; None where there are none."""
+        return None if self.session is None else self.session.runtime
+
+    def ensure(self, needed: int, pinning: Progress | None = None) -> Session:
+        """Caches for so many tokens. Where those that there are do not suffice, their text is parked meanwhile.
+
+        Raises:
+            MemoryLimitError, InputError: they do not fit.
+        """
+        runtime = self.runtime
+        grown = runtime is not None and runtime.context < needed
+        if grown:
+            if self._settings.reuse:
+                self.pool.unseat(self.session)
+            self.give_back()
+        if self.session is None:
+            self.session = Session(self._make_runtime(needed, grown, pinning), keep=self._settings.reuse)
+        return self.session
+
+    def seat(self, prompt: Tensor, text: Text | None) -> None:
+        """Bring into the caches what is held of ``prompt`` (n,), for ``text``, or for whichever it goes on with."""
+        if self._settings.reuse or text is not None:
+            self.pool.seat(self.session, prompt, text)
+        else:
+            self.session.forget()
+
+    def source(self, text: Text) -> TextSource | None:
+        """Where a text can be read from, until something else is asked of the engine; None where nothing is held."""
+        return self.pool.source(text, self.session)
+
+    def tokens(self, text: Text) -> Tensor:
+        """Ids of what is held of a text, int64 (n,)."""
+        if text is self.pool.seated and self.session is not None:
+            return self.session.ids.clone()
+        return torch.empty(0, dtype=torch.long) if text.parked is None else text.parked.tokens
+
+    def give_back(self) -> None:
+        """Free the caches. The text in them is lost; those that are parked stay."""
+        self._drafters.close()
+        self.pool.lose()
+        runtime, self.session = self.runtime, None
+        if runtime is not None:
+            runtime.close()
+            del runtime
+            if self._layout.device.type == "cuda":
+                torch.cuda.empty_cache()  # so that what was freed counts as free
+
+    def close(self) -> None:
+        """Free everything."""
+        self.give_back()
+        self.pool.clear()
+
+    def _make_runtime(self, needed: int, grown: bool, pinning: Progress | None) -> Runtime:
+        """Caches for that many tokens; for half as many again, where a text has outgrown others before."""
+        make = partial(self._runtime_of, pinning=pinning)
+        if grown and self._settings.context is None:
+            with contextlib.suppress(MemoryLimitError):
+                return make(min(needed + needed // 2, self._layout.max_positions or MOST_TOKENS))
+        return make(self._settings.context or needed)
+
+    def _runtime_of(self, context: int, pinning: Progress | None) -> Runtime:
+        coming = self._drafters.bytes_to_come
+        settings = choose_for_loaded(self._model, self._layout, self._settings, context, coming)
+        with on(self._layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
+            return Runtime(self._model, self._layout, settings, context, pinning)

@@ -163,7 +163,7 @@ def _answer(
 @contextmanager
 def _asked(engine: TriForce, questions: Sequence[Question]) -> Iterator[Any]:
     """Who answers: a session where there are several questions, else the engine itself."""
-    if len(questions) == 1 or not hasattr(engine, "session"):
+    if len(questions) == 1:
         yield engine
         return
     with engine.session() as session:
@@ -171,22 +171,19 @@ def _asked(engine: TriForce, questions: Sequence[Question]) -> Iterator[Any]:
 
 
 def _make_room(engine: TriForce, questions: Sequence[Question], new_tokens: int) -> None:
-    """Let the caches hold the longest of several texts from the beginning: larger ones would be made anew, and empty.
+    """Let the caches hold the longest of several texts from the beginning, so that nothing has to move on the way.
 
     Raises:
-        InputError: one of the texts is too long; nothing has been read yet.
+        InputError, MemoryLimitError: one of the texts is too long; nothing has been read yet.
     """
     if len(questions) == 1:
         return
-    from offload_triforce.config import replace_settings
     from offload_triforce.generation.checks import check_length
 
     for question in questions:
         check_length(engine.layout, engine.settings, len(question.ids), new_tokens)
-    if engine.settings.context is None:
-        needed = max(len(question.ids) for question in questions) + new_tokens
-        context = max(needed, engine.settings.budget or 0)
-        engine.settings = replace_settings(engine.settings, {"context": context})
+    with engine.turn() as texts:
+        texts.ensure(max(len(question.ids) for question in questions) + new_tokens)
 
 
 def _heading(question: Question) -> str:

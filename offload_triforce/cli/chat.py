@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offload_triforce.cli.chat_store import folder_of
 from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import MISTAKE, loading, notes, say
 from offload_triforce.cli.options import (
@@ -26,9 +27,7 @@ from offload_triforce.cli.options import (
 from offload_triforce.cli.settings import build_settings, takes_settings
 from offload_triforce.cli.sources import find_models, say_unpacked
 from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
-from offload_triforce.config import replace_settings
 from offload_triforce.errors import InputError
-from offload_triforce.machine.folders import session_folder
 from offload_triforce.model.packing import check_packing
 
 if TYPE_CHECKING:
@@ -39,9 +38,8 @@ EXAMPLES = examples(
     "offload-triforce chat --model smollm2",
     "offload-triforce chat --model ./model --file report.txt --session report",
     "offload-triforce chat --model ./model --system 'Be brief.' --temperature 0.7",
-    "cat questions.txt | offload-triforce chat --model m.gguf > answers.txt",
+    "cat questions.txt | offload-triforce chat --model m.gguf",
 )
-CONTEXT = 32_768  # tokens to make room for at first, where nobody says how many; less where the model reads less
 TALK = {"rich_help_panel": "Conversation"}
 
 
@@ -87,7 +85,7 @@ def chat(
     check_temperatures(*(() if temperature is None else (temperature,)))
     check_finite(top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     if session is not None:
-        session_folder(session)
+        folder_of(session)
     _check_streams()
     check_packing(quantize, quantize_head)
     source, small = find_models(model, draft)
@@ -100,13 +98,9 @@ def chat(
     say_unpacked(source, dtype, device, quantize)
     with loading(model):
         engine = TriForce.load(source, small, dtype, device, quantize, settings, quantize_head)
-    growing = settings.context is None
-    if growing:
-        most = engine.layout.max_positions
-        engine.settings = replace_settings(settings, {"context": min(CONTEXT, most or CONTEXT)})
     with engine:
         options = {name: value for name, value in options.items() if value is not None}
-        talk = _begin(engine, model, options, seed, growing)
+        talk = _begin(engine, model, options, seed)
         _open(talk, session, system)
         for document in documents:
             talk.attach(document)
@@ -119,7 +113,7 @@ def _check_streams() -> None:
             raise InputError(f"standard {name} is closed; a conversation needs it")
 
 
-def _begin(engine: TriForce, model: str, options: dict[str, Any], seed: int | None, growing: bool) -> Chat:
+def _begin(engine: TriForce, model: str, options: dict[str, Any], seed: int | None) -> Chat:
     """A conversation without messages, on the screen that there is."""
     from offload_triforce.cli.chat_loop import Chat
     from offload_triforce.cli.chat_screen import PlainScreen
@@ -127,7 +121,7 @@ def _begin(engine: TriForce, model: str, options: dict[str, Any], seed: int | No
     from offload_triforce.generation.dialogue import Dialogue
 
     store = Store(engine, model)
-    dialogue = Dialogue(engine, store.session, options=options, seed=seed, growing=growing)
+    dialogue = Dialogue(engine, store.session, options=options, seed=seed)
     screen: Any
     if sys.stdin.isatty() and sys.stdout.isatty():
         from offload_triforce.cli.chat_terminal import TerminalScreen, status_line

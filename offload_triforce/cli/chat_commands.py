@@ -118,7 +118,7 @@ def _stats(chat: Chat, _: str) -> None:
     chat.screen.say(f"{answers(dialogue.exchanges)}, {dialogue.used:,}{limit} tokens of context used")
     if dialogue.stats is None:
         return
-    chat.screen.say(f"the latest answer: {getattr(dialogue.stats, 'reused_tokens', 0):,} tokens of the prompt reused")
+    chat.screen.say(f"the latest answer: {dialogue.stats.reused_tokens:,} tokens of the prompt reused")
     for line in report.summary(dialogue.stats, chat.link):
         chat.screen.say(line)
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.generation.transcript import FILE, read_messages, write_messages
-from offload_triforce.machine.folders import session_folder, sessions_folder
+from offload_triforce.machine.folders import sessions_folder
 
 if TYPE_CHECKING:
+    from offload_triforce.engine import TriForce
     from offload_triforce.generation.dialogue import Dialogue
+    from offload_triforce.runtime.conversation import Session
 
 
-class _Unheld:
-    """In place of a session, for an engine that has none: every prompt is read anew."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
 
-    def stream(self, prompt: Sequence[int], **options: Any) -> Any:
-        return self._engine.stream(prompt, **options)
+def folder_of(name: str) -> Path:
+    """Where the conversation of that name is kept, or would be.
 
-    def close(self) -> None:
-        return
+    Raises:
+        InputError: it cannot be a name.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be the name of a session; take up to 64 letters, digits, dots, dashes and underscores, "
+            "beginning with a letter or digit"
+        )
+    return sessions_folder() / name
 
 
 class Store:
@@ -38,11 +45,11 @@ class Store:
         session: that answers. name: of the conversation, or None.
     """
 
-    def __init__(self, engine: Any, model: str) -> None:
+    def __init__(self, engine: TriForce, model: str) -> None:
         """``model``: what it was called, for people."""
         self._engine, self._model = engine, model
         self.name: str | None = None
-        self.session: Any = self._new()
+        self.session: Session = engine.session()
 
     def open(self, name: str, dialogue: Dialogue, new: bool) -> str | None:
         """Let a conversation go on from the one of that name. ``new``: there need not be any.
@@ -53,7 +60,7 @@ class Store:
         Raises:
             InputError: there is none, or what is kept there cannot be read; the present conversation stays.
         """
-        folder = session_folder(name)
+        folder = folder_of(name)
         messages = read_messages(folder)
         if not messages and not new:
             others = names()
@@ -66,7 +73,7 @@ class Store:
             except TriForceError as error:
                 why_not = str(error)
         self.session.close()
-        self.session = dialogue.session = session or self._new()
+        self.session = dialogue.session = session or self._engine.session()
         self.name = name
         dialogue.begin(messages)
         return why_not
@@ -74,7 +81,7 @@ class Store:
     def restart(self, dialogue: Dialogue) -> None:
         """Another conversation, without a name."""
         self.session.close()
-        self.session, self.name = self._new(), None
+        self.session, self.name = self._engine.session(), None
         dialogue.session = self.session
         dialogue.clear()
 
@@ -85,7 +92,7 @@ class Store:
             InputError: they cannot be written.
         """
         if self.name is not None:
-            write_messages(session_folder(self.name), messages, self._model)
+            write_messages(folder_of(self.name), messages, self._model)
 
     def save(self, name: str | None, messages: Sequence[dict[str, Any]]) -> Path:
         """Keep messages and caches. ``name``: a new one, or None for what it is called. Returns the folder.
@@ -96,7 +103,7 @@ class Store:
         name = name or self.name
         if name is None:
             raise InputError("this conversation has no name yet; give it one: /save NAME")
-        folder = session_folder(name)
+        folder = folder_of(name)
         if name != self.name and (folder / FILE).exists():
             raise InputError(
                 f"there is a conversation {name} already; /load {name} goes on with it, or take another name"
@@ -111,9 +118,6 @@ class Store:
     def close(self) -> None:
         """Give the session's memory back."""
         self.session.close()
-
-    def _new(self) -> Any:
-        return self._engine.session() if hasattr(self._engine, "session") else _Unheld(self._engine)
 
 
 def names() -> list[str]:

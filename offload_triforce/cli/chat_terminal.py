@@ -108,8 +108,11 @@ def status_line(dialogue: Dialogue, name: str | None, width: int) -> str:
         parts.append(f"{len(dialogue.documents)} file{'s' * (len(dialogue.documents) > 1)} for the next message")
     if (stats := dialogue.stats) is not None:
         speed = 1e3 / stats.ms_per_token if stats.ms_per_token else 0.0
-        reused = getattr(stats, "reused_tokens", 0)
-        parts += [f"{reused:,} reused", f"{stats.tokens_per_pass:.1f} tokens per pass", f"{speed:.1f} tok/s"]
+        parts += [
+            f"{stats.reused_tokens:,} reused",
+            f"{stats.tokens_per_pass:.1f} tokens per pass",
+            f"{speed:.1f} tok/s",
+        ]
     parts.append("/help" if name is None else name)
     line = ""
     for part in parts:

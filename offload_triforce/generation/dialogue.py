@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload_triforce.config import Settings, replace_settings
-from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.config import Settings
+from offload_triforce.errors import InputError
 from offload_triforce.generation.answer import TextStream
 from offload_triforce.generation.chat import PLAIN_STOP, chat_ids, has_chat_format, plain_chat
 from offload_triforce.generation.documents import Document, with_documents
@@ -115,15 +115,8 @@ class Dialogue:
         messages: Sequence[Message] = (),
         options: dict[str, Any] | None = None,
         seed: int | None = None,
-        growing: bool = False,
     ) -> None:
-        """Begin.
-
-        Args:
-            engine, session: that answer. messages: how the conversation begins. options: see above.
-            seed: None draws one.
-            growing: the engine's context is nobody's wish, and may be made longer when the conversation is.
-        """
+        """``messages``: how the conversation begins. ``seed``: None draws one."""
         if engine.tokenizer is None:
             raise InputError("a conversation needs a model with a tokenizer")
         self.engine, self.session, self._tokenizer = engine, session, engine.tokenizer
@@ -133,7 +126,6 @@ class Dialogue:
         self.seed = random.randrange(MOST_SEED) if seed is None else seed
         self.stats: DecodeStats | None = None
         self.used = 0
-        self._growing = growing
         self.plain = not has_chat_format(engine.tokenizer)
         self._answered: dict[str, Any] | None = None  # options of the latest answer
         self._unanswered: str | None = None  # a question that got no answer at all
@@ -165,7 +157,6 @@ class Dialogue:
             InputError: it cannot fit, whatever is asked.
         """
         tokens = len(self._tokenizer(document.text).input_ids)
-        self._grow(tokens + LEAST_ANSWER)
         if self.limit is not None and tokens > self.limit:
             raise InputError(
                 f"{document.name} has {tokens:,} tokens, {tokens - self.limit:,} more than the {self.limit:,} that a "
@@ -235,21 +226,13 @@ class Dialogue:
         return chat_ids(self._tokenizer, messages)
 
     def _answer(self, messages: list[Message], asked: str | None, how: dict[str, Any]) -> Reply:
-        ids, before = self.ids(messages), self.engine.settings
+        ids = self.ids(messages)
         options = {**self.options, "max_new_tokens": self._room(len(ids))}
         if self.plain:
             options["stop_strings"] = [PLAIN_STOP]
-        stream = self._stream(ids, before, {**options, **how})
+        stream = self.session.stream(ids, seed=self.seed, **options, **how)
         thinking = not self.plain and self._tokenizer.decode(ids[-16:]).rstrip().endswith(OPENS)
         return Reply(self, messages, stream, ReplyText(thinking, PLAIN_STOP if self.plain else None), asked)
-
-    def _stream(self, ids: list[int], before: Settings, options: dict[str, Any]) -> TextStream:
-        """Begin; ``before`` are the engine's settings that come back where this asks for more than there is."""
-        try:
-            return self.session.stream(ids, seed=self.seed, **options)
-        except TriForceError:
-            self.engine.settings = before
-            raise
 
     def _enter(self, messages: list[Message], stats: DecodeStats, new: bool) -> None:
         """An answer is over. ``new``: its question took the documents along."""
@@ -273,7 +256,6 @@ class Dialogue:
             InputError: too few; by how much.
         """
         wanted = int(self.options.get("max_new_tokens") or NEW_TOKENS)
-        self._grow(prompt + wanted)
         if self.limit is None:
             return wanted
         least = min(wanted, LEAST_ANSWER)
@@ -287,17 +269,10 @@ class Dialogue:
         room = min(wanted, self.limit - prompt)
         return min(room, switch - prompt) if switch is not None and prompt < switch else room
 
-    def _grow(self, tokens: int) -> None:
-        """Let the context be as long as this needs, and a good deal longer: the caches are made anew for it."""
-        settings, most = self.engine.settings, self.engine.layout.max_positions
-        if self._growing and settings.context is not None and tokens > settings.context:
-            context = max(2 * settings.context, tokens)
-            self.engine.settings = replace_settings(settings, {"context": min(context, most or context)})
-
     def _way_out(self) -> str:
         """Where the limit is not the model's."""
         most = self.engine.layout.max_positions
-        if self._growing or self.engine.settings.context is None or (most is not None and self.limit == most):
+        if self.engine.settings.context is None or (most is not None and self.limit == most):
             return ""
         model = "" if most is None else f", up to the model's {most:,}"
         return f"; --context sets how many fit{model}"

@@ -48,8 +48,8 @@ class ListScreen:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("OFFLOAD_TRIFORCE_SESSIONS", str(tmp_path / "kept"))
-    return tmp_path / "kept"
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_CACHE", str(tmp_path))
+    return tmp_path / "sessions"
 
 
 @pytest.fixture

@@ -224,31 +224,6 @@ def test_too_long_says_by_how_much_and_keeps_the_conversation():
     assert limited.documents == []
 
 
-def test_a_context_that_nobody_wished_grows():
-    engine = scripted_engine(positions=10_000, context=100)
-    dialogue, session = talk("A.", engine=engine, growing=True, options={"max_new_tokens": 50})
-    read(dialogue.ask("a?"))
-    assert engine.settings.context == 100
-    read(dialogue.ask("x" * 50))
-    assert engine.settings.context == 200
-    dialogue.attach(Document("book", "x" * 7000))
-    read(dialogue.ask("?"))
-    assert 7000 < engine.settings.context <= 10_000
-    with pytest.raises(InputError, match="more than the 10,000"):
-        dialogue.ask("x" * 10_000)
-    assert session.asked[-1][1]["max_new_tokens"] == 50
-
-
-def test_a_context_that_there_is_no_memory_for_shrinks_again():
-    engine = scripted_engine(positions=10_000, context=100)
-    dialogue, session = talk(engine=engine, growing=True, error=MemoryLimitError("too much"))
-    with pytest.raises(MemoryLimitError):
-        dialogue.ask("x" * 500)
-    assert engine.settings.context == 100
-    assert dialogue.messages == []
-    assert len(session.asked) == 1
-
-
 def test_no_answer_crosses_longrope_switch():
     dialogue, session = talk(engine=scripted_engine(longrope_switch=60))
     read(dialogue.ask("x" * 20))

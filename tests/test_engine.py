@@ -408,7 +408,9 @@ def test_link_bytes(family, gamma):
 
 def test_second_run_counts_from_zero(engine):
     runs = [engine.generate(PROMPT, **GREEDY).stats.as_dict() for _ in range(2)]
-    counts = [{k: v for k, v in run.items() if not k.endswith("_s") and k != "ms_per_token"} for run in runs]
+    assert [run["reused_tokens"] for run in runs] == [0, runs[0]["prompt_tokens"] - 1]
+    others = ("ms_per_token", "reused_tokens", "prefill_link_bytes")
+    counts = [{k: v for k, v in run.items() if not k.endswith("_s") and k not in others} for run in runs]
     assert counts[0] == counts[1]
 
 

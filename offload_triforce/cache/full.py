@@ -178,7 +178,7 @@ class FullCache:
         if not 0 <= tokens <= self.length:
             raise IndexError(f"cannot keep {tokens} of {self.length} tokens")
         tile, tiles = self.stream.plan.tile_tokens, self._whole_tiles(tokens)
-        first, returning = tiles * tile, range(tiles, self.tiles)
+        first, returning = tiles * tile, range(tiles, min(self.tiles, -(-tokens // tile)))
         staying = self.tail.settled[:, :, :, : max(0, tokens - self.tiled)].clone()  # it moves over itself
         for layer in range(self.stream.plan.layers):
             for index in returning:

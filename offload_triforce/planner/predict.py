@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
-from offload_triforce.planner.sizes import make_plan, make_shape
+from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.simulate import (
@@ -165,7 +165,8 @@ def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) 
 def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine: Machine) -> float:
     """Reading the prompt: all layers' products and attention, each layer's KV leaving beside the next layer.
 
-    Groups bring up what was read before. Hidden states in host memory come and go beside the computation. What is resident late comes up at the end.
+    Groups bring up what was read before. Hidden states in host memory come and go beside the computation.
+    What is resident late comes up at the end.
     """
     layout, weights, speeds = model.layout, model.weights, machine.speeds
     chunks = -(-context // settings.prefill_chunk)

@@ -81,18 +81,24 @@ class SessionPool:
         best, start = self._best(session, prompt, wanted)
         text = wanted or (best if best is not None and not best.owned else self.add())
         before = self.seated
-        kept = start.tokens if best is before and text is best else 0
-        if before is not None and (len(session.ids) - kept > WORTH_KEEPING or (before.owned and text is not before)):
+        if before is not None and self._is_worth_keeping(len(session.ids), before, text, start, best):
             before.parked = self._park(session.source(), text)
         if best is None:
             session.forget()
         elif best is not before:
             session.take(best.parked, start)
         rest, text.parked = text.parked, None
-        if rest is not None and len(rest.tokens) - (start.tokens if best is text else 0) > WORTH_KEEPING:
+        if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
             self.add(rest).used = self._clock - 1
         self.seated, text.used = text, self._clock
         self._texts = [each for each in self._texts if each.owned or each.parked is not None or each is text]
+
+    def _is_worth_keeping(self, held: int, text: Text, following: Text, start: Start, best: Text | None) -> bool:
+        """Whether to keep what a text of ``held`` tokens would lose, when ``following`` goes on from ``start`` of
+        ``best``. A user's session that goes back has done so on purpose; other texts may be wanted again."""
+        if text.owned:
+            return text is not following and held > 0
+        return held - (start.tokens if text is best and text is following else 0) > WORTH_KEEPING
 
     def unseat(self, session: Session) -> None:
         """Park the text that is in the caches: they are about to go. What they chose does not fit others."""

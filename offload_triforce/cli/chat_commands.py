@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from offload_triforce.cli import chat_set, report
 from offload_triforce.errors import InputError
+from offload_triforce.generation.documents import read_document
 
 if TYPE_CHECKING:
     from offload_triforce.cli.chat_loop import Chat
@@ -69,7 +70,8 @@ def _help(chat: Chat, _: str) -> None:
 
 
 def _file(chat: Chat, path: str) -> None:
-    chat.attach(path.strip("'\"") if path[:1] == path[-1:] else path)
+    quoted = len(path) > 2 and path[0] == path[-1] and path[0] in "'\""
+    chat.attach(read_document(path[1:-1] if quoted else path))
 
 
 def _save(chat: Chat, name: str) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from offload_triforce.cli.chat_commands import answers, run_command, short, split_command
 from offload_triforce.errors import TriForceError
-from offload_triforce.generation.documents import read_document
 from offload_triforce.generation.ending import LENGTH
 
 if TYPE_CHECKING:
     from offload_triforce.cli.chat_screen import Screen
     from offload_triforce.cli.chat_store import Store
     from offload_triforce.generation.dialogue import Dialogue, Reply
+    from offload_triforce.generation.documents import Document
 
 LEAVE = "Ctrl-C again, or Ctrl-D, leaves; /help lists what there is"
 
@@ -88,13 +88,12 @@ class Chat:
                 self.keep()
         self._say_ending(reply)
 
-    def attach(self, path: str) -> None:
-        """Put a file into the next question.
+    def attach(self, document: Document) -> None:
+        """Put a document into the next question.
 
         Raises:
-            InputError: it cannot be read, or is too long.
+            InputError: it is too long.
         """
-        document = read_document(path)
         tokens = self.dialogue.attach(document)
         self.screen.say(f"{document.name}: {tokens:,} tokens, for the next message")
 

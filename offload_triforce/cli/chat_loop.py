@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from offload_triforce.cli.chat_commands import answers, run_command, short, split_command
@@ -60,8 +60,8 @@ class Chat:
             self.answer(self.dialogue.ask, question.replace("/", "", 1) if question.startswith("//") else question)
         except TriForceError as error:
             self.screen.mistake(error)
-        except KeyboardInterrupt:  # as a file was read, or before an answer could be stopped more gently
-            self.screen.say("stopped")
+        except KeyboardInterrupt:  # as a file was read, or more than once in an answer
+            self.screen.say("stopped; /retry asks again")
         return True
 
     def answer(self, ask: Callable[..., Reply], *args: Any) -> None:
@@ -73,10 +73,11 @@ class Chat:
         reply: Reply | None = None
         began = False
         try:
-            with self.screen.answering(), contextlib.ExitStack() as bars:
+            with self.screen.answering(), Stopping() as stopping, contextlib.ExitStack() as bars:
                 progress, pinning = bars.enter_context(self.screen.reading())
                 reply = ask(*args, progress=progress, pinning=pinning)
-                with reply, stopping(reply.cancel):
+                stopping.aim(reply.cancel)
+                with reply:
                     for thought, piece in reply:
                         bars.close()  # the prompt has been read
                         began = True
@@ -137,23 +138,34 @@ class Chat:
             self.screen.say("the model said nothing; /retry asks again")
 
 
-@contextlib.contextmanager
-def stopping(cancel: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls ``cancel``, which ends an answer after its present step; the second raises."""
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to no other
-        yield
-        return
-    pressed = False
+class Stopping:
+    """Within, the first Ctrl-C cancels an answer, which then ends after its present step; the second raises."""
 
-    def handle(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
+    def __init__(self) -> None:
+        self._pressed = False
+        self._cancel: Callable[[], None] | None = None
+        self._before: Any = None
+        # Python gives signals to no other thread.
+        self._listens = threading.current_thread() is threading.main_thread()
+
+    def aim(self, cancel: Callable[[], None]) -> None:
+        """From now on there is something to cancel; maybe somebody has asked for it already."""
+        self._cancel = cancel
+        if self._pressed:
+            cancel()
+
+    def __enter__(self) -> Stopping:
+        if self._listens:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self._pressed:
             raise KeyboardInterrupt
-        pressed = True
-        cancel()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self._pressed = True
+        if self._cancel is not None:
+            self._cancel()

@@ -174,7 +174,11 @@ class Dialogue:
         content = with_documents(self.documents, question)
         if not content.strip():
             raise InputError("there is nothing to ask; type a question")
-        return self._answer([*self.messages, {"role": "user", "content": content}], question, how)
+        try:
+            return self._answer([*self.messages, {"role": "user", "content": content}], question, how)
+        except KeyboardInterrupt:
+            self._unanswered = question
+            raise
 
     def retry(self, **how: Any) -> Reply:
         """Ask the latest question again, with another seed. An older answer stays until there is another.

@@ -42,7 +42,7 @@ class Terminal:
     def type(self, keys):
         os.write(self._master, keys.encode())
 
-    def wait(self, words, seconds=60):
+    def wait(self, words, seconds=40):
         """Until these words, or something that a function of the screen's text says, stand there."""
         found = words if callable(words) else lambda text: words in text
         end = time.monotonic() + seconds

@@ -7,7 +7,7 @@ import pytest
 
 from offload_triforce import InputError, MemoryLimitError
 from offload_triforce.cli.chat_commands import COMMANDS, split_command
-from offload_triforce.cli.chat_loop import Chat, stopping
+from offload_triforce.cli.chat_loop import Chat, Stopping
 from offload_triforce.cli.chat_store import Store, names
 from offload_triforce.generation.dialogue import Dialogue
 from offload_triforce.generation.transcript import FILE
@@ -221,11 +221,17 @@ def test_an_answer_that_is_stopped(begin):
     assert chat.dialogue.exchanges == 2
 
 
-def test_a_real_ctrl_c_cancels_and_a_second_raises():
+@pytest.mark.parametrize("early", [True, False])
+def test_a_real_ctrl_c_cancels_and_a_second_raises(early):
     calls = []
     before = signal.getsignal(signal.SIGINT)
-    with stopping(lambda: calls.append(1)):
-        signal.raise_signal(signal.SIGINT)
+    with Stopping() as stopping:
+        if early:
+            signal.raise_signal(signal.SIGINT)
+            assert calls == []
+        stopping.aim(lambda: calls.append(1))
+        if not early:
+            signal.raise_signal(signal.SIGINT)
         assert calls == [1]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -235,8 +241,11 @@ def test_a_real_ctrl_c_cancels_and_a_second_raises():
 def test_ctrl_c_before_there_is_an_answer_to_cancel(begin):
     chat = begin(error=KeyboardInterrupt())
     assert chat.line("a?")
-    assert chat.screen.told == ["stopped"]
+    assert chat.screen.told == ["stopped; /retry asks again"]
     assert chat.dialogue.messages == []
+    chat.sessions[0].answers.append("A.")
+    chat.line("/retry")
+    assert chat.screen.shown == "A."
 
 
 def test_memory_that_runs_out_in_an_answer(begin, folder):

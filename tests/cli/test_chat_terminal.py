@@ -30,12 +30,16 @@ def start(chatting, tmp_path):
         terminal.process.wait()
 
 
+def answering(text):
+    """Characters of an answer that is still coming: neither the prompt's bar nor the line at the bottom are there."""
+    waiting = "reading the prompt" in text or "tokens used" in text
+    return 0 if waiting else len(text.partition("time\n")[2].strip())
+
+
 def test_a_conversation(start, tmp_path):
     terminal = start("--max-new-tokens", "1000", slow=True)
-    terminal.wait("> ")
-
     terminal.type("Once upon a time\r")
-    terminal.wait(lambda text: len(text.partition("time\n")[2].strip()) > 3)  # tokens, as they come
+    terminal.wait(lambda text: answering(text) > 3)
     assert terminal.process.poll() is None
     terminal.type(CTRL_C)
     terminal.wait("stopped; what was said is kept")
@@ -80,7 +84,11 @@ def test_lines_and_completion(start):
     assert "cut at its limit" not in terminal.text
     terminal.type("\r")
     terminal.wait("cut at its limit of 2 tokens")
-    terminal.type("/und\t\r")
+    terminal.type("/und")
+    terminal.wait("take the last question")  # what it is, beside the word
+    terminal.type("\t")
+    terminal.wait("> /undo")
+    terminal.type("\r\r")  # taken, and sent
     terminal.wait("taken back: naïve 日本 second third fourth")
     terminal.type(CTRL_C)
     terminal.wait("Ctrl-C again")

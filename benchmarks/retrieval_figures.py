@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.retrieval_level import ChosenLevel
-from benchmarks.retrieval_ways import BLOCK, held_bytes
+from benchmarks.retrieval_ways import BLOCK
 from offload_triforce.speculation.acceptance import GAP, KINDS, MOST_CANDIDATES
 
 TEMPERATURES = (0.6, 1.0)
@@ -94,7 +94,7 @@ def make_row(level: ChosenLevel, tally: Tally, usual: Tally, head_dim: int) -> d
     """The figures of one way, for JSON; ``usual`` is what the default has."""
     way, shape = level.way, level.way.shape
     row: dict[str, Any] = {"way": way.name, "about": way.about, "chunk": shape.chunk, "bits": shape.bits}
-    row |= {"tokens": shape.budget, "slots": shape.slots, "bytes": held_bytes(shape, head_dim)}
+    row |= {"tokens": shape.budget, "slots": shape.slots, "bytes": shape.held_bytes(head_dim, 2)}
     row |= {"key": way.key, "fold": way.fold, "queries": way.queries, "when": way.when, "layers": way.layers}
     if way.layers != "alike":
         row["layer_slots"] = level.slots

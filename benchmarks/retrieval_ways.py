@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from offload_triforce.cache.sizes import RetrievalShape, slot_bytes
+from offload_triforce.cache.sizes import RetrievalShape, equal_slots
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
@@ -60,28 +60,20 @@ class Asking(NamedTuple):
     refreshed: int
 
 
-def held_bytes(shape: RetrievalShape, head_dim: int) -> int:
-    """Bytes that a budget takes per KV head and layer, with a model in 16 bits."""
-    near = shape.sink + shape.recent + shape.chunk
-    return near * 4 * head_dim + shape.chosen_bytes(head_dim, 2)
-
-
 def same_memory(reference: RetrievalShape, chunk: int, bits: int, head_dim: int) -> RetrievalShape:
-    """The shape with other chunks that takes no more memory than ``reference``.
+    """The shape with other chunks that takes no more memory than ``reference``, with a model in 16 bits.
 
     Raises:
         InputError: there is no room for a single chunk.
     """
     sink = math.lcm(reference.sink, chunk) if reference.sink else 0
-    empty = RetrievalShape(sink + reference.recent + chunk, chunk, sink, reference.recent, bits)
-    one = slot_bytes(chunk, head_dim, bits, 2)
-    slots = (held_bytes(reference, head_dim) - held_bytes(empty, head_dim) + one) // one
+    slots = equal_slots(reference, chunk, sink, reference.recent, bits, head_dim)
     if slots < 1:
         raise InputError(
             f"a budget of {reference.budget} tokens leaves no room for a single chunk of {chunk} tokens in {bits} "
             f"bits; take at least {LEAST_BUDGET}"
         )
-    return replace(empty, budget=sink + reference.recent + slots * chunk)
+    return RetrievalShape(sink + reference.recent + slots * chunk, chunk, sink, reference.recent, bits)
 
 
 def make_ways(settings: Settings, budget: int, head_dim: int) -> list[Way]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,21 +17,19 @@ from offload_triforce.generation.checks import Prompt, check_context, check_leng
 from offload_triforce.generation.options import check_call
 from offload_triforce.generation.request import Request, interpret
 from offload_triforce.generation.turn import Answer, Closing, Turns
-from offload_triforce.model.fetch import check_source, draft_model, find_source
+from offload_triforce.model.fetch import find_source
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
-from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.packing import check_packing
 from offload_triforce.model.prefill import Progress
-from offload_triforce.model.to_host import move_embeddings, place_embeddings
+from offload_triforce.model.to_host import place_embeddings
 from offload_triforce.runtime.conversation import Session as Conversation
 from offload_triforce.runtime.decoding import Task, decode_answer
-from offload_triforce.runtime.drafters import DraftChoice, Drafters
+from offload_triforce.runtime.drafters import DraftChoice, Drafters, check_named
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
 from offload_triforce.runtime.texts import Texts
-from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 
@@ -55,7 +51,7 @@ class TriForce:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        draft: DraftChoice = "ngram",
+        draft: DraftChoice = "auto",
         draft_tokenizer: PreTrainedTokenizerBase | None = None,
         settings: Settings | None = None,
         **changes: Any,
@@ -66,9 +62,10 @@ class TriForce:
 
         Args:
             model: a transformers decoder, on one device. tokenizer: of both models.
-            draft: a small model with the same vocabulary, "ngram" (look-up in the text), "self" (the target's
-                own weights over a streaming cache) or "none"; "ngram+self" or ("ngram", small model) takes whichever
-                serves better from place to place.
+            draft: a small model with the same vocabulary, "ngram" (look-up in the text), "mtp" (the MTP head of the
+                checkpoint that the model was loaded from), "self" (the target's own weights over a streaming cache)
+                or "none"; "ngram+self", "mtp+ngram" or ("ngram", small model) takes whichever serves better from place
+                to place. "auto" is "mtp+ngram" where there is such a head, else "ngram".
             draft_tokenizer: checked against ``tokenizer``.
             settings: how to run; single ones may be given by name, as ``budget=2048``.
 
@@ -83,14 +80,14 @@ class TriForce:
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:
             check_context(self.settings.context, self.layout.max_positions)
-        self._texts = Texts(model, self.layout, self.settings, self._drafters)
         self._turns = Turns()  # of the answers that the caches belong to
+        self._texts = Texts(model, self.layout, self.settings, self._drafters, self._turns)
 
     @classmethod
     def load(
         cls,
         model: str,
-        draft: str = "ngram",
+        draft: str = "auto",
         dtype: str = "auto",
         device: str = "auto",
         quantize: str | None = None,
@@ -101,7 +98,8 @@ class TriForce:
         """Load by name: one that ``offload-triforce models`` lists, a hub id, a folder, or a GGUF file.
 
         Args:
-            model: the target. draft: likewise, or "ngram", "self", "none"; "ngram+" before a model takes both.
+            model: the target. draft: likewise, or "auto", "ngram", "mtp", "self", "none"; "ngram+" before a model
+                takes both.
             dtype: "auto", "float32", "bfloat16" or "float16"; of the weights and of the KV cache.
             device: "auto", "cuda", "cuda:N" or "cpu".
             quantize: "nf4" or "int8" weights (bitsandbytes); the KV cache keeps ``dtype``.
@@ -115,16 +113,12 @@ class TriForce:
         check_packing(quantize, quantize_head)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
-        small = draft_model(draft)
-        if small is not None:
-            check_source(small)
-            find_gguf(small)
+        small = check_named(draft, model)
         if settings.context is not None:
             model = find_source(model)  # once: what is kept here is hashed
             check_context(settings.context, max_positions(model))
-        target, tokenizer = load_model(model, kind, where, quantize, quantize_head)
-        if settings.embeddings is None and where.type == "cuda":
-            move_embeddings(target)
+        host_embeddings = settings.embeddings != "device" and where.type == "cuda"
+        target, tokenizer = load_model(model, kind, where, quantize, quantize_head, host_embeddings)
         if small is None:
             return cls(target, tokenizer, draft, settings=settings)
         loaded, draft_tokenizer = load_model(small, kind, where)
@@ -271,17 +265,6 @@ class TriForce:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[Texts]:
-        """The caches and texts, for something else than an answer. It waits for its turn, as an answer does."""
-        answer = Answer()
-        try:
-            self._turns.take(answer, wait=True)
-            with on(self.layout.device), torch.inference_mode(False), torch.no_grad():
-                yield self._texts
-        finally:
-            self._turns.release(answer)
 
     def _stream(
         self,

@@ -94,8 +94,9 @@ class TilePlan:
         return self.ring * self.tile_bytes
 
 
-# A tile is large enough that issuing its copy and five kernels from Python (about 200 microseconds) stays below its
-# time on the link (16 MB take 300 at 55 GB/s), and small, since every layer's tail is up to one tile of device memory.
+# A tile is large enough that issuing its copy and up to three kernels from Python (see ``planner.host_work``) stays far
+# below its time on the link (16 MB take 300 microseconds at 55 GB/s), and small, since every layer's tail is up to one
+# tile of device memory.
 TILE_BYTES = 16 << 20
 # The ring covers the time in which the device works on other things than tiles, at most about one layer's
 # projections and MLP: 2 ms at 55 GB/s. Never more than RING_LIMIT.

@@ -55,12 +55,14 @@ class PassWork:
         gaps: work before the tiles of each layer that has some, and after the last one's: one more than those layers.
         tile: work on one tile.
         issue_gap, issue_tile: the host's time to launch these; it launches ahead, and nothing starts before.
+        issue_copy: what a tile that is fetched takes it beside that.
     """
 
     gaps: tuple[float, ...]
     tile: float
     issue_gap: float = 0.0
     issue_tile: float = 0.0
+    issue_copy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def predict_pass(plan: TilePlan, tiles: int, link: LinkSpeed, work: PassWork) ->
         host += work.issue_gap
         device = max(device, host) + work.gaps[layer]
         for tile in range(tiles):
-            host += work.issue_tile
+            host += work.issue_tile + (0.0 if plan.is_resident(layer, tile) else work.issue_copy)
             device = max(device, host)
             if plan.is_resident(layer, tile):
                 device += work.tile

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload_triforce.bench.tasks import Task, common_start, loops, prompts
-from offload_triforce.cache.sizes import slot_bytes
+from offload_triforce.cache.sizes import RetrievalShape, equal_slots
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
@@ -90,22 +90,20 @@ def equal_memory(settings: Settings, reference: Settings, head_dim: int) -> Sett
 
     What draft tokens take while they are judged is not counted: it does not grow with the text. See ``memory``.
     """
-    slots = _slots(reference)
-    room = slots * slot_bytes(reference.chunk, head_dim, reference.bits, 2)
-    slots = room // slot_bytes(settings.chunk, head_dim, settings.bits, 2)
+    chunk, sink, recent = settings.chunk, settings.sink, settings.recent
+    slots = equal_slots(_shape(reference), chunk, sink, recent, settings.bits, head_dim)
     return replace_settings(settings, {"budget": settings.sink + settings.recent + slots * settings.chunk})
 
 
-def _slots(settings: Settings) -> int:
-    return (settings.budget - settings.sink - settings.recent) // settings.chunk
+def _shape(settings: Settings) -> RetrievalShape:
+    return RetrievalShape(settings.budget, settings.chunk, settings.sink, settings.recent, settings.bits)
 
 
 def memory(settings: Settings, head_dim: int) -> dict[str, int]:
     """Bytes of the retrieval cache per layer and KV head, with a model in 16 bits: held, and for draft tokens."""
-    token = 2 * head_dim * 2
-    held = _slots(settings) * slot_bytes(settings.chunk, head_dim, settings.bits, 2)
-    held += (settings.sink + settings.recent) * token
-    return {"budget": settings.budget, "held_bytes": held, "draft_token_bytes": settings.room * token}
+    drafts = settings.room * 2 * head_dim * 2
+    held = _shape(settings).held_bytes(head_dim, 2)
+    return {"budget": settings.budget, "held_bytes": held, "draft_token_bytes": drafts}
 
 
 def make_ways(settings: Settings, reference: Settings, head_dim: int, levers: bool) -> dict[str, Settings]:

@@ -194,8 +194,8 @@ class FullCache:
         for index in range(start // plan.tile_tokens, min(self.tiles, -(-stop // plan.tile_tokens))):
             first = index * plan.tile_tokens
             parts.append(store.place(layer, index)[:, :, max(0, start - first) : stop - first].cpu())
-        if stop > self.tiled:
-            parts.append(self.tail.settled[layer][:, :, max(0, start - self.tiled) : stop - self.tiled].cpu())
+        if stop > self.tiled or not parts:
+            parts.append(self.tail.settled[layer][:, :, max(0, start - self.tiled) : max(0, stop - self.tiled)].cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def adopt(self, tokens: int, read: Callable[[int, int, int], Tensor]) -> None:

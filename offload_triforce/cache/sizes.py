@@ -76,10 +76,33 @@ class RetrievalShape:
         """Bytes of all chosen chunks, per KV head and layer; ``itemsize`` of the model's dtype."""
         return self.slots * slot_bytes(self.chunk, head_dim, self.bits, itemsize)
 
+    def held_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of all that is held of the text, per KV head and layer: the sink, the recent window with room for it to
+        move by a chunk, and the chosen chunks. What draft tokens take does not grow with the text, and is not counted.
+        """
+        return _near_bytes(self.sink, self.recent, self.chunk, head_dim, itemsize) + self.chosen_bytes(
+            head_dim, itemsize
+        )
+
     def pool(self, length: int) -> range:
         """Chunk numbers to choose from: all between the sink and the recent window."""
         first = self.sink // self.chunk
         return range(first, max(first, self.recent_start(length) // self.chunk))
+
+
+def equal_slots(
+    reference: RetrievalShape, chunk: int, sink: int, recent: int, bits: int, head_dim: int, itemsize: int = 2
+) -> int:
+    """Chunks of another kind that are held in no more memory than ``reference`` takes; 0 if there is room for none.
+
+    ``chunk``, ``sink``, ``recent`` and ``bits`` as of a shape; ``itemsize`` of the model's dtype.
+    """
+    room = reference.held_bytes(head_dim, itemsize) - _near_bytes(sink, recent, chunk, head_dim, itemsize)
+    return max(0, room // slot_bytes(chunk, head_dim, bits, itemsize))
+
+
+def _near_bytes(sink: int, recent: int, chunk: int, head_dim: int, itemsize: int) -> int:
+    return (sink + recent + chunk) * 2 * head_dim * itemsize
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,10 @@ class RecurrentShape:
         """Bytes of what is committed: the state in float32, and each level's newest inputs of the convolution."""
         state = 4 * self.value_heads * self.key_dim * self.value_dim
         return state + 2 * (self.taps - 1) * self.channels * itemsize
+
+    def checkpoint_bytes(self, itemsize: int) -> int:
+        """Bytes of a copy of the state and the convolution's newest inputs."""
+        return self.state_bytes(itemsize) - (self.taps - 1) * self.channels * itemsize
 
     def node_bytes(self, itemsize: int) -> int:
         """Bytes of one token that is not in the state yet: key, update and two sums in float32, and its input."""

@@ -54,6 +54,7 @@ class StaticView:
         self._back = torch.arange(-tokens, 0, device=device)
         self._attention = ops.RunningAttention()
         self._nodes = None if nodes is None else NodeView(nodes)
+        self.hidden: Tensor | None = None  # of the newest step, [T, width], where the model tells: in one place
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -93,6 +94,12 @@ class StaticView:
         }
         if self._nodes is not None:
             self._nodes.begin(self._nodes.nodes.static_step(mask, self._back + nodes))
+
+    def see(self, hidden: Tensor) -> None:
+        """The hidden states [T, width] of the step's tokens."""
+        if self.hidden is None:
+            self.hidden = torch.empty_like(hidden)
+        self.hidden.copy_(hidden)
 
     def convolve(self, convolution: ops.Convolution, _: object) -> Tensor:
         """The next recurrent layer's convolution of T new tokens: [T, C]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload_triforce.cache.buffer import GrowingBuffer
 from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.hidden import HiddenWindow
 from offload_triforce.cache.layer import Snapshot
 from offload_triforce.cache.recurrent import PendingNodes, RecurrentCache
 from offload_triforce.cache.retrieval import RetrievalCache
@@ -30,9 +31,14 @@ class TargetCaches:
         retrieval: RetrievalCache | None,
         window: WindowCache | None,
         recurrent: RecurrentCache | None = None,
+        hidden: HiddenWindow | None = None,
     ) -> None:
-        """``groups``: numbers of the full, the sliding and the recurrent layers, each ascending."""
+        """``groups``: numbers of the full, the sliding and the recurrent layers, each ascending.
+
+        ``hidden``: the newest hidden states, where a drafter reads them.
+        """
         self.full, self.retrieval, self.window, self.recurrent = full, retrieval, window, recurrent
+        self.hidden = hidden
         self.place = {layer: i for group in groups for i, layer in enumerate(group)}
         self.windows = [] if window is None else window.windows
         self.length = 0  # committed tokens of the text
@@ -78,7 +84,7 @@ class TargetCaches:
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
         with self._changing():
-            for cache in (self.full, self.window):
+            for cache in (self.full, self.window, self.hidden):
                 if cache is not None:
                     cache.end_fill(tokens)
             self.length = tokens
@@ -113,8 +119,8 @@ class TargetCaches:
         nodes = [] if self.recurrent is None else [self.recurrent.drafts]
         return [*self.drafts(), *nodes]
 
-    def _committing(self) -> list[FullCache | WindowCache | RecurrentCache]:
-        return [cache for cache in (self.full, self.window, self.recurrent) if cache is not None]
+    def _committing(self) -> list[FullCache | WindowCache | RecurrentCache | HiddenWindow]:
+        return [cache for cache in (self.full, self.window, self.recurrent, self.hidden) if cache is not None]
 
     def static_view(self, tokens: int) -> StaticView:
         """What the retrieval level attends to in steps of that many tokens that are captured."""
@@ -155,7 +161,7 @@ class TargetCaches:
         return not gone or (self.recurrent is None and (not self.window or self.window.can_drop(gone, self.length)))
 
     def cut(self, tokens: int, parts: Snapshot | None = None) -> None:
-        """Keep the first ``tokens`` tokens. The retrieval cache's choice goes, unless it is among ``parts``.
+        """Keep the first ``tokens`` tokens. The retrieval cache's choice goes.
 
         ``parts``: a ``checkpoint`` of just those tokens, for what cannot be cut.
         """
@@ -166,6 +172,8 @@ class TargetCaches:
                 self.retrieval.reset()
             if parts is None and self.window is not None:
                 self.window.drop(self.length - tokens)
+            if self.hidden is not None:
+                self.hidden.cut(tokens)
             for name, cache in self._named():
                 if own := _named_parts(parts or {}, name):
                     cache.restore(own)
@@ -187,6 +195,8 @@ class TargetCaches:
             for name, cache in self._named():
                 if own := _named_parts(parts, name):
                     cache.restore(own)
+            if self.hidden is not None:
+                self.hidden.end_fill(tokens)
             self.length = tokens
 
     def reset(self) -> None:
@@ -196,22 +206,20 @@ class TargetCaches:
                 cache.reset()
             self.length = 0
 
-    def checkpoint(self, choice: bool) -> dict[str, Tensor]:
-        """What ``cut`` cannot bring back of the committed tokens; with the retrieval cache's ``choice``, if wanted.
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What ``cut`` cannot bring back of the committed tokens, by name, in host memory. While nothing is pending."""
+        return self._snapshots("window", "recurrent")
 
-        In host memory, by name. Between two passes, while nothing is pending.
-        """
-        wanted = {"window", "recurrent", *(["retrieval"] if choice else [])}
-        return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
-
-    def snapshot(self, choice: bool = True) -> dict[str, Tensor]:
-        """All that the committed tokens have left, but for the tiles, and for the retrieval cache without ``choice``.
+    def snapshot_text(self) -> dict[str, Tensor]:
+        """All that the committed tokens have left, but for tiles and the choice of chunks: those go with ``restore``.
 
         Between two passes, while nothing is pending.
         """
-        tail = {} if self.full is None else self.full.snapshot()
-        own = {f"full.{key}": part for key, part in tail.items()}
-        return {"length": torch.tensor([self.length]), **own, **self.checkpoint(choice)}
+        return {"length": torch.tensor([self.length]), **self._snapshots("full", "window", "recurrent", "hidden")}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The same with the choice."""
+        return {**self.snapshot_text(), **self._snapshots("retrieval")}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of these caches, over tiles that hold what they held then; drafts are dropped."""
@@ -221,6 +229,10 @@ class TargetCaches:
                 cache.restore(own) if own else cache.reset()
             self.length = int(snapshot["length"])
 
+    def _snapshots(self, *wanted: str) -> dict[str, Tensor]:
+        """Of these caches, as far as there are such."""
+        return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """What is interrupted in here leaves the caches in no state to go on from."""
@@ -228,9 +240,9 @@ class TargetCaches:
         yield
         self.whole = True
 
-    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache]]:
+    def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache | HiddenWindow]]:
         named = [("full", self.full), ("retrieval", self.retrieval), ("window", self.window)]
-        named.append(("recurrent", self.recurrent))
+        named += [("recurrent", self.recurrent), ("hidden", self.hidden)]
         return [(name, cache) for name, cache in named if cache is not None]
 
     def _sync(self, refreshed: int) -> None:

@@ -108,6 +108,10 @@ class WindowCache(GrowingBuffer):
         super().reset()
         self.drafts.reset()
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """See ``CacheLayers``: what any window reaches."""
+        return {"kv": self.settled[:, :, :, -self.reach :].to("cpu", copy=True)}
+
     def restore(self, snapshot: Snapshot) -> None:
         """See ``CacheLayers``. What is drafted follows another text, and goes."""
         super().restore(snapshot)

@@ -48,7 +48,7 @@ TALK = {"rich_help_panel": "Conversation"}
 def chat(
     *,
     model: Model,
-    draft: Draft = "ngram",
+    draft: Draft = "auto",
     file: Annotated[
         list[str] | None, typer.Option(help="A document for the first message; may be repeated.", **TALK)
     ] = None,

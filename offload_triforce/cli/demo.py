@@ -21,7 +21,7 @@ EXAMPLES = examples("offload-triforce demo", "offload-triforce demo --temperatur
 @takes_settings("gamma", "gamma1", "overlap", "draft_cache", budget="1024")
 def demo(
     *,
-    draft: Annotated[str, typer.Option(help="ngram, self, ngram+self or none.")] = "ngram",
+    draft: Annotated[str, typer.Option(help="auto, ngram, self, ngram+self or none.")] = "auto",
     prompt_tokens: Annotated[str, typer.Option(help="Length of the text, 512 to 8,000.")] = "6000",
     max_new_tokens: Annotated[str, typer.Option(help="Limit of each answer.")] = "64",
     temperature: Temperature = 0.0,

@@ -28,8 +28,8 @@ def run_demo(
     Raises:
         TriForceError: tokens differ, which must not happen: at a temperature too, the two share their noise.
     """
-    if draft not in ("ngram", "self", "ngram+self", "none"):
-        raise InputError(f"the demo's drafts are ngram, self, ngram+self and none, not {draft!r}")
+    if draft not in ("auto", "ngram", "self", "ngram+self", "none"):  # SmolLM2 has no MTP head
+        raise InputError(f"the demo's drafts are auto, ngram, self, ngram+self and none, not {draft!r}")
     with console.status("bringing SmolLM2-135M-Instruct (98 MB, once)"):
         path = fetch_model("smollm2")
     with console.status("loading it"):

@@ -51,7 +51,7 @@ PROMPT = {"rich_help_panel": "Prompt and answer"}
 def generate(
     *,
     model: Model,
-    draft: Draft = "ngram",
+    draft: Draft = "auto",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", **PROMPT)] = None,
     prompt_file: Annotated[
         str | None,

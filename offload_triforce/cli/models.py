@@ -36,23 +36,25 @@ def rows() -> list[dict[str, Any]]:
     """What is known of each model, for JSON. KV in bytes, in 16 bits, of the layers without a window."""
     from offload_triforce.model.fetch import kept_file
     from offload_triforce.model.hub import has_copy
+    from offload_triforce.model.known import PlainConfig
     from offload_triforce.model.names import MODELS
-    from offload_triforce.model.outline import shape_of_known
+    from offload_triforce.model.outline import LayerShape, layers_of_known
 
     found = []
     for known in MODELS:
-        layout = shape_of_known(known).layout
-        kept = kept_file(known)
+        layers, kept = layers_of_known(known), kept_file(known)
+        attending = [layer for layer in layers if isinstance(layer, LayerShape)]
+        full = [layer for layer in attending if layer.window is None]
         found.append(
             {
                 "name": known.name,
                 "hub": known.ids[0],
                 "other_ids": list(known.ids[1:]),
                 "parameters": known.counts.weights(2, None).parameters,
-                "kv_bytes_per_token": sum(layout.token_bytes(layer) for layer in layout.full),
-                "layers": len(layout.layers),
-                "windowed_layers": len(layout.sliding),
-                "positions": layout.max_positions,
+                "kv_bytes_per_token": sum(layer.token_bytes(2) for layer in full),
+                "layers": len(layers),
+                "windowed_layers": len(attending) - len(full),
+                "positions": PlainConfig(known.config).get_text_config().max_position_embeddings,
                 "here": str(kept) if kept else next((other for other in known.ids if has_copy(other)), None),
             }
         )

@@ -9,7 +9,7 @@ import typer
 
 Draft = Annotated[
     str,
-    typer.Option(help="A small model, likewise; or ngram, self, none. ngram+ before a model: both."),
+    typer.Option(help="A small model, likewise; or auto, ngram, mtp, self, none. ngram+ before one of them: both."),
 ]
 Model = Annotated[str, typer.Option(help="A name that models lists, a hub id, a folder or a GGUF file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: weights and KV cache.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,9 +15,10 @@ from offload_triforce.cli.common import examples, guarded
 from offload_triforce.cli.ending import paper
 from offload_triforce.cli.options import AsJson, Quantize, QuantizeHead
 from offload_triforce.cli.settings import takes_settings
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, UnsupportedModelError
+from offload_triforce.machine.packages import reads_mtp_heads
 from offload_triforce.machine.units import parse_bytes, parse_speed
-from offload_triforce.model.fetch import BOTH, check_source, draft_model
+from offload_triforce.model.fetch import check_source, draft_model
 
 if TYPE_CHECKING:
     from offload_triforce.model.outline import ModelShape
@@ -77,7 +79,7 @@ def plan(
     quantize: Quantize = None,
     quantize_head: QuantizeHead = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: weights and KV cache.")] = "bfloat16",
-    draft: Annotated[str, typer.Option(help="A small model, likewise; or ngram, self, none.")] = "ngram",
+    draft: Annotated[str, typer.Option(help="A small model, likewise; or auto, ngram, mtp, self, none.")] = "auto",
     acceptance: Share = None,
     draft_acceptance: Share = None,
     as_json: AsJson = False,
@@ -132,13 +134,28 @@ def _question(
     settings = replace_settings(Settings(), given)
     target = find_shape(model, kind).quantized(*packing)
     variants = _variants(target, packing)
-    small, word, named = None, draft.removeprefix(BOTH), draft_model(draft)
-    if named is not None:
-        small, word = find_shape(named, kind), "model"
-    elif word == "self":
-        small = target
+    named = draft_model(draft)
+    small, word = (find_shape(named, kind), "model") if named is not None else _own_draft(draft, target)
     names = {"source": model, "draft_source": draft}
     return PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+
+
+def _own_draft(draft: str, target: ModelShape) -> tuple[ModelShape | None, str]:
+    """What a word means for a target: the shape of what drafts, if it takes memory, and its kind.
+
+    Raises:
+        UnsupportedModelError: the target has no MTP head.
+    """
+    words = draft.split("+")
+    if "self" in words:
+        return target, "self"
+    if not {"mtp", "auto"} & set(words):
+        return None, words[0]
+    head = target.mtp_head if reads_mtp_heads() else None
+    if head is None and "mtp" in words:
+        needed = "" if reads_mtp_heads() else f" that transformers {version('transformers')} reads"
+        raise UnsupportedModelError(f"{target.name} has no MTP head{needed}; take --draft ngram, or another model")
+    return head, "ngram" if head is None else "mtp"
 
 
 def _variants(target: ModelShape, packing: tuple[str | None, str | None]) -> tuple[ModelShape, ...]:

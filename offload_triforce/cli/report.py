@@ -67,8 +67,9 @@ def closing(result: Generation) -> str:
 
 def summary(stats: DecodeStats, link: bool) -> list[str]:
     """The whole report, line by line. ``link``: there is one, be it emulated."""
-    levels = [("draft", stats.draft.rate), ("retrieval", stats.retrieval.rate)]
-    accepted = ", ".join(f"{name} {percent(rate)}" for name, rate in levels)
+    drafters = ", ".join(f"{name} {percent(one.rate)} of {one.judged:,}" for name, one in stats.by_drafter.items())
+    accepted = f"draft {percent(stats.draft.rate)}{drafters and f' ({drafters})'}, "
+    accepted += f"retrieval {percent(stats.retrieval.rate)}"
     saved = stats.full_kv_bytes / stats.link_bytes_per_token if stats.link_bytes else 0.0
     lines = [
         f"prompt {stats.prompt_tokens:,} tokens, answer {stats.new_tokens:,} tokens in {stats.passes:,} passes: "

@@ -98,9 +98,13 @@ class StepGraphs:
         graph = self.graphs.get(shape)
         if graph is None:
             logits = self._captured(shape, inputs)
-            return run(self.model, tokens, positions, view, keep) if logits is None else logits
+            if logits is None:
+                return run(self.model, tokens, positions, view, keep)
+            _tell(view, self.graphs[shape])
+            return logits
         logits = graph(inputs)
         if graph.trusted:
+            _tell(view, graph)
             return logits
         expected = run(self.model, tokens, positions, view, keep)
         graph.trusted = alike(logits, expected)
@@ -187,10 +191,22 @@ class StepGraph:
         self.load(inputs)
         return self._replay()
 
+    @property
+    def hidden(self) -> Tensor | None:
+        """Hidden states [T, width] of the newest step, where the model tells them; good until the next one."""
+        return self._view.hidden
+
     def _step(self) -> Tensor:
         ids, positions, depths, held, mask = self._inputs.split(self._sizes)
         self._view.begin(held, mask.view(self._view.tokens, self._view.sight).bool(), depths)
         return forward(self._model, ids, positions, self._view, self._keep, self._rows)
+
+
+def _tell(view: View, graph: StepGraph) -> None:
+    """What the model would have told the view, had it been run over it."""
+    see = getattr(view, "see", None)
+    if see is not None and graph.hidden is not None:
+        see(graph.hidden)
 
 
 @contextmanager

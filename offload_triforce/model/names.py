@@ -44,6 +44,9 @@ def _gemma3(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, hea
     text = _llama(hidden, inner, layers, heads, kv_heads, 262208, head_dim=head_dim, max_position_embeddings=131072)
     kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
     text |= {"model_type": "gemma3_text", "sliding_window": 1024, "layer_types": kinds, "tie_word_embeddings": True}
+    far = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}
+    near = {"rope_type": "default", "rope_theta": 10000.0}
+    text["rope_parameters"] = {"full_attention": far, "sliding_attention": near}
     images = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
     images |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}
     return {"model_type": "gemma3", "text_config": text, "vision_config": images, "mm_tokens_per_image": 256}
@@ -54,7 +57,9 @@ def _qwen3_5(hidden: int, layers: int, heads: int, kv_heads: int, value_heads: i
     values = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": 256}
     values |= {"num_key_value_heads": kv_heads, "vocab_size": 248320, "max_position_embeddings": 262144}
     values |= {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_conv_kernel_dim": 4}
+    values["mtp_num_hidden_layers"] = 1
     values |= {"linear_num_value_heads": value_heads, "linear_value_head_dim": 128, "tie_word_embeddings": False}
+    values |= {"partial_rotary_factor": 0.25}
     kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)]
     return values | {"layer_types": kinds} | others
 
@@ -185,6 +190,7 @@ MODELS = (
                Part(2_542_801_920), 1_271_398_400, 89_128_960,
                matrices=((48, 5120, 96), (1024, 5120, 32), (5120, 6144, 64), (5120, 17408, 64), (6144, 5120, 48),
                          (10240, 5120, 48), (12288, 5120, 16), (17408, 5120, 128)), head_rows=248320),
+        mtp=Counts(1, Part(424_699_392), Part(), 1_271_398_400, 0, head_rows=248320),
     ),
     KnownModel(  # likewise Qwen3_5MoeForConditionalGeneration
         "qwen3.6-35b-a3b", "Qwen3.6-35B-A3B", ("Qwen/Qwen3.6-35B-A3B",),
@@ -193,6 +199,7 @@ MODELS = (
                Part(1_017_120_768), 508_559_360, 16_777_216, Part(32_212_254_720), 8 / 256,
                matrices=((1, 2048, 40), (32, 2048, 60), (512, 2048, 100), (2048, 512, 40), (2048, 4096, 40),
                          (4096, 2048, 30), (8192, 2048, 40)), head_rows=248320),
+        mtp=Counts(1, Part(39_334_400), Part(), 508_559_360, 0, Part(805_306_368), 8 / 256, head_rows=248320),
     ),
     KnownModel(
         "mistral-nemo", "Mistral-Nemo",

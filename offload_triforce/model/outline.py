@@ -1,7 +1,7 @@
 """What planning needs to know of a model, as plain values: its attention, layer by layer, and the bytes of its weights.
 
 ``layout`` finds it in a loaded model and ``shape`` in a configuration, both with transformers; of the models in
-``names`` it is written down.
+``names`` it is written down. To list those, torch need not be there, so it is imported late.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from offload_triforce.cache.sizes import RecurrentShape
 from offload_triforce.model.counts import (
@@ -24,6 +22,7 @@ from offload_triforce.model.known import KnownModel, PlainConfig
 from offload_triforce.model.windows import limiting_window
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
@@ -34,6 +33,10 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     window: int | None
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's K and V."""
+        return 2 * self.kv_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class ModelLayout:
         shape = self.layers[layer]
         if isinstance(shape, RecurrentShape):
             return 0
-        return 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        return shape.token_bytes(self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class ModelShape:
         embedding: bytes of the input embeddings, if they can lie in host memory; else 0.
         quantize: nf4, int8 or None. quantize_head: int8 or None, of the output embedding.
         gguf: the file that is loaded, where it is one: it is unpacked then.
+        mtp: what is in its MTP head, if its files hold one.
+        reads_hidden: width of the hidden states of another model that it reads, being the head of that; else 0.
     """
 
     name: str
@@ -113,6 +118,8 @@ class ModelShape:
     quantize: str | None = None
     quantize_head: str | None = None
     gguf: Path | None = None
+    mtp: Counts | None = None
+    reads_hidden: int = 0
 
     def quantized(self, quantize: str | None, quantize_head: str | None = None) -> ModelShape:
         """The same model with its weights packed otherwise.
@@ -126,26 +133,56 @@ class ModelShape:
         return replace(self, weights=weights, quantize=quantize, quantize_head=quantize_head)
 
     @property
+    def mtp_head(self) -> ModelShape | None:
+        """The MTP head as a draft model: one layer that attends to everything, in the model's dtype. The output
+        embedding is the model's: it is read, and takes no memory. None if there is no head that is read from files.
+        """
+        if self.mtp is None or self.gguf is not None:
+            return None
+        layout = self.layout
+        one = layout.layers[layout.full[-1]] if layout.full else layout.attention[-1]
+        own = self.mtp.weights(layout.dtype.itemsize, None)
+        weights = replace(own, head=self.weights.head, head_parameters=self.weights.head_parameters)
+        width = self.config.get_text_config().hidden_size
+        return ModelShape(
+            f"the MTP head of {self.name}",
+            self.config,
+            replace(layout, layers=(one,)),
+            self.heads,
+            weights,
+            self.mtp,
+            reads_hidden=width,
+        )
+
+    @property
     def packing(self) -> str:
         """The options of ``generate`` that pack the weights so."""
         return packing_options(self.quantize, self.quantize_head)
 
 
-def shape_of_known(known: KnownModel, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
-    """A model of the table, from what is written there (the longrope switch apart)."""
-    config = PlainConfig(known.config)
-    text = config.get_text_config()
+def layers_of_known(known: KnownModel) -> tuple[LayerShape | RecurrentShape, ...]:
+    """The layers of a model of the table, from what is written there: without torch."""
+    text = PlainConfig(known.config).get_text_config()
     window = limiting_window(getattr(text, "sliding_window", None), text)
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
         slides = window is not None and getattr(text, "use_sliding_window", True)
         kinds = ["sliding_attention" if slides else "full_attention"] * text.num_hidden_layers
-    layers = tuple(_layer(kind, text, window) for kind in kinds)
-    positions = text.max_position_embeddings
-    layout = ModelLayout(layers, dtype, torch.device("meta"), text.vocab_size, positions, None)
+    return tuple(_layer(kind, text, window) for kind in kinds)
+
+
+def shape_of_known(known: KnownModel, dtype: torch.dtype | None = None) -> ModelShape:
+    """A model of the table, from what is written there (the longrope switch apart). In bfloat16, if not said."""
+    import torch
+
+    dtype = dtype or torch.bfloat16
+    config = PlainConfig(known.config)
+    text, positions = config.get_text_config(), config.get_text_config().max_position_embeddings
+    layout = ModelLayout(layers_of_known(known), dtype, torch.device("meta"), text.vocab_size, positions, None)
     weights = known.counts.weights(dtype.itemsize, None)
     embedding = 0 if text.tie_word_embeddings else weights.head
-    return ModelShape(known.title, config, layout, text.num_attention_heads, weights, known.counts, embedding)
+    heads = text.num_attention_heads
+    return ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
 
 
 def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | RecurrentShape:

@@ -7,7 +7,7 @@ that is loaded so *is* the model: all levels use this one head, so what comes ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,21 +22,23 @@ ROWS = 1024
 
 
 @contextmanager
-def kept_in_host_memory(model: PreTrainedModel, device: torch.device) -> Iterator[dict[str, torch.device]]:
-    """Where ``from_pretrained`` has to put weights, so that the whole output embedding never lies on ``device``.
+def kept_in_host_memory(
+    model: PreTrainedModel, device: torch.device, kept: Collection[nn.Module]
+) -> Iterator[dict[str, torch.device]]:
+    """Where ``from_pretrained`` has to put weights, so that the ``kept`` parts never lie on ``device`` as a whole.
 
     transformers takes two devices as a wish for weights that come and go, and would hang accelerate's hooks on every
     module; while this lasts, it does not. ``model``: the same, without weights.
     """
     host = torch.device("cpu")
-    head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
+    names = [name for name, part in model.named_modules() if any(part is other for other in kept)]
     before = getattr(modeling_utils, "accelerate_dispatch", None)
-    if device == host or before is None:
+    if device == host or before is None or not names:
         yield {"": device}
         return
     modeling_utils.accelerate_dispatch = lambda *_, **__: None
     try:
-        yield {"": device, head: host}
+        yield {"": device, **dict.fromkeys(names, host)}
     finally:
         modeling_utils.accelerate_dispatch = before
 

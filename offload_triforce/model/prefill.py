@@ -61,6 +61,8 @@ class RecurrentPart(NamedTuple):
 
 LayerPart = AttentionPart | RecurrentPart
 LayerDone = Callable[[int, LayerPart], "Leaving | None"]
+# Told which tokens are through all layers, and their hidden states [n, width], before the decoder's last norm.
+TokensDone = Callable[[range, Tensor], None]
 
 
 class _LayerView:
@@ -149,6 +151,7 @@ def prefill(
     states: HiddenStates | None = None,
     before: Beginning | None = None,
     whole: int | None = None,
+    tokens_done: TokensDone | None = None,
 ) -> None:
     """Compute the KV of ``tokens`` (n,), layer by layer. At least one more token must follow them.
 
@@ -161,11 +164,13 @@ def prefill(
         progress: called with (steps done, steps in all).
         states: keeps the hidden states between two layers; on the device, if there is none.
         before: what the tokens follow. whole: tokens of the text that all of this is read for, if there are more.
+        tokens_done: called for each chunk in the end, in order.
     """
     states, start = states or DeviceStates(chunk), 0 if before is None else before.length
     view, end = _LayerView(len(tokens), queries, before), start + len(tokens)
     try:
-        _read_layers(model, Stretch(layout, tokens, start, whole or end), chunk, view, layer_done, progress, states)
+        stretch = Stretch(layout, tokens, start, whole or end)
+        _read_layers(model, stretch, chunk, view, layer_done, progress, states, tokens_done)
     finally:
         states.end()
 
@@ -187,6 +192,7 @@ def _read_layers(
     layer_done: LayerDone,
     progress: Progress | None,
     states: HiddenStates,
+    tokens_done: TokensDone | None,
 ) -> None:
     layers = model.get_decoder().layers
     count = len(stretch.tokens)
@@ -205,7 +211,11 @@ def _read_layers(
         for number, per_layer in enumerate(calls):
             call = per_layer[index]
             made = layer(states.take(number), *call.args, **{**call.kwargs, "triforce": view})
-            states.put(number, made, keep=index + 1 < len(layers))
+            last = index + 1 == len(layers)
+            states.put(number, made, keep=not last)
+            if last and tokens_done is not None:
+                first = stretch.start + parts[number].start
+                tokens_done(range(first, first + made.shape[1]), made[0])
             done += 1
             if progress:
                 progress(done, total)

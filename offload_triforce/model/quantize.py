@@ -6,6 +6,7 @@ never holds more than one of them unpacked. What comes out is what transformers 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.model.counts import NF4_BLOCK, check_head_quantization, packing_options
+from offload_triforce.model.counts import NF4_BLOCK, check_head_quantization, nf4_bytes, packing_options
 from offload_triforce.model.gguf_header import GGUFHeader, read_header
 from offload_triforce.model.weights import note_on_unpacking, packed_modules
 
@@ -67,10 +68,12 @@ def _packed(linear: torch.nn.Linear, config: BitsAndBytesConfig, device: torch.d
     return packed.requires_grad_(False).eval()
 
 
-def move(model: torch.nn.Module, device: torch.device) -> None:
-    """Move what is not there yet: packed weights are. Tied ones stay tied."""
+def move(model: torch.nn.Module, device: torch.device, but: torch.nn.Module | None = None) -> None:
+    """Move what is not there yet: packed weights are. Tied ones stay tied. ``but``: a module that stays where it is."""
     moved: dict[int, torch.nn.Parameter] = {}
     for part in model.modules():
+        if part is but:
+            continue
         for name, weight in part.named_parameters(recurse=False):
             if weight.device != device:
                 if id(weight) not in moved:
@@ -91,8 +94,11 @@ def check_room(
     device: torch.device,
     quantize: str | None,
     quantize_head: str | None = None,
+    host_embeddings: bool = False,
 ) -> None:
     """Refuse a GGUF file whose weights do not fit, before they are unpacked. ``header``: the file's.
+
+    ``host_embeddings``: input embeddings of their own stay in host memory.
 
     Raises:
         InputError: its output embedding cannot be packed. MemoryLimitError: how much is missing, and what would help.
@@ -102,6 +108,8 @@ def check_room(
     unpacked = f"{path.name} is unpacked to {str(dtype)[6:]} on loading: {gigabytes(size)}"
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
+        if host_embeddings:  # as many numbers as the output's, where that has its own
+            header = replace(header, parameters=header.parameters - header.head)
         needed = packed_bytes(header, dtype.itemsize, quantize, quantize_head)
         if needed > free:
             packed = f", and takes {gigabytes(needed)} when it is packed" if needed < size else ""
@@ -117,11 +125,13 @@ def check_room(
 
 
 def packed_bytes(header: GGUFHeader, itemsize: int, quantize: str | None, quantize_head: str | None) -> int:
-    """Bytes of a GGUF file's weights on the device, packed or not; the scales of rows, a thousandth, are left out."""
+    """Bytes of a GGUF file's weights on the device, packed or not. Scales of rows and tables, a thousandth, are left
+    out."""
     kept, size = header.parameters, 0
     if quantize is not None:
         kept -= header.packable
-        size += header.packable if quantize == "int8" else header.packable // 2 + 4 * header.packable // NF4_BLOCK
+        blocks = header.packable // NF4_BLOCK
+        size += header.packable if quantize == "int8" else nf4_bytes(header.packable, blocks)
     if quantize_head is not None:
         kept -= header.head
         size += header.head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from offload_triforce.kernels.ops import Convolution, DeltaTokens
 from offload_triforce.model.adapter import Attachment, run
 from offload_triforce.model.recurrent import OwnConvolution, OwnRule
 
+if TYPE_CHECKING:
+    from offload_triforce.model.mtp import MtpHead
+
 
 class KeyTurner:
     """Turns keys of a model back by a number of positions.
@@ -24,13 +27,13 @@ class KeyTurner:
     found out by running one token through it at two positions.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Try it out.
+    def __init__(self, model: PreTrainedModel, head: MtpHead | None = None) -> None:
+        """Try it out. ``head``: of this model, whose own layer's keys are to be turned.
 
         Raises:
             UnsupportedModelError: the model places its keys in another way.
         """
-        self.model = model
+        self.model, self._head = model, head
         self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
         self.types: list[str | None] = []  # of the layers that attend
         if self.rotary is None or not self._turns():
@@ -61,11 +64,14 @@ class KeyTurner:
     @torch.no_grad()
     def _turns(self) -> bool:
         """A single token sees only itself, so its keys at two positions differ by the rotation alone."""
-        attachment, keys, config = Attachment(self.model), [], self.model.config.get_text_config()
+        head, keys = self._head, []
+        attachment = Attachment(self.model, None if head is None else head.module)
+        config = (self.model if head is None else head.module).config.get_text_config()
         typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
         for position in (0, 7):
             view = _KeyRecorder()
-            attachment.call(partial(run, self.model, [0], [position], view, keep=1))
+            run_at = partial(run, self.model, keep=1) if head is None else head.probe
+            attachment.call(partial(run_at, [0], [position], view=view))
             self.types = [config.layer_types[i] if typed else None for i in sorted(view.keys)]
             keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
         try:

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from offload_triforce.model.blank import blank_model, probe_blank
 from offload_triforce.model.counts import check_quantization
 from offload_triforce.model.embeddings import own_embedding
+from offload_triforce.model.mtp_files import blank_head
 from offload_triforce.model.outline import ModelLayout, ModelShape
-from offload_triforce.model.weights import count, packing_of
+from offload_triforce.model.weights import count, count_head, packing_of
 
 
 def shape_of(
@@ -30,7 +31,9 @@ def shape_of(
     heads, counts = config.get_text_config().num_attention_heads, count(model)
     weights, own = counts.weights(dtype.itemsize, quantize), own_embedding(model)
     embedding = own.weight.nbytes if own is not None else 0
-    return ModelShape(name, config, layout, heads, weights, counts, embedding, quantize)
+    head = blank_head(model)
+    mtp = None if head is None else count_head(head, model)
+    return ModelShape(name, config, layout, heads, weights, counts, embedding, quantize, mtp=mtp)
 
 
 def shape_of_loaded(model: PreTrainedModel, layout: ModelLayout) -> ModelShape:

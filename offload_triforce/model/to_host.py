@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offload_triforce.errors import InputError
@@ -26,7 +26,8 @@ def place_embeddings(model: PreTrainedModel, where: str | None) -> None:
 
 
 def move_embeddings(model: PreTrainedModel) -> str | None:
-    """Move them, unless something speaks against it: that is returned, as the end of a sentence.
+    """Move them, unless something speaks against it: that is returned, as the end of a sentence. They may be in host
+    memory already while the rest of the model is on its device.
 
     Whether the first layer gets bit for bit what it got is tried on a few tokens, through the decoder and through the
     whole model: some scale in the embedding, or give token ids to their layers.
@@ -36,17 +37,22 @@ def move_embeddings(model: PreTrainedModel) -> str | None:
     own = own_embedding(model)
     if own is None:
         return "are the output embeddings too, or no plain table"
-    with attached(model), torch.no_grad():
-        expected = decoder_inputs(model)
-        model.set_input_embeddings(HostEmbedding(own.weight))
-        try:
+    device = next(model.get_decoder().layers.parameters()).device
+    # The probe's tokens alone: the table may wait in host memory already, and be too large for the device.
+    few = nn.Embedding.from_pretrained(own.weight[:PROBE_TOKENS].to(device))
+    same = False
+    try:
+        with attached(model), torch.no_grad():
+            model.set_input_embeddings(few)
+            expected = decoder_inputs(model)
+            model.set_input_embeddings(HostEmbedding(own.weight))
             same = _reads_the_same(model, expected)
-        except Exception:  # whatever a model says that takes token ids alone
-            same = False
+    except Exception:  # whatever a model says that takes token ids alone
+        same = False
+    finally:
         if not same:
             model.set_input_embeddings(own)
-            return "cannot be looked up outside of the model, which does more with its token ids"
-    return None
+    return None if same else "cannot be looked up outside of the model, which does more with its token ids"
 
 
 def _reads_the_same(model: PreTrainedModel, expected: list[Tensor]) -> bool:

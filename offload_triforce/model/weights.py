@@ -60,6 +60,19 @@ def count(model: PreTrainedModel) -> Counts:
     return Counts(len(layers), inside, outside, size, largest, experts, share, matrices, head.weight.shape[0], tied)
 
 
+def count_head(head: nn.Module, model: PreTrainedModel) -> Counts:
+    """Count the weights of an MTP head, which no quantisation packs. ``model``: whose head it is."""
+    inside = experts = 0
+    for name, weight in head.named_parameters():
+        if ".experts." in name:
+            experts += weight.numel()
+        else:
+            inside += weight.numel()
+    of = count(model)
+    share = of.expert_share if experts else 1.0
+    return Counts(1, Part(inside), NOTHING, of.head, 0, Part(experts), share, head_rows=of.head_rows)
+
+
 def packing_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
     """How a loaded model's linear layers and its output embedding are packed, as ``load_model`` calls it."""
     kinds = {_PACKED.get(type(part).__name__) for _, part in _linear(model)} - {None}

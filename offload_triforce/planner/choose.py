@@ -26,7 +26,7 @@ from offload_triforce.scheduler.plan import TilePlan, choose_ring
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEAST_BUDGET = 1024
+LEAST_BUDGET, LEAST_CHUNK = 1024, 256
 GAMMAS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 GAMMA1S = (2, 4, 6)
 # Share of the card's memory that stays empty: the allocator rounds up and leaves holes.
@@ -39,7 +39,7 @@ MARGIN = 1.25
 def assume(
     settings: Settings, context: int, draft: str, retrieval: float | None = None, drafted: float | None = None
 ) -> Assumed:
-    """The acceptance to reckon with. ``draft``: ngram, none, self or model; the rates win where they are given."""
+    """The acceptance to reckon with. ``draft``: ngram, none, self, model or mtp; the rates win where they are given."""
     if retrieval is None:
         retrieval = assumed_acceptance(settings.budget_for(context))
     return Assumed(retrieval, DRAFT_ACCEPTANCE[draft] if drafted is None else drafted)
@@ -61,22 +61,20 @@ def choose_settings(
     Args:
         model: the target. settings: as given so far. machine: what it is for; None of its memory may be taken yet.
         fixed: names of settings that stay as they are.
-        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        draft: a draft model's shape. draft_kind: ngram, none, self, model or mtp.
         retrieval, drafted: acceptance, where it is known.
     """
     if "hidden_states" not in fixed:
         settings = replace_settings(settings, {"hidden_states": _states(model, settings, context, machine, draft)})
+    given, settings = settings, _sizes(model, settings, context, machine, fixed, draft)
     if not model.layout.full:
         return settings
-    if "budget" not in fixed:
-        # Plain decoding asks no retrieval cache: it gets the smallest that there is.
-        plain = settings.gamma == 0 and "gamma" in fixed
-        budget = settings.least_budget if plain else _budget(model, settings, context, machine, draft)
-        settings = replace_settings(settings, {"budget": budget})
     rates = assume(settings, context, draft_kind, retrieval, drafted)
     if "resident" not in fixed:  # what does not cross the link makes passes cheap, and long chains less worth while
         settings = _resident(model, settings, context, machine, fixed, draft)
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
+    again = {name: getattr(given, name) for name in ("prefill_chunk", "budget")}  # fewer draft tokens leave more room
+    settings = _sizes(model, replace_settings(settings, again), context, machine, fixed, draft)
     plan = make_plan(model.layout, settings, context)
     settings = replace_settings(settings, {"tile": plan.tile_tokens})
     if settings.ring is None and "resident" not in fixed:
@@ -107,6 +105,8 @@ def choose_for_loaded(
     machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
     open_ones = ("budget", "resident", "prefill_resident", "hidden_states")
     given = [name for name in open_ones if getattr(settings, name) is not None]
+    if settings.prefill_chunk != Settings.prefill_chunk:
+        given.append("prefill_chunk")
     return choose_settings(shape, settings, context, machine, (*given, "gamma", "gamma1"))
 
 
@@ -198,12 +198,45 @@ def _gammas(
     return best
 
 
+def _sizes(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    fixed: Collection[str],
+    draft: ModelShape | None,
+) -> Settings:
+    """The settings with the largest step of the prefill and then the largest budget that there is room for."""
+    if "prefill_chunk" not in fixed:
+        chunk = _prefill_chunk(model, settings, context, machine, draft)
+        settings = replace_settings(settings, {"prefill_chunk": chunk})
+    if "budget" in fixed or not model.layout.full:
+        return settings
+    # Plain decoding asks no retrieval cache: it gets the smallest that there is.
+    plain = settings.gamma == 0 and "gamma" in fixed
+    budget = settings.least_budget if plain else _budget(model, settings, context, machine, draft)
+    return replace_settings(settings, {"budget": budget})
+
+
 def _budget(model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None) -> int:
     """The default budget, or half of it again and again while it does not fit, down to LEAST_BUDGET."""
     budget = settings.budget_for(context)
     while budget // 2 >= LEAST_BUDGET and not _fits(model, settings, context, machine, draft, budget=budget):
         budget //= 2
     return budget
+
+
+def _prefill_chunk(
+    model: ModelShape, settings: Settings, context: int, machine: Machine, draft: ModelShape | None
+) -> int:
+    """As given, or half of it again and again while not even the smallest budget fits, down to LEAST_CHUNK."""
+    chunk = settings.prefill_chunk
+    least = {} if settings.budget is not None else {"budget": min(LEAST_BUDGET, settings.budget_for(context))}
+    while chunk // 2 >= LEAST_CHUNK and not _fits(
+        model, settings, context, machine, draft, prefill_chunk=chunk, **least
+    ):
+        chunk //= 2
+    return chunk
 
 
 def _fits(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offload_triforce.config import Settings
 from offload_triforce.model.outline import ModelShape
-from offload_triforce.planner.sizes import draft_bytes, make_plan, make_shape, work_out
+from offload_triforce.planner.sizes import draft_bytes, hidden_bytes, make_plan, make_shape, work_out
 from offload_triforce.scheduler.plan import TilePlan
 
 # Device memory that no allocation of ours accounts for: CUDA's own context, cuBLAS' workspaces, captured graphs.
@@ -78,19 +78,21 @@ def footprint(model: ModelShape, settings: Settings, context: int, draft: ModelS
     device = {"weights": model.weights.total - embedding} | needs.caches
     if draft is not None:
         weights = 0 if draft is model else draft.weights.total
-        device["draft"] = draft_bytes(draft.layout, settings.draft_cache) + weights
+        held = draft_bytes(draft.layout, settings.draft_cache)
+        device["draft"] = weights + held + hidden_bytes(draft.layout, settings, draft.reads_hidden)
     device["CUDA itself"] = DEVICE_OVERHEAD
     host = {"tiles of the full cache": 0} | needs.host | {"input embeddings": embedding, "the process": HOST_OVERHEAD}
     prefill, decoding = _taken(needs.prefill), _taken(needs.decoding)
-    return Footprint(plan, _taken(device), prefill, decoding, _taken(host), loading(model, draft))
+    return Footprint(plan, _taken(device), prefill, decoding, _taken(host), loading(model, draft, embedding))
 
 
 def _taken(parts: dict[str, int]) -> dict[str, int]:
     return {part: size for part, size in parts.items() if size or part == "tiles of the full cache"}
 
 
-def loading(model: ModelShape, draft: ModelShape | None = None) -> Loading:
-    """What loading takes, of the target and then of a draft model.
+def loading(model: ModelShape, draft: ModelShape | None = None, embedding: int = 0) -> Loading:
+    """What loading takes, of the target and then of a draft model. ``embedding``: bytes of the target's input
+    embeddings, where they stay in host memory.
 
     Weights in a folder go to the device one by one. Those of a GGUF file are all unpacked in host memory first; what is
     to be packed again is so on the device, one weight after the other.
@@ -98,8 +100,9 @@ def loading(model: ModelShape, draft: ModelShape | None = None) -> Loading:
     models = [model] if draft is None or draft is model else [model, draft]
     device, host, there = 0, HOST_OVERHEAD, DEVICE_OVERHEAD
     for one in models:
-        device = max(device, there + one.weights.total + one.weights.largest)
-        there += one.weights.total
+        total = one.weights.total - (embedding if one is model else 0)
+        device = max(device, there + total + one.weights.largest)
+        there += total
         if one.gguf is not None:
             host = max(host, HOST_OVERHEAD + unpacked_bytes(one))
     return Loading(device, host)

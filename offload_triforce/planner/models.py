@@ -50,6 +50,7 @@ def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
     from offload_triforce.model.gguf_header import read_header
     from offload_triforce.model.gguf_skim import skimming
     from offload_triforce.model.local_files import lone_gguf
+    from offload_triforce.model.mtp_files import lacks_head
 
     gguf = path if path.suffix == ".gguf" else None
     if path.is_dir():
@@ -64,7 +65,10 @@ def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
                 config = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever a file that somebody wrote makes of transformers
         raise InputError(f"{source} holds no configuration that transformers can read: {first_line(error)}") from error
-    return _shape(config, dtype, path.name or source, gguf)
+    shape = _shape(config, dtype, path.name or source, gguf)
+    if shape.mtp is not None and path.is_dir() and lacks_head(config, str(path)):
+        return replace(shape, mtp=None)
+    return shape
 
 
 def _from_hub(source: str) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
+from offload_triforce.planner.host_work import CHOOSING, OPERATION, REPLAYED, step_operations, tile_seconds
 from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan
@@ -23,18 +24,14 @@ from offload_triforce.scheduler.simulate import (
     rounds,
 )
 
-# The host's time to launch an operation from Python, and the device's time between two of a replayed graph, in
-# seconds; operations per decoder layer and per tile. Orders of magnitude, not yet measured on a card.
-LAUNCH, REPLAY = 8e-6, 1.5e-6
-PER_LAYER, PER_TILE = 25, 6
-
 # Acceptance by the target of a draft token of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K
 # tokens of Python source, T=0.6, chunks of 8, chosen anew every 16 tokens. Never assumed better than at the largest.
 ACCEPTANCE = ((1024, 0.886), (2048, 0.912), (4096, 0.944))
 # Acceptance by the retrieval level of a token that a drafter is asked for. Look-up in the text often has none to offer:
 # TriForce's chains take 10.2 steps for 12 tokens where the text is drawn (benchmarks/results/speculation_cpu.json, 10
-# cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family.
-DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6}
+# cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family, an MTP
+# head that is fed on with what it makes.
+DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6, "mtp": 0.65}
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,8 @@ def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, re
     gaps.append(pending + speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens))
     flops = (4 + 2 * refresh) * model.heads * plan.head_dim * plan.tile_tokens * tokens
     tile = speeds.seconds((1.5 if refresh else 1.0) * plan.tile_bytes, flops)  # scoring reads the keys again
-    issue = PER_LAYER * LAUNCH * len(layout.layers) / plan.layers
-    return PassWork(tuple(gaps), tile, issue, PER_TILE * LAUNCH * (1 if refresh else 0.5))
+    issue = OPERATION * (step_operations(model) / plan.layers + refresh * CHOOSING)
+    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh))
 
 
 def predict_target(
@@ -121,7 +118,7 @@ def predict_target(
     """One pass over ``context`` tokens."""
     plan = make_plan(model.layout, settings, context)
     if plan is None:  # nothing is streamed
-        return PassTime(resident_step(model, settings, context, machine.speeds, tokens, LAUNCH), 0.0, 0.0)
+        return PassTime(resident_step(model, settings, context, machine.speeds, tokens, OPERATION), 0.0, 0.0)
     tail = make_shape(settings, context).tail_needed(settings.news)
     tiles = max(0, context - tail) // plan.tile_tokens
     work = pass_work(model, plan, machine.speeds, tokens, refresh)
@@ -134,7 +131,7 @@ def resident_step(
 ) -> float:
     """Seconds of a step over caches that lie on the device: windows, and the retrieval cache. All is read once.
 
-    ``launch``: the host's time for an operation; a step takes no less than that of all of them.
+    ``launch``: seconds from one operation to the next; a step takes no less than that for all of them.
     """
     held = make_shape(settings, context)
     layout, seconds, full = model.layout, 0.0, set(model.layout.full)
@@ -144,21 +141,24 @@ def resident_step(
             size += shape.kv_heads * held.chosen_bytes(shape.head_dim, layout.dtype.itemsize)
         seconds += layer_seconds(model, speeds, tokens) + speeds.seconds(size)
     seconds += speeds.seconds(model.weights.head, 2 * model.weights.head_parameters * tokens)
-    return max(seconds, len(layout.layers) * PER_LAYER * launch)
+    return max(seconds, step_operations(model) * launch)
 
 
 def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Speeds) -> float:
     """A step of the retrieval level: the weights and the retrieval cache are read once."""
-    launch = REPLAY if settings.graphs else LAUNCH
+    launch = REPLAYED if settings.graphs else OPERATION
     return resident_step(model, settings, context, speeds, settings.width + settings.gamma1, launch)
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
-    """All that a draft model drafts for one step of the retrieval level; look-up in the text costs nothing here."""
+    """All that a draft model drafts for one step of the retrieval level; look-up in the text costs nothing here.
+
+    Steps of an MTP head are not captured.
+    """
     if draft is None:
         return 0.0
     reach = Settings(budget=settings.draft_cache, graphs=settings.graphs, sink=0, recent=1, chunk=1, bits=16)
-    launch = REPLAY if settings.graphs else LAUNCH
+    launch = REPLAYED if settings.graphs and not draft.reads_hidden else OPERATION
     return settings.gamma1 * resident_step(draft, reach, settings.draft_cache, speeds, 1, launch)
 
 

@@ -18,7 +18,7 @@ class PlanQuery:
 
     Attributes:
         settings: as given so far. fixed: the names of those that are not to be chosen.
-        draft: a draft model's shape. draft_kind: ngram, none, self or model.
+        draft: a draft model's shape. draft_kind: ngram, none, self, model or mtp.
         retrieval, drafted: acceptance, None where it is to be assumed.
         variants: the same model under other quantisations, for suggestions.
         source, draft_source: what the user called the two, as ``generate`` takes them.
@@ -35,7 +35,7 @@ class PlanQuery:
     drafted: float | None = None
     variants: tuple[ModelShape, ...] = ()
     source: str = "MODEL"
-    draft_source: str = "ngram"
+    draft_source: str = "auto"
 
     def choose(self, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Settings:
         """Settings for this question, or for one that differs."""

@@ -33,6 +33,10 @@ GROUP = 32_768
 MARKED_GROUP = 8_192
 
 
+# Of windows and states that are kept, in host memory, so that a text can be cut there: at most so much.
+CHECKPOINT_BYTES = 4 << 30
+
+
 def group_tokens(layout: ModelLayout) -> int:
     """Tokens of a prompt that are read at a time; the memory of their hidden states is used again."""
     return MARKED_GROUP if layout.sliding or layout.recurrent else GROUP
@@ -84,6 +88,11 @@ def draft_bytes(layout: ModelLayout, tokens: int) -> int:
         shape = layout.layers[layer]
         size += shape.state_bytes(layout.dtype.itemsize) + tokens * shape.node_bytes(layout.dtype.itemsize)
     return size
+
+
+def hidden_bytes(layout: ModelLayout, settings: Settings, width: int) -> int:
+    """What the newest hidden states of that width take on the device, which an MTP head reads; 0: nobody does."""
+    return (settings.draft_cache + settings.draft_sink) * width * layout.dtype.itemsize
 
 
 class Configured(Protocol):
@@ -151,6 +160,8 @@ def work_out(
         one, count = layout.layers[layout.recurrent[0]], len(layout.recurrent)
         caches["recurrent states"] = count * one.state_bytes(itemsize)
         caches["draft tokens of recurrent layers"] = count * (block + settings.room) * one.node_bytes(itemsize)
+    if settings.reuse and (layout.sliding or layout.recurrent):
+        host["checkpoints of windows and states"] = checkpoints_bytes(layout, context)
     decoding["activations of a pass"] = activation_bytes(config, block, itemsize)
     decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize
     chunk = min(settings.prefill_chunk, context)
@@ -161,10 +172,18 @@ def work_out(
     prefill = {
         "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
         "hidden states": (min(group, SLOTS * chunk) if on_host else group) * states,
-        "rotary embeddings": group * 2 * max(layer.head_dim for layer in layout.attention) * itemsize,
+        "rotary embeddings": group * rotary_numbers(config, layout) * itemsize,
         "activations of a chunk": activation_bytes(config, chunk, itemsize),
     }
     return Needs(host, caches, prefill, decoding)
+
+
+def checkpoints_bytes(layout: ModelLayout, context: int) -> int:
+    """What is kept of a text of so many tokens, to be able to cut it: after each group, and at its end."""
+    reach = min(context, max((layout.layers[i].window for i in layout.sliding), default=0))
+    size = reach * sum(layout.token_bytes(i) for i in layout.sliding)
+    size += sum(layout.layers[i].checkpoint_bytes(layout.dtype.itemsize) for i in layout.recurrent)
+    return max(2 * size, min(CHECKPOINT_BYTES, size * (1 + -(-context // MARKED_GROUP))))
 
 
 def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
@@ -176,6 +195,26 @@ def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> in
     inner = getattr(config, "intermediate_size", None) or 4 * width
     queries = heads * (getattr(config, "head_dim", None) or width // heads)
     return tokens * (3 * inner + 5 * width + 3 * max(width, queries)) * itemsize
+
+
+def rotary_numbers(config: PretrainedConfig, layout: ModelLayout) -> int:
+    """How many sines and cosines of a token are kept while the prompt is read. ``config``: of a text model.
+
+    Some turn a part of each head only, and some have frequencies of their own for layers with a window.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {"full_attention": layout.full, "sliding_attention": layout.sliding}
+    if not any(kind in ropes for kind in kinds):  # one for all layers
+        common = {"partial_rotary_factor": getattr(config, "partial_rotary_factor", None), **ropes}
+        ropes, kinds = {"all": common}, {"all": [*layout.full, *layout.sliding]}
+    width = 0
+    for kind, layers in kinds.items():
+        rope = ropes.get(kind) or {}
+        whole = max((layout.layers[layer].head_dim for layer in layers), default=0)
+        # "Proportional" ones are as wide as the head: the rest of it is turned by nothing.
+        part = 1.0 if rope.get("rope_type") == "proportional" else rope.get("partial_rotary_factor") or 1.0
+        width += 2 * int(whole * part)
+    return width
 
 
 def check_memory(needs: Needs, device: torch.device, context: int) -> None:

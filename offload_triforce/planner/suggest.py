@@ -51,11 +51,18 @@ def _smaller(asked: PlanQuery) -> Iterator[tuple[str, str]]:
         if _used(asked, budget=budget).vram_bytes <= memory:
             yield f"--budget {budget}", "a smaller retrieval cache"
             break
-    fitting = [model for model in asked.variants if _used(asked, model).vram_bytes <= memory]
+    fitting = [model for model in asked.variants if _fits(asked, model)]
     enough = {model.quantize for model in fitting if not model.quantize_head}
     for model in fitting:
         if not model.quantize_head or model.quantize not in enough:  # a packed head only where it is needed
-            yield model.packing, f"weights take {gigabytes(model.weights.total)} then"
+            there = model.weights.total - (0 if asked.settings.embeddings == "device" else model.embedding)
+            yield model.packing, f"weights take {gigabytes(there)} of the card then"
+
+
+def _fits(asked: PlanQuery, model: ModelShape) -> bool:
+    """Whether the card has room for such a model by the settings that would be chosen for it."""
+    used = footprint(model, asked.choose(model), asked.context, asked.draft)
+    return used.vram_bytes <= asked.machine.memory
 
 
 def _longest(asked: PlanQuery) -> int | None:

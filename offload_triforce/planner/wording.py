@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
+from offload_triforce.config import Settings
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.weights import note_on_unpacking
 from offload_triforce.planner.fit import unpacked_bytes
@@ -66,7 +68,7 @@ def is_accepted(found: PlanReport) -> bool:
 def command(found: PlanReport) -> str:
     """What to paste into a shell, with a file name to be replaced."""
     words = ["offload-triforce", "generate", "--model", found.question.source]
-    if found.settings.gamma and found.question.draft_source != "ngram":
+    if found.settings.gamma and found.question.draft_source != "auto":
         words += ["--draft", found.question.draft_source]
     return shlex.join([*words, "--prompt-file", PROMPT, *_options(found)])
 
@@ -104,6 +106,17 @@ def _phases(found: PlanReport) -> list[str]:
     if settings.hidden_states == "host":
         size = gigabytes(found.used.host["hidden states of the prompt"])
         said.append(f"the prompt's hidden states ({size}) wait in host memory between two layers")
+    if found.missing:
+        return said
+    if settings.prefill_chunk < Settings.prefill_chunk:
+        said.append(
+            f"the prompt is read {settings.prefill_chunk} tokens at a time, not {Settings.prefill_chunk:,}: larger "
+            "steps have no room"
+        )
+    if settings.gamma and settings.budget < (
+        usual := replace(settings, budget=None).budget_for(found.question.context)
+    ):
+        said.append(f"a retrieval cache of {usual:,} tokens has no room: it holds {settings.budget:,}")
     return said
 
 
@@ -164,6 +177,7 @@ def _options(found: PlanReport) -> list[str]:
         del given["prefill_resident"]
     given["hidden_states"] = "host" if settings.hidden_states == "host" else None
     given["embeddings"] = settings.embeddings
+    given["prefill_chunk"] = None if settings.prefill_chunk == Settings.prefill_chunk else settings.prefill_chunk
     given |= {"quantize": asked.model.quantize, "quantize_head": asked.model.quantize_head}
     dtype = str(asked.model.layout.dtype)[6:]
     given["dtype"] = dtype if dtype != "bfloat16" else None

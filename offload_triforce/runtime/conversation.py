@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,9 +21,6 @@ class Engine(Protocol):
 
     def astream(self, prompt: Prompt, *args: Any, **options: Any) -> AsyncTextStream:
         """See ``TriForce.astream``."""
-
-    def turn(self) -> AbstractContextManager[Texts]:
-        """See ``TriForce.turn``."""
 
 
 class Session:
@@ -64,8 +60,8 @@ class Session:
 
     def close(self) -> None:
         """Forget the text, and give its memory back."""
-        with self._engine.turn() as texts:
-            texts.pool.remove(self.text)
+        with self._texts.turn():
+            self._texts.pool.remove(self.text)
 
     def __enter__(self) -> Session:
         return self

@@ -71,7 +71,7 @@ class Task:
         yield from self.session.continue_text(
             self.text,
             request.max_new_tokens,
-            self.drafters.make(rule),
+            self.drafters.make(rule, runtime.caches.hidden),
             rule,
             self.stats,
             stop=stop,
@@ -116,7 +116,7 @@ def decode_answer(task: Task, turns: Turns, answer: Answer, give_back: Callable[
 
 def _steps(task: Task, turns: Turns, answer: Answer, give_back: Callable[[], None]) -> Iterator[list[int]]:
     turns.resume(answer)  # before the draft's cache is touched
-    attachment, wait = Attachment(task.model, task.drafters.model), task.wait
+    attachment, wait = Attachment(task.model, task.drafters.module), task.wait
     with contextlib.closing(task.steps(answer)) as steps:
         while True:
             work = partial(_next, steps, task.session.runtime.layout.device, give_back)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload_triforce.cache.hidden import HiddenWindow
 from offload_triforce.cache.recurrent import RecurrentCache
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.config import Settings
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.graphs.steps import StepGraphs, make_graphs
+from offload_triforce.model.fetch import check_source, draft_model, find_source
 from offload_triforce.model.layout import ModelLayout, probe
+from offload_triforce.model.local_files import find_gguf
+from offload_triforce.model.mtp import MtpHead
+from offload_triforce.model.mtp_files import check_head, load_head
 from offload_triforce.model.rotary import KeyTurner
-from offload_triforce.planner.sizes import draft_bytes
+from offload_triforce.planner.sizes import draft_bytes, hidden_bytes
 from offload_triforce.runtime.model_drafter import ModelDrafter, static_view
+from offload_triforce.runtime.mtp_drafter import MtpDrafter
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.draft_selector import Drafter
 from offload_triforce.speculation.ngram import NgramDrafter
 
-# "ngram", "self", "none", a loaded model, or look-up and a model together: "ngram+self", ("ngram", model).
+# "auto", "ngram", "mtp", "self", "none", a loaded model, or look-up and one of these together: "ngram+self",
+# ("ngram", model).
 DraftChoice = PreTrainedModel | str | Sequence[PreTrainedModel | str] | None
 
 
@@ -50,9 +58,18 @@ class Drafters:
         if len(models) > 1 or len(parts) - len(models) > 1:
             raise InputError("of drafts, look-up and one model can work together, not more")
         self.lookup = len(parts) > len(models)
+        self.head: MtpHead | None = None
+        if models == ["auto"]:
+            self.lookup, self.head, models = True, _head_of(target, settings), []
+        elif models == ["mtp"]:
+            self.head, models = load_head(target), []
         self.model = models[0] if models else None
         self._small: tuple[StreamingCache, StepGraphs | None] | None = None
-        if self.model is not None:
+        if self.head is not None:
+            self._layout = head_layout(self.head, layout)
+            check_draft(self._layout, layout, settings)
+            self._turner = KeyTurner(target, self.head)
+        elif self.model is not None:
             self._layout = layout if self.model is target else probe(self.model)
             check_same_tokens(target, tokenizer, self.model, draft_tokenizer, settings.same_tokens)
             check_draft(self._layout, layout, settings)
@@ -61,23 +78,33 @@ class Drafters:
             self._places = {layer: place for place, layer in enumerate(attending)}
 
     @property
-    def bytes_to_come(self) -> int:
-        """Bytes on the device that a draft model's cache is yet to take."""
-        if self.model is None or self._small is not None:
-            return 0
-        return draft_bytes(self._layout, self.settings.draft_cache)
+    def module(self) -> PreTrainedModel | None:
+        """What is run beside the target: a draft model, or the target's MTP head."""
+        return self.model if self.head is None else self.head.module
 
-    def make(self, rule: AcceptanceRule) -> list[Drafter]:
-        """Drafters for a new text, those to be asked first first."""
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes on the device that a drafter's cache is yet to take."""
+        if self.module is None or self._small is not None:
+            return 0
+        width = 0 if self.head is None else self.head.width
+        return draft_bytes(self._layout, self.settings.draft_cache) + hidden_bytes(self._layout, self.settings, width)
+
+    def make(self, rule: AcceptanceRule, hidden: HiddenWindow | None) -> list[Drafter]:
+        """Drafters for a new text, those to be asked first first. ``hidden``: of the target's caches."""
         drafts: list[Drafter] = [NgramDrafter(self._vocabulary)] if self.lookup else []
-        if self.model is not None:
+        if self.head is not None and hidden is not None:
+            cache, _ = self.small()
+            cache.reset()
+            drafts.append(MtpDrafter(self.head, cache, hidden, rule))
+        elif self.model is not None:
             cache, graphs = self.small()
             cache.reset()
             drafts.append(ModelDrafter(self.model, cache, rule, graphs, self._places))
         return drafts
 
     def small(self) -> tuple[StreamingCache, StepGraphs | None]:
-        """What the draft model works with."""
+        """What the draft model or the MTP head works with."""
         if self._small is None:
             with torch.inference_mode(False):
                 self._small = self._make_small()
@@ -99,7 +126,7 @@ class Drafters:
             *where,
             recurrent,
         )
-        if not settings.graphs:
+        if self.head is not None or not settings.graphs:
             return cache, None
         return cache, make_graphs(
             self.model, layout, partial(static_view, cache, places=self._places), settings.gamma1 + 1
@@ -118,9 +145,49 @@ def _parts(chosen: DraftChoice) -> list[PreTrainedModel | str]:
     else:
         parts = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
     for part in parts:
-        if not isinstance(part, PreTrainedModel) and part not in ("ngram", "self"):
-            raise InputError(f"unknown draft {chosen!r}; use a loaded model, 'ngram', 'self', 'ngram+self' or 'none'")
+        if not isinstance(part, PreTrainedModel) and part not in ("auto", "ngram", "mtp", "self"):
+            raise InputError(
+                f"unknown draft {chosen!r}; use a loaded model, 'auto', 'ngram', 'mtp', 'self', 'ngram+self', "
+                "'mtp+ngram' or 'none'"
+            )
     return parts
+
+
+def check_named(draft: str, model: str) -> str | None:
+    """Refuse a draft that cannot be had, before any weights are read. Returns the model that it names, if it does.
+
+    ``model``: the target, whose MTP head may be meant.
+
+    Raises:
+        InputError, UnsupportedModelError: why not.
+    """
+    small = draft_model(draft)
+    if small is not None:
+        check_source(small)
+        find_gguf(small)
+    elif "mtp" in draft.split("+"):
+        check_head(find_source(model))
+    return small
+
+
+def _head_of(target: PreTrainedModel, settings: Settings) -> MtpHead | None:
+    """The target's MTP head, where it has one that can be run here and that would be asked."""
+    if settings.gamma == 0 or settings.gamma1 == 0 or settings.draft_cache < least_draft_cache(settings):
+        return None
+    try:
+        return load_head(target)
+    except TriForceError:
+        return None
+
+
+def head_layout(head: MtpHead, target: ModelLayout) -> ModelLayout:
+    """The one layer of an MTP head, as a model's."""
+    return replace(target, layers=(head.shape,))
+
+
+def least_draft_cache(settings: Settings) -> int:
+    """Tokens that a streaming cache has to hold at least."""
+    return 2 * (settings.draft_sink + settings.gamma1 + 2)
 
 
 def check_same_tokens(
@@ -163,7 +230,7 @@ def check_draft(layout: ModelLayout, target: ModelLayout, settings: Settings) ->
     Raises:
         InputError: why it does not.
     """
-    least = 2 * (settings.draft_sink + settings.gamma1 + 2)
+    least = least_draft_cache(settings)
     if settings.draft_cache < least:
         raise InputError(
             f"draft_cache {settings.draft_cache} is too small for gamma1 {settings.gamma1}; use at least {least}"

@@ -30,23 +30,13 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a text of ``tokens`` tokens has left behind in caches that cannot be cut at will, in host memory.
+    """What a text of ``tokens`` tokens has left in caches that cannot be cut at will: windows and recurrent states.
 
-    ``parts`` by name, as ``TargetCaches.snapshot`` has them: windows, recurrent states, and maybe the retrieval
-    cache's choice, without which the next reading chooses anew.
+    ``parts`` by name, as ``TargetCaches.checkpoint`` has them, in host memory.
     """
 
     tokens: int
     parts: Snapshot
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether the retrieval cache's choice is among them."""
-        return any(name.startswith("retrieval.") for name in self.parts)
-
-    def without_choice(self) -> Checkpoint:
-        """The same without it, which is large, and of use only where a text ends."""
-        return Checkpoint(self.tokens, {n: p for n, p in self.parts.items() if not n.startswith("retrieval.")})
 
     @property
     def size(self) -> int:
@@ -54,12 +44,24 @@ class Checkpoint:
         return sum(part.nbytes for part in self.parts.values())
 
 
+def thin(points: Sequence[Checkpoint], limit: int) -> list[Checkpoint]:
+    """As many of them as ``limit`` bytes hold; but the first and the last always.
+
+    Those go first whose neighbours are nearest, the older of them: what is asked again is the beginning, or the end.
+    """
+    kept = list(points)
+    while len(kept) > 2 and sum(point.size for point in kept) > limit:
+        inner = range(1, len(kept) - 1)
+        del kept[min(inner, key=lambda i: kept[i + 1].tokens - kept[i - 1].tokens)]
+    return kept
+
+
 class TextSource(Protocol):
     """A text that was read, wherever it lies: in caches, in host memory or on disk.
 
     Attributes:
         tokens: ids of all n tokens that have been read, int64 (n,), on the CPU.
-        checkpoints: ascending; the last is of all n tokens.
+        checkpoints: ascending; the last is of all n tokens. None, where caches can be cut anywhere.
         shape: of the keys and values.
         long: whether keys were turned by longrope's long frequencies; False for all other models.
     """

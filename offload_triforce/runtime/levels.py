@@ -99,6 +99,15 @@ class RetrievalLevel(_Level):
         self.caches.end_drafts(len(nodes))
         return logits
 
+    def see(self, hidden: Tensor) -> None:
+        """The hidden states [T, width] of the step's nodes: kept with them, where a drafter reads such.
+
+        They are copied: a captured step's are good until the next one.
+        """
+        if self.caches.hidden is not None:
+            for node, row in zip(self._nodes, hidden.clone(), strict=True):
+                node.state.hidden = row
+
     def keep(self, kept: Sequence[int]) -> None:
         """Forget what has been read, but for these (numbers in the order of reading)."""
         self.caches.keep_drafts(kept)
@@ -137,6 +146,11 @@ class TargetLevel(_Level):
         logits = run(self.model, tokens_of(nodes), self._begin(nodes, ()), self, keep=len(nodes))
         self.caches.end_step(len(nodes))
         return logits
+
+    def see(self, hidden: Tensor) -> None:
+        """The hidden states [T, width] of the pass's nodes, pending, where a drafter reads such."""
+        if self.caches.hidden is not None:
+            self.caches.hidden.see(hidden)
 
     def slack(self) -> Slack:
         """What the last pass left time for. To be asked once its logits have been looked at."""

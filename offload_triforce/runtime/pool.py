@@ -101,12 +101,9 @@ class SessionPool:
         return held - (start.tokens if text is best and text is following else 0) > WORTH_KEEPING
 
     def unseat(self, session: Session) -> None:
-        """Park the text that is in the caches: they are about to go. What they chose does not fit others."""
+        """Park the text that is in the caches: they are about to go."""
         if self.seated is not None and len(session.ids):
             self.seated.parked = self._park(session.source(), self.seated)
-        for text in self._texts:
-            if text.parked is not None:
-                text.parked.checkpoints = [point.without_choice() for point in text.parked.checkpoints]
         self.seated = None
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.held import Checkpoint
+from offload_triforce.runtime.runtime import PREFILL_QUERIES
 
 
 def common_prefix(one: Tensor, other: Tensor) -> int:
@@ -19,7 +20,7 @@ def common_prefix(one: Tensor, other: Tensor) -> int:
 
 
 class Start(NamedTuple):
-    """So many tokens stay. ``checkpoint``: of them, where the caches cannot be cut without; or with their choice."""
+    """So many tokens stay. ``checkpoint``: of just those, where the caches cannot be cut without."""
 
     tokens: int
     checkpoint: Checkpoint | None = None
@@ -30,8 +31,8 @@ def find_start(
 ) -> Start | None:
     """From where to read on to ``wanted`` tokens; None from the beginning.
 
-    A retrieval cache whose text was cut has to choose anew, and that takes at least one token to be read, unless a
-    checkpoint just there knows its choice.
+    A text is cut some tokens before its end, where that can be: the retrieval cache has to choose anew, and it chooses
+    by the newest queries. After a checkpoint, that may have to wait for the first pass.
 
     Args:
         held: tokens of the text. checkpoints: of it.
@@ -40,14 +41,11 @@ def find_start(
     """
     if shared == held:
         return Start(shared) if shared else None
-    known = [point for point in checkpoints if point.tokens <= shared]
-    if known and known[-1].tokens == wanted and known[-1].has_choice:
-        return Start(wanted, known[-1])
-    most = min(shared, wanted - 1)
-    starts = [Start(point.tokens, point) for point in known if point.tokens <= most]
+    most = min(shared, wanted - PREFILL_QUERIES)
     if most > 0 and can_cut(most):
-        starts.append(Start(most))
-    return max(starts, key=lambda start: start.tokens, default=None)
+        return Start(most)
+    known = [point for point in checkpoints if point.tokens <= shared]
+    return Start(known[-1].tokens, known[-1]) if known else None
 
 
 class Told:

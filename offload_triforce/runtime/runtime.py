@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload_triforce.cache.full import FullCache
+from offload_triforce.cache.hidden import HiddenWindow
 from offload_triforce.cache.recurrent import RecurrentCache
 from offload_triforce.cache.retrieval import RetrievalCache
 from offload_triforce.cache.sizes import RetrievalShape
@@ -55,6 +56,7 @@ class Runtime:
         context: int,
         pinning: Progress | None = None,
         device: Device | None = None,
+        keep_hidden: bool = False,
     ) -> None:
         """Allocate everything; pinning the host memory goes on in the background.
 
@@ -64,11 +66,13 @@ class Runtime:
             pinning: told (bytes pinned, bytes in all).
             device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
                 closed with this runtime, or where this fails: it may hold pinned memory.
+            keep_hidden: the newest hidden states, which a drafter reads (``cache/hidden.py``).
 
         Raises:
             MemoryLimitError, InputError: before anything is allocated.
         """
         self.model, self.layout, self.settings, self.context = model, layout, settings, context
+        self._keep_hidden = keep_hidden
         self._open: list[Device | TileStore | HostStates] = [] if device is None else [device]  # closed in this order
         weakref.finalize(self, _close, self._open)
         try:
@@ -119,7 +123,12 @@ class Runtime:
         if layout.recurrent:
             size = layout.layers[layout.recurrent[0]]
             recurrent = RecurrentCache(len(layout.recurrent), size, block, drafts, **where)
-        return TargetCaches([layout.full, layout.sliding, layout.recurrent], full, retrieval, window, recurrent)
+        hidden = None
+        if self._keep_hidden:
+            width = self.model.config.get_text_config().hidden_size
+            hidden = HiddenWindow(settings.draft_cache, settings.draft_sink, width, **where)
+        groups = [layout.full, layout.sliding, layout.recurrent]
+        return TargetCaches(groups, full, retrieval, window, recurrent, hidden)
 
     def _make_states(self) -> HostStates | None:
         """Where hidden states wait in a prefill; None is on the device."""

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import AttentionPart, LayerPart, Progress, RecurrentPart, prefill
-from offload_triforce.planner.sizes import group_tokens
-from offload_triforce.runtime.held import Checkpoint, LiveText, TextSource
+from offload_triforce.planner.sizes import CHECKPOINT_BYTES, group_tokens
+from offload_triforce.runtime.held import Checkpoint, LiveText, TextSource, thin
 from offload_triforce.runtime.prefix import Start, Told, common_prefix, find_start
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.scheduler.device import on
@@ -32,7 +32,7 @@ class Session:
     """One text in the caches of a runtime, all but its newest token. A runtime has one at a time: the latest begun.
 
     Attributes:
-        checkpoints: of what cannot be cut, ascending; the newest one may know the retrieval cache's choice as well.
+        checkpoints: of what cannot be cut, ascending.
         long: see ``TextSource``.
     """
 
@@ -72,6 +72,8 @@ class Session:
         self.long = self._is_long(prompt)
         if start is None:
             self.begin(wanted, progress)
+            if self._marked:
+                self._mark()
             return 0
         if start.tokens < caches.length:
             self._go_back(start)
@@ -82,6 +84,8 @@ class Session:
             self._read_in_passes(prompt[start.tokens : -1].tolist())
         elif missing:
             self._read(wanted, progress)
+        if self._marked:
+            self._mark()
         return start.tokens
 
     def start(self, prompt: Tensor) -> Start | None:
@@ -108,26 +112,28 @@ class Session:
         """What is held, for the host to read where it lies: until the session goes on."""
         caches = self.runtime.caches
         caches.still()
-        if self.checkpoints and self.checkpoints[-1].tokens == caches.length and self.checkpoints[-1].has_choice:
-            points = self.checkpoints
-        else:
-            points = [*self.checkpoints, Checkpoint(caches.length, caches.checkpoint(self._chosen))]
-        return LiveText(self.ids.clone(), points, self.runtime.kv_shape, caches.full, self.long)
+        if self._marked:
+            self._mark()
+        return LiveText(self.ids.clone(), list(self.checkpoints), self.runtime.kv_shape, caches.full, self.long)
 
     def take(self, source: TextSource, start: Start) -> None:
         """Hold the first tokens of a text that was read before. ``start``: how many, see ``find_start``."""
         self.forget()
         parts = start.checkpoint.parts if start.checkpoint else {}
         self.runtime.caches.adopt(start.tokens, source.read, parts)
-        self._ids = source.tokens
-        self._chosen = start.checkpoint is not None and start.checkpoint.has_choice
+        self._ids, self.long = source.tokens, source.long
         self.checkpoints = [point for point in source.checkpoints if point.tokens <= start.tokens]
-        self.long = source.long
+
+    @property
+    def _marked(self) -> bool:
+        """Whether the text can be cut only where that was provided for."""
+        return self.keep and not self.can_cut_parked(0)
 
     def _go_back(self, start: Start) -> None:
+        """Cut the text."""
         point = start.checkpoint
         self.runtime.caches.cut(start.tokens, point and point.parts)
-        self._chosen = point is not None and point.has_choice
+        self._chosen = False
         self.checkpoints = [point for point in self.checkpoints if point.tokens <= start.tokens]
 
     def _read(self, wanted: Tensor, progress: Progress | None) -> None:
@@ -135,7 +141,6 @@ class Session:
         runtime, caches = self.runtime, self.runtime.caches
         self._ids = wanted
         held = caches.length
-        marked = caches.window is not None or caches.recurrent is not None
         starts = [*range(held, len(wanted), group_tokens(runtime.layout))]
         ends = [*starts[1:], len(wanted)]
         sizes = [end - start for start, end in zip(starts, ends, strict=False)]
@@ -143,8 +148,8 @@ class Session:
         for start, end in zip(starts, ends, strict=False):
             self._read_group(wanted[start:end], len(wanted), told)
             told.group_done()
-            if marked and end < len(wanted):
-                self._mark(choice=False)
+            if self._marked and end < len(wanted):
+                self._mark()
         if not starts:
             caches.end_fill(0)
         if runtime.layout.device.type == "cuda":
@@ -158,13 +163,14 @@ class Session:
         if held:
             before = caches
             caches.begin_fill()
-            back = partial(caches.restore, caches.snapshot(choice=False))
+            back = partial(caches.restore, caches.snapshot_text())
         chunk, states = runtime.settings.prefill_chunk, runtime.states
 
         def work() -> None:
             self._chosen = False
             read = (runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill)
-            prefill(*read, progress, states, before, whole)
+            told = None if caches.hidden is None else partial(self._keep_hidden, whole)
+            prefill(*read, progress, states, before, whole, told)
             caches.end_fill(held + len(tokens))
             self._chosen = True
 
@@ -183,19 +189,24 @@ class Session:
             target.score(nodes)
             target.commit(range(len(nodes)))
 
-    def _mark(self, choice: bool) -> None:
-        """Keep what could not be cut later. Of the retrieval cache's choices only the newest is kept."""
-        caches = self.runtime.caches
-        if choice:
-            self.checkpoints = [point.without_choice() for point in self.checkpoints]
-        self.checkpoints = [point for point in self.checkpoints if point.parts and point.tokens != caches.length]
-        self.checkpoints.append(Checkpoint(caches.length, caches.checkpoint(choice and self._chosen)))
+    def _mark(self) -> None:
+        """Keep what could not be cut later."""
+        length = self.runtime.caches.length
+        before = [point for point in self.checkpoints if point.tokens < length]
+        point = Checkpoint(length, self.runtime.caches.checkpoint())
+        self.checkpoints = thin([*before, point], CHECKPOINT_BYTES)
 
     def _fill(self, layer: int, part: LayerPart) -> Leaving | None:
         if isinstance(part, RecurrentPart):
             self.runtime.caches.fill_state(layer, *part)
             return None
         return self.runtime.caches.fill(layer, *part)
+
+    def _keep_hidden(self, total: int, part: range, states: Tensor) -> None:
+        """``part`` of a text of ``total`` tokens is through all layers: keep what a drafter may want of it."""
+        window, norm = self.runtime.caches.hidden, self.runtime.model.get_decoder().norm
+        for piece in window.wanted(part, total):
+            window.fill(piece.start, norm(states[piece.start - part.start : piece.stop - part.start]))
 
     def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
         """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""
@@ -240,8 +251,6 @@ class Session:
         crossed, up = runtime.link_bytes, runtime.brought_up
         stats.prompt_tokens = len(text)
         stats.reused_tokens = self.prepare(text.ids, progress)
-        if self.keep:
-            self._mark(choice=runtime.settings.gamma > 0)
         self._ids = text.buffer
         resumed = time.perf_counter()
         stats.prefill_s = resumed - started

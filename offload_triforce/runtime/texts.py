@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
+from offload_triforce.generation.turn import Answer, Turns
 from offload_triforce.machine.units import MOST_TOKENS
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress
@@ -30,11 +32,25 @@ class Texts:
         session: the text in the caches; None while there are no caches.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: ModelLayout, settings: Settings, drafters: Drafters) -> None:
-        """``drafters``: their caches come and go with the target's."""
+    def __init__(
+        self, model: PreTrainedModel, layout: ModelLayout, settings: Settings, drafters: Drafters, turns: Turns
+    ) -> None:
+        """``drafters``: their caches come and go with the target's. ``turns``: of whoever uses them."""
+        self._turns = turns
         self._model, self._layout, self._settings, self._drafters = model, layout, settings, drafters
         self.session: Session | None = None
         self.pool = SessionPool(settings.session_memory)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The caches, for something else than an answer. It waits for its turn, as an answer does."""
+        answer = Answer()
+        try:
+            self._turns.take(answer, wait=True)
+            with on(self._layout.device), torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            self._turns.release(answer)
 
     @property
     def runtime(self) -> Runtime | None:
@@ -102,4 +118,5 @@ class Texts:
         coming = self._drafters.bytes_to_come
         settings = choose_for_loaded(self._model, self._layout, self._settings, context, coming)
         with on(self._layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there
-            return Runtime(self._model, self._layout, settings, context, pinning)
+            keeps = self._drafters.head is not None
+            return Runtime(self._model, self._layout, settings, context, pinning, keep_hidden=keeps)

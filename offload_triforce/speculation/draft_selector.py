@@ -12,7 +12,7 @@ from offload_triforce.speculation.place import PathState
 from offload_triforce.speculation.text import TokenText
 
 # Acceptance of a draft token of each kind, before anything has been seen; as many observations as PRIOR_WEIGHT.
-PRIOR = {"ngram 2": 0.3, "ngram 4": 0.45, "ngram 8": 0.65, "ngram 16": 0.8, "ngram 32": 0.9, "model": 0.6}
+PRIOR = {"ngram 2": 0.3, "ngram 4": 0.45, "ngram 8": 0.65, "ngram 16": 0.8, "ngram 32": 0.9, "model": 0.6, "mtp": 0.7}
 PRIOR_WEIGHT = 4.0
 # A kind that does not pay is tried again after so many times.
 RETRY = 32
@@ -45,7 +45,7 @@ class DraftSelector:
         self._judged = dict.fromkeys(PRIOR, PRIOR_WEIGHT)
         self._declined = dict.fromkeys(PRIOR, 0)
         self._costs = [LatencyFit() for _ in drafts]
-        self._kind = ""
+        self._kind = ""  # of the latest draft
 
     def draft(
         self,
@@ -91,6 +91,11 @@ class DraftSelector:
             costs, tokens, began, ended = self._untold
             costs.add(tokens, ended.since(began))
             self._untold = None
+
+    @property
+    def name(self) -> str:
+        """Of the drafter that made the latest draft: what its kinds begin with."""
+        return self._kind.partition(" ")[0]
 
     def learn(self, proposed: int, accepted: int) -> None:
         """What became of the last draft tokens. Those after the first rejected one are not judged."""

@@ -1,4 +1,4 @@
-"""Places of a text where a token is wanted, and how forkable logits processors stand there."""
+"""Places of a text where a token is wanted, and what is known of the path that leads there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from transformers import LogitsProcessorList
 
 
 class PathState:
-    """A request's logits processors at one place of a path of draft tokens: copies that belong to this place alone.
+    """What is known at one place of a path of draft tokens, and belongs to this place alone.
 
     Attributes:
         before: the state at the place before; None where the target itself is what went before.
-        processors: as they stand once this place has been asked about; None until then, and where they failed.
+        processors: copies of the request's logits processors, as they stand once this place has been asked about; None
+            until then, and where they failed.
+        hidden: the retrieval level's hidden state [width] of the path's last token, where a drafter reads it.
     """
 
-    __slots__ = ("before", "processors")
+    __slots__ = ("before", "hidden", "processors")
 
     def __init__(self, before: PathState | None = None) -> None:
         self.before = before
         self.processors: LogitsProcessorList | None = None
+        self.hidden: Tensor | None = None
 
 
 class Place(NamedTuple):

@@ -36,6 +36,7 @@ class DecodeStats:
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
     ``resident_link_bytes``: brought up for resident tiles, once, between the prefill and the first pass.
+    ``by_drafter``: the draft tokens of level 0, by who made them: ngram, model, mtp.
     ``target_only``: logits processors that drafts were made without.
     ``ending``: why the answer ended, if it was not interrupted; None until it has.
     """
@@ -46,6 +47,7 @@ class DecodeStats:
     passes: int = 0
     draft: Acceptance = field(default_factory=Acceptance)
     retrieval: Acceptance = field(default_factory=Acceptance)
+    by_drafter: dict[str, Acceptance] = field(default_factory=dict)
     link_bytes: int = 0
     prefill_link_bytes: int = 0
     resident_link_bytes: int = 0
@@ -75,6 +77,11 @@ class DecodeStats:
         self.draft_s += seconds
         self.steps_ahead += hidden
         self.ahead_s += seconds if hidden else 0.0
+
+    def add_draft(self, drafter: str, proposed: int, accepted: int) -> None:
+        """A drafter's draft tokens have been judged by the retrieval level."""
+        self.draft.add(proposed, accepted)
+        self.by_drafter.setdefault(drafter, Acceptance()).add(proposed, accepted)
 
     def add_pass(self, drafted: int, accepted: int, rejected: bool, new_tokens: int) -> None:
         """A pass read so many draft tokens, accepted some along a path, and brought new tokens.
@@ -118,6 +125,10 @@ class DecodeStats:
             "tokens_per_pass": self.tokens_per_pass,
             "acceptance": {"draft": self.draft.rate, "retrieval": self.retrieval.rate},
             "proposed": {"draft": self.draft.proposed, "retrieval": self.retrieval.proposed},
+            "by_drafter": {
+                name: {"proposed": one.proposed, "judged": one.judged, "accepted": one.accepted}
+                for name, one in self.by_drafter.items()
+            },
             "link_bytes": self.link_bytes,
             "link_bytes_per_token": self.link_bytes_per_token,
             "prefill_link_bytes": self.prefill_link_bytes,

@@ -235,7 +235,7 @@ class TreeDrafter:
                 break
             accepted += 1
         self.selector.learn(proposed, accepted)
-        self.stats.draft.add(proposed, accepted)
+        self.stats.add_draft(self.selector.name, proposed, accepted)
         tree, count = self._tree, len(self._tree.held)
         while count and tree.held[count - 1] is not tree.root and not is_offered(tree.held[count - 1]):
             count -= 1

@@ -32,7 +32,6 @@ from benchmarks.retrieval_ways import (
     best,
     chunk_scores,
     chunk_wishes,
-    held_bytes,
     make_ways,
     same_memory,
 )
@@ -361,8 +360,8 @@ def test_equal_memory_is_that_of_the_speculation_bench():
         for way in make_ways(settings, budget, 64):
             times = next((times for times in MULTIPLES if f"memory x{times}" in way.name), 1)
             if "equal tokens" not in way.name:
-                limit = held_bytes(RetrievalShape(times * budget, 8, 8, 64), 64)
-                assert 0.9 * limit < held_bytes(way.shape, 64) <= limit
+                limit = RetrievalShape(times * budget, 8, 8, 64).held_bytes(64, 2)
+                assert 0.9 * limit < way.shape.held_bytes(64, 2) <= limit
         assert make_ways(settings, budget, 64)[0].shape == RetrievalShape(ours, 8, 8, 64, 4)
 
 
@@ -370,8 +369,8 @@ def test_one_more_chunk_would_not_fit():
     reference = RetrievalShape(187, 8, 8, 64)
     for chunk, bits in ((4, 4), (8, 8), (16, 4), (32, 4)):
         shape = same_memory(reference, chunk, bits, 64)
-        limit = held_bytes(reference, 64)
-        assert held_bytes(shape, 64) <= limit < held_bytes(replace(shape, budget=shape.budget + chunk), 64)
+        limit = reference.held_bytes(64, 2)
+        assert shape.held_bytes(64, 2) <= limit < replace(shape, budget=shape.budget + chunk).held_bytes(64, 2)
     with pytest.raises(InputError, match="no room for a single chunk of 32 tokens"):
         same_memory(RetrievalShape(80, 8, 8, 64), 32, 4, 64)
 

@@ -78,10 +78,10 @@ class PlainText:
 
 
 # What a cache goes through, as (name, tokens). The rig cuts the number down to what is possible.
-def operations(most, restart=60):
-    """Lists of operations that grow by at most ``most`` tokens each. For hypothesis."""
+def operations(most, restart=60, more=()):
+    """Lists of operations that grow by at most ``most`` tokens each. For hypothesis. ``more``: others of the rig's."""
     few = st.integers(0, most)
-    names = ("step", "step", "commit", "commit", "keep", "rollback", "save", "back")
+    names = ("step", "step", "commit", "commit", "keep", "rollback", "save", "back", *more)
     kinds = [st.tuples(st.just(name), few) for name in names]
     return st.lists(st.one_of(*kinds, st.tuples(st.just("restart"), st.integers(0, restart))), min_size=15, max_size=60)
 

@@ -17,6 +17,8 @@ from offload_triforce.scheduler.store import TileStore
 from tests.cache.plain_text import CPU, RULE, PlainText, Rig, assert_attends, many_operations, operations
 from tests.scheduler.devices import LateDevice
 
+SESSION = ("cut", "read_on", "park")  # what a session does with the text
+
 
 class FullRig(Rig):
     def __init__(self, text, device, tile=8, tiles=12, keep=5, ring=2, resident=0.0):
@@ -42,6 +44,51 @@ class FullRig(Rig):
         if self.saved is not None:  # tiles that were leaving then leave once more
             left = max(0, self.cache.length - self.keep_on_device) // self.plan.tile_tokens
             self.written = self.outgoing.moved - self.plan.streamed_bytes(left)
+
+    def cut(self, tokens):
+        """Back to some place in the text, near or far; what is pending goes, and no snapshot is good any more."""
+        keep = max(0, self.text.committed - (1, 3, 9, 20, 50)[tokens])
+        self.cache.cut(keep)
+        self.text.kv, self.text.pending = self.text.kv[:, :, :, :keep], 0
+        self._went_back()
+
+    def read_on(self, tokens):
+        """A prefill behind what is held, which comes to the device layer by layer, once."""
+        self.rollback(0)
+        held, more = self.text.committed, min(5 * tokens, self.limit - self.text.committed)
+        if not held or not more:
+            return
+        news = self.text.draw(more)
+        fetched = self.incoming.moved + self.plan.streamed_bytes(self.cache.tiles)
+        self.cache.begin_fill()
+        whole = torch.cat([self.text.kv, news], dim=3)
+        for layer in range(self.text.layers):
+            kv = torch.cat([torch.full_like(self.text.kv[layer], float("nan")), news[layer]], dim=2)
+            self.cache.load(layer, kv[:, :, :held])
+            assert torch.equal(kv, whole[layer])
+            self.cache.fill(layer, kv, self.text.queries(1)[layer], RULE).wait()
+        self.cache.end_fill(held + more)
+        assert self.incoming.moved == fetched
+        self.text.append(news)
+        self.text.pending = 0
+        self.saved = None
+
+    def park(self, _):
+        """The text goes, and comes back from a copy."""
+        self.rollback(0)
+        self.cache.still()
+        held = self.cache.length
+        copies = [self.cache.copy_out(layer, 0, held) for layer in range(self.text.layers)]
+        middle = self.cache.copy_out(0, held // 3, held - held // 5)
+        assert torch.equal(middle, self.text.kv[0, :, :, held // 3 : held - held // 5])
+        self.cache.reset()
+        self.cache.still()
+        self.cache.adopt(held, lambda layer, start, stop: copies[layer][:, :, start:stop])
+        self._went_back()
+
+    def _went_back(self):
+        left = max(0, self.cache.length - self.keep_on_device) // self.plan.tile_tokens
+        self.written, self.saved = self.outgoing.moved - self.plan.streamed_bytes(left), None
 
     def begin(self):
         self.fetched = self.incoming.moved + self.plan.streamed_bytes(self.cache.tiles)
@@ -69,14 +116,14 @@ class FullRig(Rig):
 
 
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
-@given(operations(most=4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 5, 11]))
+@given(operations(most=4, more=SESSION), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 5, 11]))
 @settings(deadline=None, max_examples=25)
 def test_equals_a_plain_list(resident, steps, layers, ring, keep):
     with FullRig(PlainText(layers), LateDevice, ring=ring, keep=keep, resident=resident) as rig:
         rig.run(steps)
 
 
-@given(operations(most=4), st.integers(1, 9), st.floats(0, 1))
+@given(operations(most=4, more=SESSION), st.integers(1, 9), st.floats(0, 1))
 @settings(deadline=None, max_examples=25)
 def test_equals_a_plain_list_over_a_thread(steps, tile, resident):
     with FullRig(PlainText(), EmulatedDevice, tile=tile, tiles=72 // tile, resident=resident) as rig:

@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 
 from offload_triforce import cli
 from offload_triforce.machine.cards import CARDS
+from offload_triforce.machine.packages import reads_mtp_heads
 from offload_triforce.model.names import MODELS
 from tests.byte_tokenizer import save_tiny_llama
 from tests.cli.calling import call
+from tests.mtp import save_with_head
 from tests.tiny_gguf import save_tiny_gguf
 
 KEYS = {"fits", "vram_bytes", "host_bytes", "ms_per_token", "ms_per_token_plain", "prefill_s", "missing"}
@@ -132,6 +134,42 @@ def test_a_local_folder_and_a_draft(tmp_path):
     assert report["device"]["draft"] > 0
 
 
+LARGE = ("--gpu", "RTX 4090", "--ram", "128GB", "--quantize", "nf4", "--context", "128K", "--json")
+
+
+@pytest.mark.skipif(not reads_mtp_heads(), reason="this release of transformers reads no MTP heads")
+def test_a_checkpoint_with_a_head():
+    """Its memory, its time, and a command that says no more than it must: what is taken by default."""
+    reports = {
+        draft: json.loads(call("plan", "--model", "qwen3.6-27b", "--draft", draft, *LARGE).stdout)
+        for draft in ("auto", "mtp", "ngram+mtp", "ngram")
+    }
+    assert reports["auto"]["device"]["draft"] == pytest.approx(2 * 424_699_392, rel=0.01)
+    assert reports["auto"]["device"] == reports["mtp"]["device"] == reports["ngram+mtp"]["device"]
+    assert "draft" not in reports["ngram"]["device"]
+    assert "accepts 65% of the draft's tokens (mtp)" in str(reports["auto"]["assumptions"])
+    assert "--draft" not in reports["auto"]["command"]
+    assert "--draft mtp" in reports["mtp"]["command"]
+
+
+@pytest.mark.parametrize("draft", ["mtp", "mtp+ngram"])
+def test_a_model_without_a_head(draft):
+    result = call("plan", "--model", "qwen3-8b", "--draft", draft, *LARGE)
+    assert result.exit_code == 2
+    assert "Qwen3-8B has no MTP head" in result.stderr
+
+
+@pytest.mark.skipif(not reads_mtp_heads(), reason="this release of transformers reads no MTP heads")
+def test_a_folder_with_a_head_and_one_that_lost_it(tmp_path):
+    """What lies there counts, not what the configuration says."""
+    options = ("--draft", "auto", "--vram", "4GB", "--context", "2K", "--json")
+    whole = save_with_head(tmp_path / "whole")
+    report = json.loads(call("plan", "--model", whole, *options).stdout)
+    assert report["device"]["draft"] > 0
+    lost = save_with_head(tmp_path / "lost", leave_out=True)
+    assert "draft" not in json.loads(call("plan", "--model", lost, *options).stdout)["device"]
+
+
 @pytest.mark.parametrize("draft", ["none", "self"])
 def test_other_drafts_and_given_rates(draft):
     report = json.loads(plan("--draft", draft, "--acceptance", "0.5", "--gamma", "8", "--json").stdout)
@@ -187,7 +225,7 @@ def test_doctor_in_both_forms(tmp_path, monkeypatch):
 
 def test_a_packed_head_is_planned_and_suggested():
     """Where nf4 alone leaves too little room, and in the command to paste."""
-    where = ["--gpu", "RTX 4070 Ti Super", "--vram", "9.5GB", "--ram", "64GB", "--context", "32K", "--json"]
+    where = ["--gpu", "RTX 4070 Ti Super", "--vram", "8.5GB", "--ram", "64GB", "--context", "32K", "--json"]
     asked = ["plan", "--model", "mistral-nemo", *where]
     found = json.loads(call(*asked).stdout)
     options = [row["option"] for row in found["suggestions"]]

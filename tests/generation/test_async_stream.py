@@ -33,7 +33,7 @@ def expected(model):
 
 @pytest.fixture
 def engine(model):
-    with TriForce(model, byte_tokenizer(), draft="self", **SMALL) as engine:
+    with TriForce(model, byte_tokenizer(), draft="self", reuse=False, **SMALL) as engine:  # each with its prefill
         yield engine
 
 

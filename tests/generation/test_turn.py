@@ -36,7 +36,7 @@ def expected(model):
 
 @pytest.fixture
 def engine(model):
-    with TriForce(model, draft="self", **SMALL) as engine:
+    with TriForce(model, draft="self", reuse=False, **SMALL) as engine:  # each answer with its prefill
         yield engine
 
 

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from offload_triforce import InputError, Settings, UnsupportedModelError, triforce_generate
+from offload_triforce import InputError, Settings, TriForce, UnsupportedModelError, triforce_generate
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import build, disturbed, prompt_ids, tiny_model
 
@@ -44,6 +44,18 @@ def test_greedy(model, draft):
     assert sequences.dtype == torch.long
     assert torch.equal(sequences, expected)
     assert len(set(sequences[0, 150:].tolist())) > 5
+
+
+def test_an_engine_goes_on_from_call_to_call(model):
+    with TriForce(model, settings=SETTINGS) as engine:
+        expected, first = both(model, ours={"triforce_engine": engine})
+        assert torch.equal(first, expected)
+        options = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+        output = model.generate(first, **options, custom_generate=triforce_generate, triforce_engine=engine)
+        assert output.triforce_stats.reused_tokens == first.shape[1] - 1
+        assert torch.equal(output.sequences, model.generate(first, **options).sequences)
+    with TriForce(tiny_model("qwen2", seed=3)) as other, pytest.raises(InputError, match="another model"):
+        both(model, ours={"triforce_engine": other})
 
 
 def test_without_settings(model):

@@ -18,7 +18,7 @@ COUNTS = Counts(2, PART, Part(plain=100), 50, 64, Part(plain=1000), 0.25, MATRIC
 
 
 @pytest.mark.parametrize(
-    ("quantize", "size"), [(None, 2 * 650), ("nf4", 2 * 10 + 320 + 4 * 10), ("int8", 2 * 10 + 640 + 4 * 20)]
+    ("quantize", "size"), [(None, 2 * 650), ("nf4", 2 * 10 + 320 + 10 + 4), ("int8", 2 * 10 + 640 + 4 * 20)]
 )
 def test_a_part_in_16_bits(quantize, size):
     assert PART.size(2, quantize) == size
@@ -30,8 +30,9 @@ def test_all_parts_together():
     plain, packed = counts.weights(2, None), counts.weights(2, "nf4")
     assert plain.parameters == packed.parameters == 650 + 100 + 1000
     assert plain.total == 2 * 1750
-    assert packed.total == 380 + 200 + 2000
-    assert (plain.layer, packed.layer) == (650, 190)
+    tables = 3 * 4 * (16 + 256 + 1)
+    assert packed.total == 354 + tables + 200 + 2000
+    assert (plain.layer, packed.layer) == (650, (354 + tables) / 2)
     assert plain.experts == packed.experts == 1000
     assert (plain.unpacked, packed.unpacked) == ((), MATRICES)
     assert (plain.largest, packed.largest) == (0, 128)

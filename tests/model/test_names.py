@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from offload_triforce.machine.packages import reads_mtp_heads
 from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.names import MODELS, find_known, hub_id, nearest
 from offload_triforce.model.outline import shape_of_known
 from offload_triforce.model.shape import shape_of
+from offload_triforce.planner.sizes import rotary_numbers
 
 # Published number of parameters (of the files on the hub, in millions; tied weights once), KV bytes per token in 16
 # bits (full layers alone), and the numbers of full and sliding layers. KV by hand: 2 x 2 bytes x KV heads x head
@@ -58,10 +60,14 @@ def test_a_row_against_published_numbers_and_against_the_model_itself(known):
     assert (len(said.layout.full), len(said.layout.sliding)) == (full, sliding)
     built = shape_of(AutoConfig.for_model(values.pop("model_type"), **values), torch.bfloat16)
     assert said.counts == built.counts
+    if reads_mtp_heads():
+        assert said.mtp == built.mtp
     assert said.embedding == built.embedding
     assert said.heads == built.heads
     for what in ("layers", "dtype", "vocabulary", "max_positions"):
         assert getattr(said.layout, what) == getattr(built.layout, what)
+    numbers = [rotary_numbers(shape.config.get_text_config(), shape.layout) for shape in (said, built)]
+    assert numbers[0] == numbers[1]
     for name in ("hidden_size", "intermediate_size"):  # what memory is reckoned with; some have experts alone
         texts = (shape.config.get_text_config() for shape in (said, built))
         assert len({getattr(text, name, None) for text in texts}) == 1
@@ -72,6 +78,16 @@ def test_recurrent_layers_are_those_of_the_published_shapes():
     layout = shape_of_known(find_known("qwen3.6-27b")).layout
     assert layout.recurrent == [i for i in range(64) if i % 4 != 3]
     assert {layout.held_bytes(i, 131072) for i in layout.recurrent} == {4 * 48 * 128 * 128 + 2 * 3 * 10240 * 2}
+
+
+def test_heads_are_as_large_as_the_published_ones():
+    """Qwen3.6-27B: 425 million weights. By hand of the 35B: a layer of 256 experts, and a product of 4,096 x 2,048."""
+    dense, sparse = (shape_of_known(find_known(name)) for name in ("qwen3.6-27b", "qwen3.6-35b-a3b"))
+    assert round(dense.mtp_head.weights.parameters / 1e6) == 425
+    experts, layer = sparse.weights.experts / 2, sparse.weights.layer_parameters
+    assert sparse.mtp_head.weights.parameters == pytest.approx(experts + layer + 4096 * 2048, rel=0.02)
+    assert sparse.mtp_head.weights.total == 2 * sparse.mtp_head.weights.parameters
+    assert shape_of_known(find_known("qwen3-8b")).mtp_head is None
 
 
 def test_every_model_is_found_by_all_its_names():

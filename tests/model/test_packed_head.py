@@ -6,6 +6,7 @@ import transformers
 
 from offload_triforce import InputError, MemoryLimitError, TriForce
 from offload_triforce.model import loader
+from offload_triforce.model.counts import nf4_bytes
 from offload_triforce.model.gguf_header import read_header
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model
@@ -14,7 +15,7 @@ from offload_triforce.model.shape import shape_of_loaded
 from offload_triforce.model.weights import packing_of
 from offload_triforce.planner.models import find_shape
 from tests.byte_tokenizer import save_tiny_llama
-from tests.packed import bytes_taken
+from tests.packed import bytes_taken, compute_in_their_dtype
 from tests.tiny import greedy, prompt_ids, tiny_model
 from tests.tiny_gguf import save_tiny_gguf
 
@@ -30,9 +31,10 @@ def source(request, tmp_path_factory):
 
 @pytest.mark.parametrize("draft", ["ngram", "self"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_greedy_tokens_are_the_models_own(source, quantize, draft):
+def test_greedy_tokens_are_the_models_own(source, quantize, draft, monkeypatch):
     """And drawn ones those of plain decoding with the same seed: one head for all levels."""
     pytest.importorskip("bitsandbytes")
+    compute_in_their_dtype(monkeypatch)
     loaded = {"dtype": "float32", "device": "cpu", "quantize": quantize, "quantize_head": "int8"}
     with TriForce.load(source, draft=draft, **loaded, **SMALL, draft_cache=32) as engine:
         assert isinstance(engine.model.get_output_embeddings(), Int8Head)
@@ -153,8 +155,10 @@ def test_what_makes_a_gguf_file_fit_a_card(tmp_path, monkeypatch):
         "--quantize-head int8": 2 * (kept + header.packable) + header.head,
         "--quantize int8": 2 * (kept + header.head) + header.packable,
         "--quantize int8 --quantize-head int8": 2 * kept + header.head + header.packable,
-        "--quantize nf4": 2 * (kept + header.head) + header.packable * 9 // 16,
-        "--quantize nf4 --quantize-head int8": 2 * kept + header.head + header.packable * 9 // 16,
+        "--quantize nf4": 2 * (kept + header.head) + nf4_bytes(header.packable, header.packable // 64),
+        "--quantize nf4 --quantize-head int8": 2 * kept
+        + header.head
+        + nf4_bytes(header.packable, header.packable // 64),
     }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
 

@@ -4,12 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from offload_triforce import Settings
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.model.prefill import AttentionPart, prefill
+from offload_triforce.model.prefill import AttentionPart, Stretch, _record, prefill
+from offload_triforce.planner.sizes import rotary_numbers
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
 from tests.tiny import FAMILIES, RECURRENT, prompt_ids, tiny_model
@@ -170,3 +172,20 @@ def test_every_byte_crosses_the_link_once(family, resident):
             torch.testing.assert_close(kv, plain_kv(family)[layer], rtol=1e-5, atol=1e-5)
     finally:
         runtime.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sines_and_cosines_are_those_that_are_planned(family):
+    """Beside the hidden states, what is kept of each token from layer to layer, each tensor once."""
+    model, tokens = model_of(family), prompt_ids(64)[0]
+    with attached(model), torch.no_grad():
+        _, calls = _record(model, Stretch(probe(model), tokens, 0, len(tokens)), slice(0, 64))
+    kept = {}
+    for call in calls:
+        for tensor in tree_leaves((call.args, call.kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                assert tensor.shape[-2] == 64
+                kept[tensor.data_ptr()] = tensor.numel() // 64
+    planned = rotary_numbers(model.config.get_text_config(), probe(model))
+    halves = 2 if family == "gpt-oss" else 1  # keeps each angle once, where others write it down for both halves
+    assert halves * sum(kept.values()) == planned

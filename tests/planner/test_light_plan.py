@@ -67,6 +67,11 @@ def test_a_folder_is_planned_without_what_only_running_needs(tmp_path):
     assert not of(modules, {"matplotlib", "bitsandbytes", "offload_triforce.bench", "offload_triforce.engine"})
 
 
+@pytest.mark.parametrize("args", [["models"], ["models", "--json"]])
+def test_the_table_of_names_is_listed_without_torch(args):
+    assert not of(imported(*args), NEVER | HEAVY | {"torch"})
+
+
 @pytest.mark.parametrize("args", [["--help"], ["plan", "--help"], ["generate", "--help"]])
 def test_help_does_without_torch(args):
     assert not of(imported(*args), NEVER | HEAVY | {"torch"})

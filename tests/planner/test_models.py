@@ -41,11 +41,14 @@ def test_weights_by_part_add_up():
 
 
 def test_nf4_and_int8_by_hand():
-    """Llama-2-7B: 32 layers of 4 x 4096^2 + 3 x 4096 x 11008 packed weights; the rest keeps 16 bits."""
+    """Llama-2-7B: 32 layers of 4 x 4096^2 + 3 x 4096 x 11008 packed weights; the rest keeps 16 bits.
+
+    nf4 takes 4 bits, 8 for each 64 and 32 for each 64 x 256 of them, and tables of 273 numbers for each matrix.
+    """
     shape = find_shape("llama-2-7b-128k")
     packed = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     rest = 2 * (2 * 32000 * 4096 + 65 * 4096)
-    assert shape.quantized("nf4").weights.total == packed * 4.5 / 8 + rest
+    assert shape.quantized("nf4").weights.total == packed * (4 + 1 / 8 + 1 / 512) / 8 + 32 * 7 * 4 * 273 + rest
     rows = 32 * (4 * 4096 + 2 * 11008 + 4096)
     assert shape.quantized("int8").weights.total == packed + 4 * rows + rest
 

@@ -139,7 +139,37 @@ def test_a_tight_card_gets_a_smaller_budget(llama):
     settings = Settings(hidden_states="host")
     bare = footprint(llama, replace(settings, budget=1024), CONTEXT).vram_bytes
     card = replace(of_card(find_card("RTX 4090")), memory=int(bare * 1.001))
-    assert choose_settings(llama, settings, CONTEXT, card, ("hidden_states",)).budget == 1024
+    fixed = ("hidden_states", "prefill_chunk", "gamma")
+    assert choose_settings(llama, settings, CONTEXT, card, fixed).budget == 1024
+
+
+def test_fewer_draft_tokens_leave_room_for_a_larger_budget():
+    """Of a model whose draft tokens take more than its retrieval cache: 48 recurrent layers to 16 others."""
+    target, settings = find_shape("qwen3.6-27b").quantized("nf4", "int8"), Settings(hidden_states="host")
+    bare = footprint(target, replace(settings, budget=2048), CONTEXT).vram_bytes
+    card = replace(of_card(find_card("RTX 5070 Ti")), memory=bare)
+    chosen = choose_settings(target, settings, CONTEXT, card, ("hidden_states",))
+    assert (chosen.gamma < 48, chosen.budget) == (True, 8192)
+    assert footprint(target, chosen, CONTEXT).vram_bytes <= bare
+    assert footprint(target, replace(chosen, gamma=48), CONTEXT).vram_bytes > bare
+
+
+def test_a_card_without_room_for_a_step_of_the_prefill_gets_smaller_ones(llama):
+    """Only where nothing else makes room, and it is said."""
+    least = {"gamma": 8, "gamma1": 2, "budget": 1024, "hidden_states": "host"}
+    for chunk in (1024, 512, 256):
+        bare = footprint(llama, Settings(**least, prefill_chunk=chunk), CONTEXT).vram_bytes
+        asked = ask(llama, ram=None, **least)
+        found = make_report(replace(asked, machine=replace(asked.machine, memory=bare)))
+        assert not found.missing
+        assert found.hierarchy.settings.prefill_chunk == chunk
+        said = " ".join(notes(found))
+        assert (f"is read {chunk} tokens at a time, not 1,024" in said) == (chunk < 1024)
+        assert (f"--prefill-chunk {chunk}" in command(found)) == (chunk < 1024)
+    tighter = make_report(replace(asked, machine=replace(asked.machine, memory=bare - 1)))
+    assert tighter.hierarchy.missing
+    kept = ask(llama, ram=None, **least, prefill_chunk=1024)
+    assert make_report(replace(kept, machine=replace(kept.machine, memory=bare))).hierarchy.missing
 
 
 def test_rather_than_that_hidden_states_wait_in_host_memory(llama):
@@ -155,11 +185,10 @@ def test_rather_than_that_hidden_states_wait_in_host_memory(llama):
 def test_a_million_tokens_on_a_24_gb_card():
     found = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20))
     assert not found.missing
-    assert found.settings.hidden_states == "host"
-    assert "the prompt's hidden states (7.52 GB) wait in host memory between two layers" in notes(found)
-    assert "--hidden-states host" in command(found)
-    on_card = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20, hidden_states="device"))
-    assert [gap["what"] for gap in on_card.missing] == ["device memory"]
+    assert found.settings.hidden_states == "device", "those of a group are small"
+    there = make_report(ask(model("qwen2.5-7b-1m"), context=1 << 20, hidden_states="host"))
+    assert "the prompt's hidden states (0.23 GB) wait in host memory between two layers" in notes(there)
+    assert "--hidden-states host" in command(there)
 
 
 def test_what_is_set_stays_set(llama):

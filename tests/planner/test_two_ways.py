@@ -80,7 +80,7 @@ class TestWhatToDo:
         found = make_report(ask())
         said = verdict(found)
         assert found.way == "hierarchy"
-        assert said.startswith("Fits: 24.6 GB of 25.1 GB on the card and 14.7 GB of 64.0 GB of host memory; about ")
+        assert said.startswith("Fits: 24.6 GB of 25.1 GB on the card and 13.9 GB of 64.0 GB of host memory; about ")
         assert "tokens per second) through the hierarchy, 6.0 times as fast as plain decoding" in said
         assert said.endswith("which is what this runtime is for.")
         assert found.pays_from is None
@@ -129,7 +129,7 @@ class TestWhatToDo:
         assert verdict(found).endswith("by plain decoding.")
 
     def test_a_card_with_room_for_plain_decoding_alone(self):
-        asked = ask(ram=None, hidden_states="device")
+        asked = ask(ram=None, hidden_states="device", prefill_chunk=1024)
         bare = footprint(asked.model, Settings(gamma=0, budget=80), asked.context).vram_bytes
         tight = replace(asked, machine=replace(asked.machine, memory=int(1.001 * bare)))
         found = make_report(tight)
@@ -165,7 +165,7 @@ class TestWhatToDo:
 
     def test_one_thing_missing_gets_two_ways_out(self):
         said = verdict(make_report(ask("llama-2-7b-128k", ram=48)))
-        assert said.endswith("--ram 72GB or --context 96256 would make it fit.")
+        assert said.endswith("--ram 72GB or --context 97280 would make it fit.")
 
 
 class TestLoading:
@@ -207,3 +207,21 @@ def test_the_command_names_what_was_named():
     assert command(found).startswith(words)
     other = make_report(replace(asked, model=find_shape("qwen3-8b", torch.float16).quantized("int8")))
     assert command(other).endswith("--quantize int8 --dtype float16")
+
+
+@pytest.mark.parametrize(("context", "host"), [(131072, 17), (262144, 27)])
+def test_a_27b_on_a_card_of_16_gb(context, host):
+    """Packed to 4 bits, its output embedding to 8, and all else as it is chosen: no other setting is asked for."""
+    asked = replace(ask("qwen3.6-27b", context, ram=32), machine=of_card(find_card("RTX 5070 Ti"), 32 * GB))
+    packed = asked.model.quantized("nf4", "int8")
+    found = make_report(replace(asked, model=packed))
+    assert not found.missing
+    assert found.way == "hierarchy"
+    assert found.used.vram_bytes <= 16 * 2**30 * 0.975
+    assert found.used.host_bytes < host * GB
+    assert found.used.host["input embeddings"] == 248320 * 5120 * 2
+    # By hand: 24.35 billion weights of 4.127 bits, an output embedding of a byte each, and 0.01 GB of norms and tables.
+    assert found.used.held["weights"] == pytest.approx(24.35e9 * 4.127 / 8 + 248320 * 5120 + 0.01e9, rel=1e-3)
+    refused = make_report(replace(asked, variants=(packed, asked.model.quantized("nf4"))))
+    first = refused.suggestions[0]
+    assert (first["option"], first["why"]) == (packed.packing, "weights take 13.8 GB of the card then")

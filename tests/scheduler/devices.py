@@ -34,6 +34,9 @@ class EagerDevice:
     def record(self):
         return _Done()
 
+    def catch_up(self):
+        pass
+
     def mark(self):
         return HostMark()
 
@@ -73,10 +76,12 @@ class EagerLane:
     def __init__(self):
         self.moved = 0
         self.submitted = []  # (target, source) of every copy
+        self.after = []  # what each of them comes after
 
     def submit(self, target, source, after=None):
         self.moved += source.nbytes
         self.submitted.append((target, source))
+        self.after.append(after)
         return self._start(target, source)
 
     def _start(self, target, source):
@@ -93,9 +98,12 @@ class LateLane(EagerLane):
         return _Late(self, len(self.submitted))
 
     def catch_up(self, count):
-        for target, source in self.submitted[self.started : count]:
+        while self.started < count:
+            target, source = self.submitted[self.started]
+            if (after := self.after[self.started]) is not None:
+                after.wait()
             target.copy_(source)
-        self.started = max(self.started, count)
+            self.started += 1
 
 
 class _Late:

@@ -72,6 +72,14 @@ def test_a_slow_host_bounds_a_pass():
     assert predict_pass(plan, 5, link_for(plan), work).seconds >= 4 * COPY + 15 * 3 * COPY
 
 
+def test_only_what_is_fetched_has_to_be_asked_for():
+    for resident, fetched in ((0.0, 15), (0.4, 9), (1.0, 0)):
+        plan = make_plan(ring=4, resident=resident)
+        work = PassWork((0.0,) * 4, 0.0, issue_tile=COPY, issue_copy=5 * COPY)
+        fast = LinkSpeed(1e9)
+        assert predict_pass(plan, 5, fast, work).seconds == pytest.approx((15 + 5 * fetched) * COPY)
+
+
 def test_no_tiles_yet():
     plan = make_plan()
     assert predict_pass(plan, 0, link_for(plan), work_for(plan, COPY, COPY)).seconds == pytest.approx(4 * COPY)

@@ -117,7 +117,7 @@ def answer(
 
     Several questions are answered in turn, in one session: what they have in common is read once.
     """
-    _make_room(engine, questions, sampling["max_new_tokens"])
+    _check_lengths(engine, questions, sampling["max_new_tokens"])
     with engine, _asked(engine, questions) as asked:
         try:
             for number, question in enumerate(questions):
@@ -170,20 +170,16 @@ def _asked(engine: TriForce, questions: Sequence[Question]) -> Iterator[Any]:
         yield session
 
 
-def _make_room(engine: TriForce, questions: Sequence[Question], new_tokens: int) -> None:
-    """Let the caches hold the longest of several texts from the beginning, so that nothing has to move on the way.
+def _check_lengths(engine: TriForce, questions: Sequence[Question], new_tokens: int) -> None:
+    """Look at all texts before the first is read.
 
     Raises:
-        InputError, MemoryLimitError: one of the texts is too long; nothing has been read yet.
+        InputError: one of them is too long.
     """
-    if len(questions) == 1:
-        return
     from offload_triforce.generation.checks import check_length
 
     for question in questions:
         check_length(engine.layout, engine.settings, len(question.ids), new_tokens)
-    with engine.turn() as texts:
-        texts.ensure(max(len(question.ids) for question in questions) + new_tokens)
 
 
 def _heading(question: Question) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from offload_triforce._version import __version__
 from offload_triforce.cli import (
+    chat,
     demo,
     doctor,
     generate,
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=trace.EXAMPLES)(trace.trace)
 app.command(epilog=plan.EXAMPLES)(plan.plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,14 +26,17 @@ _REASONS = {
 
 def as_json(result: Generation) -> str:
     """One JSON object with the answer and all statistics."""
-    return json.dumps(
-        {
-            "text": result.text,
-            "token_ids": result.token_ids,
-            "prompt_ids": result.prompt_ids,
-            **result.stats.as_dict(),
-        }
-    )
+    return json.dumps(as_dict(result))
+
+
+def as_dict(result: Generation) -> dict[str, Any]:
+    """See ``as_json``."""
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_ids": result.prompt_ids,
+        **result.stats.as_dict(),
+    }
 
 
 def opening(engine: TriForce) -> str:

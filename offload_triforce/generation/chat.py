@@ -66,3 +66,13 @@ def _plain(number: int, message: object) -> dict[str, Any]:
     if not isinstance(content, str) and not silent:
         raise InputError(f"the content of message {number} must be a text, not {content!r}")
     return {**message, "content": content}
+
+
+PLAIN_STOP = "\nUser:"  # where an answer in the plain format ends, unless the model ends it
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """Messages as a text that any model can continue, for those that have no chat template."""
+    names = {"user": "User: ", "assistant": "Assistant: "}
+    turns = [f"{names.get(message['role'], '')}{message['content']}" for message in messages]
+    return "\n\n".join([*turns, "Assistant:"])

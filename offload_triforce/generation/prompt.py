@@ -90,15 +90,16 @@ def build_prompt(
     ask: str | None = None,
     system: str | None = None,
     raw: bool = False,
+    chat: bool = False,
 ) -> list[int]:
     """Token ids of a text and a question about it, in the model's chat format if it has one.
 
     Args:
         text, ask: at least one of them. system: instructions that come first.
-        raw: leave the chat format out: the model continues the text.
+        raw: leave the chat format out: the model continues the text. chat: it has to have one.
 
     Raises:
-        InputError: there is nothing to say, or the chat template refuses it.
+        InputError: there is nothing to say, there is no chat template that has to be, or it refuses this.
     """
     from offload_triforce.generation.chat import chat_ids, has_chat_format  # transformers: not before a mistake is told
 
@@ -106,6 +107,8 @@ def build_prompt(
     if not parts:
         raise InputError("the prompt is empty; give a text, a question, or both")
     prompt = "\n\n".join(parts)
+    if chat and not has_chat_format(tokenizer):
+        raise InputError("this model has no chat template; leave --chat out, and it continues the text")
     if raw or not has_chat_format(tokenizer):
         if system is not None:
             why = "raw leaves it out" if raw else "this model has none"

@@ -16,3 +16,8 @@ def cache_folder() -> Path:
 def sessions_folder() -> Path:
     """Where named sessions are kept: ``sessions`` in $OFFLOAD_TRIFORCE_CACHE, or in ~/.cache/offload-triforce."""
     return Path(os.environ.get(_CHOSEN) or Path.home() / ".cache/offload-triforce") / "sessions"
+
+
+def history_file() -> Path:
+    """What was typed in conversations: ``chat_history`` in $OFFLOAD_TRIFORCE_CACHE, or in ~/.cache/offload-triforce."""
+    return Path(os.environ.get(_CHOSEN) or Path.home() / ".cache/offload-triforce") / "chat_history"

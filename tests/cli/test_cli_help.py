@@ -48,7 +48,7 @@ def test_examples_are_commands(path):
         assert tuple(words[: len(path)]) == path
         assert len(line) < 80
         context = LEAVES[path].make_context("x", words[len(path) :], resilient_parsing=True)
-        known = {option for param in LEAVES[path].params for option in param.opts}
+        known = {option for param in LEAVES[path].params for option in (*param.opts, *param.secondary_opts)}
         assert {word for word in words if word.startswith("-")} <= known
         assert not context.args
 
@@ -95,5 +95,5 @@ def test_a_command_that_is_none():
     check_mistake(call("bench", "nothing"), "see ")
 
 
-def test_the_old_option_is_gone():
-    check_mistake(call("generate", "--model", "x", "--prompt", "x", "--chat"), "no such option: --chat")
+def test_an_option_that_is_none():
+    check_mistake(call("generate", "--model", "x", "--prompt", "x", "--chatty"), "no such option: --chatty")

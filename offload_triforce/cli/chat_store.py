@@ -110,7 +110,7 @@ class Store:
             )
         write_messages(folder, messages, self._model)  # first: they are what cannot be had again
         self.name = name
-        if hasattr(self._engine, "save_session"):
+        if hasattr(self.session, "save"):
             self.session.save(folder)
             write_messages(folder, messages, self._model)  # should the folder be another by now
         return folder

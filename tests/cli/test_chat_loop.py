@@ -65,7 +65,6 @@ def begin():
         engine.session = session
         if caches:
             engine.load_session = lambda path: session()
-            engine.save_session = lambda *_: None
         store = Store(engine, "a model")
         chat = Chat(Dialogue(engine, store.session, seed=1), store, ListScreen())
         chat.sessions = sessions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,28 +10,12 @@ from typing import TYPE_CHECKING, Any
 from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.generation.transcript import FILE, read_messages, write_messages
 from offload_triforce.machine.folders import sessions_folder
+from offload_triforce.runtime.session_folder import MANIFEST, session_path
 
 if TYPE_CHECKING:
     from offload_triforce.engine import TriForce
     from offload_triforce.generation.dialogue import Dialogue
     from offload_triforce.runtime.conversation import Session
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def folder_of(name: str) -> Path:
-    """Where the conversation of that name is kept, or would be.
-
-    Raises:
-        InputError: it cannot be a name.
-    """
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"{name!r} cannot be the name of a session; take up to 64 letters, digits, dots, dashes and underscores, "
-            "beginning with a letter or digit"
-        )
-    return sessions_folder() / name
 
 
 class Store:
@@ -60,14 +43,14 @@ class Store:
         Raises:
             InputError: there is none, or what is kept there cannot be read; the present conversation stays.
         """
-        folder = folder_of(name)
+        folder = session_path(name)
         messages = read_messages(folder)
         if not messages and not new:
             others = names()
             hint = f"there are {', '.join(others)}" if others else "none has been kept yet"
             raise InputError(f"there is no conversation {name}; {hint}")
         session, why_not = None, None
-        if _has_caches(folder) and hasattr(self._engine, "load_session"):
+        if (folder / MANIFEST).exists():
             try:
                 session = self._engine.load_session(folder)
             except TriForceError as error:
@@ -92,7 +75,7 @@ class Store:
             InputError: they cannot be written.
         """
         if self.name is not None:
-            write_messages(folder_of(self.name), messages, self._model)
+            write_messages(session_path(self.name), messages, self._model)
 
     def save(self, name: str | None, messages: Sequence[dict[str, Any]]) -> Path:
         """Keep messages and caches. ``name``: a new one, or None for what it is called. Returns the folder.
@@ -103,16 +86,15 @@ class Store:
         name = name or self.name
         if name is None:
             raise InputError("this conversation has no name yet; give it one: /save NAME")
-        folder = folder_of(name)
+        folder = session_path(name)
         if name != self.name and (folder / FILE).exists():
             raise InputError(
                 f"there is a conversation {name} already; /load {name} goes on with it, or take another name"
             )
         write_messages(folder, messages, self._model)  # first: they are what cannot be had again
         self.name = name
-        if hasattr(self.session, "save"):
+        if len(self.session.tokens):
             self.session.save(folder)
-            write_messages(folder, messages, self._model)  # should the folder be another by now
         return folder
 
     def close(self) -> None:
@@ -125,9 +107,3 @@ def names() -> list[str]:
     with contextlib.suppress(OSError):
         return sorted(folder.parent.name for folder in sessions_folder().glob(f"*/{FILE}"))
     return []
-
-
-def _has_caches(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return any(path.name != FILE and not path.name.startswith(".") for path in folder.iterdir())
-    return False

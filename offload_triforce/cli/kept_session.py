@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_triforce.cli.ending import say
 from offload_triforce.cli.sessions import bytes_bar
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.runtime.session_folder import MANIFEST, load_manifest, session_path
+from offload_triforce.runtime.session_folder import MANIFEST, check_free, load_manifest, session_path
 
 if TYPE_CHECKING:
     from offload_triforce.engine import TriForce
@@ -27,6 +27,8 @@ class KeptSession:
         self._old = os.path.lexists(self.folder / MANIFEST)
         if self._old:
             load_manifest(self.folder)
+        else:
+            check_free(self.folder)
 
     def open(self, engine: TriForce) -> None:
         """Go on with what is there, or begin anew.

@@ -31,12 +31,12 @@ from offload_triforce.runtime.session_folder import (
     NEW_MANIFEST,
     NoSession,
     OtherVersion,
+    check_free,
     clear_strays,
     describe,
     list_texts,
     load_manifest,
     locked,
-    own_files,
     remove_text,
 )
 from offload_triforce.runtime.session_manifest import (
@@ -63,7 +63,6 @@ from offload_triforce.runtime.shard_writer import Progress, ShardWriter, sync_fo
 
 __all__ = ["SavedText", "TextOnDisk", "describe", "list_texts", "open_text", "remove_text", "save_text", "verify_text"]
 
-MESSAGES = "messages.json"  # a conversation's, which ``chat`` keeps in the same folder
 BLOCK = 4096  # tokens of a shard: 16 MB of a layer with 4 KV heads of 256 in 16 bits
 _SPARE = 2**20  # bytes, for the manifest and what folders take
 
@@ -123,11 +122,7 @@ def _make(folder: Path) -> bool:
             raise InputError(f"{folder} is a file, or below one; name a folder for the session") from error
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    if not (folder / MANIFEST).exists():
-        ours = {LOCK, MESSAGES, *(path.name for path in own_files(folder))}
-        foreign = next((name for name in os.listdir(folder) if name not in ours), None)
-        if foreign is not None:
-            raise InputError(f"{folder} is a folder of something else ({foreign}); name a new or an empty one")
+    check_free(folder)
     return False
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_triforce.errors import BusyError, InputError, StorageError
+from offload_triforce.generation.transcript import FILE as TRANSCRIPT
 from offload_triforce.machine.folders import sessions_folder
 from offload_triforce.runtime.session_manifest import (
     MOST_BYTES,
@@ -247,6 +248,23 @@ def check_there(folder: Path) -> None:
         raise NoSession(f"there is no session at {folder}; `offload-triforce sessions list` says what there is")
 
 
+def check_free(folder: Path) -> None:
+    """A session may be saved there: a folder that is new, empty, or a session's.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise InputError(f"{folder} is a file; name a folder for the session")
+        return
+    if not (folder / MANIFEST).exists():
+        ours = {LOCK, TRANSCRIPT, *(path.name for path in own_files(folder))}
+        foreign = next((name for name in os.listdir(folder) if name not in ours), None)
+        if foreign is not None:
+            raise InputError(f"{folder} is a folder of something else ({foreign}); name a new or an empty one")
+
+
 def remove_text(folder: Path) -> int:
     """Remove a session, even a damaged one; returns the bytes that it took. What else is in its folder stays.
 
@@ -257,7 +275,11 @@ def remove_text(folder: Path) -> int:
     with locked(folder):
         try:
             # The manifest first: what is interrupted leaves no half session, only files for the next save to clear.
-            paths = [path for path in [folder / MANIFEST, *own_files(folder), folder / LOCK] if os.path.lexists(path)]
+            paths = [
+                path
+                for path in [folder / MANIFEST, *own_files(folder), folder / TRANSCRIPT, folder / LOCK]
+                if os.path.lexists(path)
+            ]
             freed = sum(os.lstat(path).st_size for path in paths)
             for path in paths:
                 path.unlink()

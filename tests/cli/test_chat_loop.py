@@ -118,7 +118,7 @@ MISTAKES = {
     "/undo 3": "/undo takes nothing behind it, not '3'",
     "/file gone.txt": "no such file: gone.txt",
     "/load nothing": "there is no conversation nothing; none has been kept yet",
-    "/load ../up": "'../up' cannot be the name of a session",
+    "/load a..*": "'a..*' cannot be the name of a session",
     "/save": "nothing has been said yet",
     "/retry": "nothing has been answered yet",
     "/undo": "nothing has been answered yet",

@@ -134,7 +134,7 @@ def test_a_local_folder_and_a_draft(tmp_path):
     assert report["device"]["draft"] > 0
 
 
-LARGE = ("--gpu", "RTX 4090", "--ram", "128GB", "--quantize", "nf4", "--context", "128K", "--json")
+LARGE = ("--gpu", "RTX 4090", "--ram", "128GB", "--quantize", "nf4", "--context", "256K", "--json")
 
 
 @pytest.mark.skipif(not reads_mtp_heads(), reason="this release of transformers reads no MTP heads")

@@ -20,7 +20,11 @@ TOKENS = {
     "measure",
 }
 BYTES, SPEEDS = {"vram", "ram"}, {"link", "hbm", "link_gbps"}
-NEEDED = {"generate": ["--model", "./x", "--prompt", "hi"], "plan": ["--model", "qwen3-8b", "--gpu", "4090"]}
+NEEDED = {
+    "chat": ["--model", "./x"],
+    "generate": ["--model", "./x", "--prompt", "hi"],
+    "plan": ["--model", "qwen3-8b", "--gpu", "4090"],
+}
 
 
 OPTIONS = [

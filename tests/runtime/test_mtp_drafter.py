@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 from offload_triforce import TriForce
 from offload_triforce.cache.hidden import HiddenWindow
+from offload_triforce.runtime.levels import RetrievalLevel
 from offload_triforce.runtime.mtp_drafter import MtpDrafter
+from offload_triforce.speculation.tree import chain
 from tests.graphs.replay import replaying
 from tests.mtp import OTHERS, load, needs_heads, save_with_head
 from tests.runtime.test_ways import ways
@@ -93,12 +97,23 @@ def test_short_prompts(model, prompt):
 def test_replayed_steps_tell_the_same(model, plain, monkeypatch):
     """Level 1 as captured steps: its hidden states come out of them, and the same draft tokens follow."""
     way = {"draft": "mtp", "adaptive": False, "gamma": 6, "draft_tokens": 16, "topk": 2, "width": 2, "overlap": False}
+    drafted = Drafted(monkeypatch)
     expected = answer(model, **way)
+    plainly, drafted.drafts = drafted.drafts, []
     captures = replaying(monkeypatch)
     result = answer(model, **way)
     assert sum(sum(capture.replays) for capture in captures) > 20
     assert result.token_ids == expected.token_ids == plain(0.0, 0)
-    assert result.stats.draft == expected.stats.draft
+    assert [made for _, made in drafted.drafts] == [made for _, made in plainly]
+
+
+def test_hidden_states_outlive_the_step():
+    """A captured step leaves them where the next one will: level 1 keeps copies."""
+    level = RetrievalLevel(None, SimpleNamespace(hidden=object(), recurrent=None))
+    level._nodes, rows = chain([5, 6]), torch.ones(2, 4)
+    level.see(rows)
+    rows.zero_()
+    assert [node.state.hidden.sum() for node in level._nodes] == [4, 4]
 
 
 # --- what is drafted
@@ -173,8 +188,6 @@ def test_shifted_hidden_states_show(model, plain, monkeypatch, shift):
         see = HiddenWindow.see
         monkeypatch.setattr(HiddenWindow, "see", lambda window, rows: see(window, rows.roll(1, dims=0)))
     else:
-        from offload_triforce.runtime.levels import RetrievalLevel
-
         see = RetrievalLevel.see
         monkeypatch.setattr(RetrievalLevel, "see", lambda level, rows: see(level, rows.roll(1, dims=0)))
     assert answer(model, draft="mtp", **WHOLE).token_ids == plain(0.0, 0)

@@ -18,7 +18,6 @@ from offload_triforce.generation.options import check_call
 from offload_triforce.generation.request import Request, interpret
 from offload_triforce.generation.turn import Answer, Closing, Turns
 from offload_triforce.model.fetch import check_source, draft_model, find_source
-from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.lock import do_and_undo
@@ -29,6 +28,7 @@ from offload_triforce.planner.choose import choose_for_loaded
 from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters
 from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.self_check import accept
 from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.stats import DecodeStats
@@ -75,7 +75,7 @@ class TriForce:
         """
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
-        self.layout = probe(model)
+        self.layout = accept(model, self.settings.check)
         place_embeddings(model, self.settings.embeddings)
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:

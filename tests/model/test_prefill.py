@@ -57,8 +57,8 @@ def test_equals_plain_forward(family, chunk):
     expected = plain_kv(family)
     assert [layer for layer, *_ in done] == list(expected)
     for (_, kv, *_), reference in zip(done, expected.values(), strict=True):
-        # A state that is carried from chunk to chunk rounds otherwise.
-        limit = 1e-4 if family in RECURRENT else 1e-5
+        # A state that is carried from chunk to chunk rounds otherwise, and so do keys that are normalised.
+        limit = 1e-4 if family in RECURRENT or family.startswith("gemma4") else 1e-5
         torch.testing.assert_close(kv, reference, rtol=limit, atol=limit)
 
 

@@ -14,8 +14,9 @@ Written by `python -m benchmarks.families --markdown docs/models.md`: every mode
 {transformers} makes a causal language model, tried as a tiny random model. *Runs* means: with n-gram draft tokens and
 trees, greedy, in fp32, the {new} tokens after a prompt of {prompt} are those of transformers' own `generate` (eager
 attention), one by one. All others are refused with the sentence below, most of them before any weights are read;
-`offload-triforce plan` refuses the same and says the same. The program works from no list of models: one that is not
-here gives the target's own tokens as well, or is refused.
+`offload-triforce plan` refuses the same and says the same. A model that is not here may run as well: before its first
+use it is compared with transformers' own attention on 64 tokens with a tree, and refused if they differ by more than
+rounding does (`--no-check` leaves that out).
 
 {running} model types run, {refused} are refused.
 """

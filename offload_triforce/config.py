@@ -176,6 +176,12 @@ class Settings:
     graphs: bool = _setting(
         True, "Replay the steps of levels 0 and 1 as CUDA graphs, where device and model allow it.", panel=_DRAFTING
     )
+    check: bool = _setting(
+        True,
+        "Compare a model of a family that was never tried with transformers' own attention, on 64 tokens, and refuse "
+        "it if they differ.",
+        panel=_DETAILS,
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):

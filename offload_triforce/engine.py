@@ -19,7 +19,6 @@ from offload_triforce.generation.options import check_call
 from offload_triforce.generation.request import Request, interpret
 from offload_triforce.generation.turn import Answer, Closing, Turns
 from offload_triforce.model.fetch import find_source
-from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.packing import check_packing
@@ -30,6 +29,7 @@ from offload_triforce.runtime.decoding import Task, decode_answer
 from offload_triforce.runtime.drafters import DraftChoice, Drafters, check_named
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.saving import Saver
+from offload_triforce.runtime.self_check import accept
 from offload_triforce.runtime.session import Session
 from offload_triforce.runtime.texts import Texts
 from offload_triforce.speculation.stats import DecodeStats
@@ -77,7 +77,7 @@ class TriForce:
         """
         self.settings = replace_settings(settings or Settings(), changes)
         self.model, self.tokenizer = model, tokenizer
-        self.layout = probe(model)
+        self.layout = accept(model, self.settings.check)
         place_embeddings(model, self.settings.embeddings)
         self._drafters = Drafters(draft, model, self.layout, tokenizer, draft_tokenizer, self.settings)
         if self.settings.context is not None:

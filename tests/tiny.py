@@ -50,6 +50,17 @@ _EXPERTS = {
     "shared_expert_intermediate_size": 16,
 }
 
+# Full layers with heads of another size than the sliding ones, and as in the largest, fewer of them.
+_GEMMA4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 37,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "tie_word_embeddings": False,
+}
+
 # Family -> (class prefix, changes to the common settings).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -115,6 +126,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma4": ("Gemma4", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4-shared": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
     "qwen3-next": ("Qwen3Next", {**_RECURRENT, **_EXPERTS, "decoder_sparse_step": 2}),
     "qwen3.5": ("Qwen3_5", _RECURRENT),
     "qwen3.5-moe": ("Qwen3_5Moe", {**_RECURRENT, **_EXPERTS}),
@@ -140,7 +164,7 @@ RECURRENT = {"qwen3-next", "qwen3.5", "qwen3.5-moe", "olmo-hybrid"}
 
 
 def tiny_config(prefix: str, **changes: Any) -> transformers.PretrainedConfig:
-    name = f"{prefix}TextConfig" if prefix in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{prefix}Config"
+    name = f"{prefix}TextConfig" if prefix in ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe") else f"{prefix}Config"
     return getattr(transformers, name)(**{**_COMMON, **changes})
 
 

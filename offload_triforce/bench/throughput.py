@@ -145,7 +145,7 @@ def _unavailable(stage: Stage, way: str, case: Case) -> str | None:
     if way == "transformers-cpu":
         tokens, config = case.capacity, stage.engine.model.config.get_text_config()
         needed = tokens * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
-        needed += activation_bytes(config, tokens, layout.dtype.itemsize)  # the prompt is read in one piece
+        needed += activation_bytes(config, layout, tokens)  # the prompt is read in one piece
         if cuda:
             needed += sum(weight.nbytes for weight in stage.engine.model.parameters())
         free = free_on_host()

@@ -145,7 +145,8 @@ def _one_step(model: PreTrainedModel, view: _Probe, watch: LayerWatch) -> tuple[
 def _look_on(model: PreTrainedModel, view: _Probe, watch: LayerWatch, blank: bool) -> tuple[int, list[MaskFunction]]:
     with masks_asked_for() as masks:
         with watch.looking():
-            vocabulary = run(model, range(PROBE_TOKENS), range(PROBE_TOKENS), view, keep=1).shape[-1]
+            # All logits: where layers share keys and values, transformers runs the later ones for what is kept alone.
+            vocabulary = run(model, range(PROBE_TOKENS), range(PROBE_TOKENS), view, keep=PROBE_TOKENS).shape[-1]
         if not blank and not _same(watch.inputs, decoder_inputs(model)):
             raise UnsupportedModelError("its decoder alone does not read tokens as the whole model does")
     return vocabulary, masks

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Families whose text decoder is any causal language model, without changes.
-TEXT_ALONE = ("llava", "mistral3")
+# Families whose text decoder is a causal language model of a class of its own, without changes.
+TEXT_ALONE = ("llava", "mistral3", "gemma3", "gemma4", "gemma4_unified")
 
 # From the names of weights in their files to those of the decoder alone: as published, and as newer files have them.
 _RENAMED = {

@@ -8,6 +8,7 @@ replayed in their own order.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -247,6 +248,7 @@ def _run_recording(decoder: nn.Module, given: dict[str, Tensor], positions: Tens
     keyword. Afterwards they have what they had: accelerate sets one of its own.
     """
     layers, ours = decoder.layers, object()
+    shares = getattr(decoder.config.get_text_config(), "num_kv_shared_layers", None) != 0
     before = [vars(layer).get("forward") for layer in layers]
     inputs: list[Tensor] = []
     calls: list[_Call] = []
@@ -257,7 +259,7 @@ def _run_recording(decoder: nn.Module, given: dict[str, Tensor], positions: Tens
                 return own(*args, **kwargs)
             if not inputs:
                 inputs.append(args[0])
-            calls.append(_Call(args[1:], kwargs))
+            calls.append(_Call(args[1:], kwargs if shares else _without_others_kv(kwargs)))
             return args[0]
 
         return recorder
@@ -276,6 +278,18 @@ def _run_recording(decoder: nn.Module, given: dict[str, Tensor], positions: Tens
 
     do_and_undo(run, put_back)
     return inputs[0], calls
+
+
+class _Forgetful(UserDict):
+    """Where a layer may put its keys and values for later ones, when there is none that takes them."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def _without_others_kv(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a layer whose keys and values nobody else wants: kept, they would fill the device by and by."""
+    return {name: _Forgetful() if isinstance(value, UserDict) else value for name, value in kwargs.items()}
 
 
 def _shorten(value: Any, length: int) -> Any:

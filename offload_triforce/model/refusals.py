@@ -141,14 +141,6 @@ def _layers(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
     return None
 
 
-def _shared_layers(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
-    count = getattr(text, "num_kv_shared_layers", None)
-    if not count:
-        return None
-    which = f"{count} of {text.num_hidden_layers} layers"
-    return f"has {which} that attend over keys and values of earlier ones, which is not supported"
-
-
 def _layer_by_layer(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
     """Newer configurations raise where a value differs between layers and is asked of the whole model."""
     for value in ("sliding_window", "num_attention_heads", "intermediate_size", "max_position_embeddings"):
@@ -181,7 +173,6 @@ _REASONS: tuple[Callable[[PreTrainedConfig, PreTrainedConfig], str | None], ...]
     _family,
     _bidirectional,
     _layers,
-    _shared_layers,
     _layer_by_layer,
     _dynamic_rope,
     _three_axes,

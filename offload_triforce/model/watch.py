@@ -71,7 +71,7 @@ class LayerWatch:
                 self._object("does not hand its decoder layers hidden states of [1, tokens, width]")
             elif index != self._next:
                 self._object("does not run its decoder layers once each, one after the other")
-            elif self._states is not None and states is not self._states:
+            elif self._states is not None and not _is_same(states, self._states):
                 self._object("changes the hidden states between its decoder layers")
             if index == 0 and not self.inputs:
                 self.inputs = list(_tensors((args, kwargs)))
@@ -88,6 +88,14 @@ class LayerWatch:
 
     def _object(self, problem: str) -> None:
         self.problem = self.problem or problem
+
+
+def _is_same(one: Tensor, other: Any) -> bool:
+    """The same tensor, or a view of all of it: some models cut the tokens off that need no logits."""
+    if not isinstance(other, Tensor):
+        return False
+    whole = one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (whole and one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

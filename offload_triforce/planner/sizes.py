@@ -15,6 +15,7 @@ from offload_triforce.cache.sizes import RetrievalShape, tail_capacity, window_r
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.machine.memory import free_on, free_on_host
+from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.outline import ModelLayout
 from offload_triforce.scheduler.plan import RING_LIMIT, SLOTS, TilePlan, choose_ring, choose_tile
 
@@ -162,7 +163,7 @@ def work_out(
         caches["draft tokens of recurrent layers"] = count * (block + settings.room) * one.node_bytes(itemsize)
     if settings.reuse and (layout.sliding or layout.recurrent):
         host["checkpoints of windows and states"] = checkpoints_bytes(layout, context)
-    decoding["activations of a pass"] = activation_bytes(config, block, itemsize)
+    decoding["activations of a pass"] = activation_bytes(config, layout, block)
     decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize
     chunk = min(settings.prefill_chunk, context)
     states = config.hidden_size * itemsize  # of a token
@@ -173,8 +174,10 @@ def work_out(
         "keys and values of one layer": context * max(layout.token_bytes(i) for i in range(len(layout.layers))),
         "hidden states": (min(group, SLOTS * chunk) if on_host else group) * states,
         "rotary embeddings": group * rotary_numbers(config, layout) * itemsize,
-        "activations of a chunk": activation_bytes(config, chunk, itemsize),
+        "activations of a chunk": activation_bytes(config, layout, chunk),
     }
+    if kept := _kept_inputs(config, layout):
+        prefill["inputs of single layers"] = group * kept
     return Needs(host, caches, prefill, decoding)
 
 
@@ -186,15 +189,32 @@ def checkpoints_bytes(layout: ModelLayout, context: int) -> int:
     return max(2 * size, min(CHECKPOINT_BYTES, size * (1 + -(-context // MARKED_GROUP))))
 
 
-def activation_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
+def _kept_inputs(config: PretrainedConfig | PlainConfig, layout: ModelLayout) -> int:
+    """Bytes per token of what layers are given beside hidden states: an input of their own, keys and values of others.
+
+    Where later layers attend over keys and values of earlier ones, those are of the last layer of each kind before.
+    """
+    inputs = (getattr(config, "hidden_size_per_layer_input", None) or 0) * len(layout.layers) * layout.dtype.itemsize
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if not shared:
+        return inputs
+    own = range(len(layout.layers) - shared)
+    makers = [max((i for i in kind if i in own), default=None) for kind in (layout.full, layout.sliding)]
+    return inputs + sum(layout.token_bytes(maker) for maker in makers if maker is not None)
+
+
+def activation_bytes(config: PretrainedConfig | PlainConfig, layout: ModelLayout, tokens: int) -> int:
     """What a layer holds on the way for that many tokens, roughly. ``config``: transformers' own, of a text model.
 
     Gate, up and their product; queries, keys, values, residuals and norms in float32.
     """
     width, heads = config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    queries = heads * (getattr(config, "head_dim", None) or width // heads)
-    return tokens * (3 * inner + 5 * width + 3 * max(width, queries)) * itemsize
+    if getattr(config, "use_double_wide_mlp", False):
+        inner *= 2
+    # Asked of the layers: a configuration with several sizes of heads names none.
+    queries = heads * max(layer.head_dim for layer in layout.attention)
+    return tokens * (3 * inner + 5 * width + 3 * max(width, queries)) * layout.dtype.itemsize
 
 
 def rotary_numbers(config: PretrainedConfig, layout: ModelLayout) -> int:

@@ -25,7 +25,7 @@ def moved(family="llama", **changes):
     return model
 
 
-SCALING = {"gemma2", "gemma3"}  # their table is no plain one
+SCALING = {"gemma2", "gemma3", "gemma4", "gemma4-shared"}  # their table is no plain one
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - SCALING))

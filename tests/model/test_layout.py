@@ -26,7 +26,14 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - RECURRENT))
+def test_heads_of_several_sizes():
+    """Full layers have other heads than sliding ones; those that read others' keys and values count as any other."""
+    sliding, full, shared = LayerShape(2, 8, 37), LayerShape(1, 16, None), LayerShape(2, 16, None)
+    assert probe(tiny_model("gemma4")).layers == (sliding, full, full)
+    assert probe(tiny_model("gemma4-shared")).layers == (sliding, shared, sliding, shared, shared)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - RECURRENT - {"gemma4", "gemma4-shared"}))
 def test_finds_shapes_out(family):
     model = tiny_model(family)
     layout = probe(model)

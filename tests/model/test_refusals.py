@@ -32,11 +32,6 @@ SAID = {
     "Gemma 3": ("gemma3_text", {"use_bidirectional_attention": True}, "(use_bidirectional_attention is True)"),
     "Gemma 3 with eyes": ("gemma3", {"use_bidirectional_attention": True}, "(use_bidirectional_attention is True)"),
     "Gemma 4": ("gemma4_text", {"use_bidirectional_attention": "all"}, "(use_bidirectional_attention is 'all')"),
-    "shared keys and values": (
-        "gemma4_text",
-        {"num_kv_shared_layers": 2},
-        "has 2 of 4 layers that attend over keys and values of earlier ones",
-    ),
     "dynamic NTK": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -332,7 +332,7 @@ def test_caches_that_cannot_be_used_are_read_anew(begin, folder, monkeypatch):
     chat.line("a?")
     chat.line("/save one")
     assert saved == [folder / "one"]
-    (folder / "one" / "manifest.json").write_text("{}")
+    (folder / "one" / MANIFEST).write_text("{}")
     other = begin(caches=True)
     other.line("/load one")
     assert other.screen.told == ["one: 1 answer, the last to: a?"]

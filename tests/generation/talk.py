@@ -66,6 +66,13 @@ class ScriptedSession:
         answer = self.answers.pop(0) if self.answers else ["ok"]
         return ScriptedStream(prompt, [answer] if isinstance(answer, str) else answer, self._error, self._ending)
 
+    def save(self, path):
+        self.saved = path
+
+    @property
+    def tokens(self):
+        return range(len(self.asked))
+
     def close(self):
         self.closed = True
 

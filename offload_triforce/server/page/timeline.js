@@ -6,13 +6,13 @@ import { bytes, number } from "./words.js";
 const TRACKS = [
   ["host to device", "copies to the card", "in"],
   ["compute", "attention over tiles", "compute"],
-  ["draft", "drafting", "draft"],
+  ["draft step", "drafting", "draft"],
   ["device to host", "copies to the host", "out"],
 ];
 const ROW = 22;
 const WIDTH = 300;
 
-/** `pass`: {ms, spans: [[track, start_ms, end_ms, bytes]], left_out} or null. */
+/** `pass`: {ms, spans: [[track, start_ms, end_ms, bytes]]} or null. */
 export function timeline(pass) {
   if (!pass || !pass.spans.length) return element("p", { className: "quiet" }, "No pass has been recorded yet.");
   const tracks = TRACKS.filter(([name]) => pass.spans.some(([track]) => track === name));

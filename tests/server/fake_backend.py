@@ -91,7 +91,8 @@ def event(choice=None, **more):
 
 async def chunks(backend, body, refused):
     question = body["messages"][-1]["content"]
-    text = backend.script.get(question, None) or reply(question)
+    asked = question.rpartition("</document>\n\n")[2]
+    text = backend.script.get(asked) or reply(asked)
     total = max(16, len(question))
     yield ": awake\n\n"
     for done in range(0, total + 1, max(1, total // 4)):

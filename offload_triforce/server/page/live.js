@@ -1,7 +1,6 @@
 // What the runtime is doing: asked of the server every now and then, while somebody can see it.
 import { ApiError, live } from "./api.js";
 import { byId, element } from "./dom.js";
-import { keep } from "./store.js";
 import { timeline } from "./timeline.js";
 import { bytes, count, number, share } from "./words.js";
 
@@ -14,10 +13,12 @@ export class Live {
     this.known = null; // the last snapshot
     this.timer = 0;
     this.gone = false; // this server has nothing to tell
+    this.parts = new Map(); // name -> {box, drawn}: what has not changed stays, and with it what has been unfolded
     const button = byId("show-live");
     const wide = matchMedia("(min-width: 62rem)");
     this.open = wide.matches;
     button.addEventListener("click", () => this.#show(!this.open));
+    wide.addEventListener("change", () => this.#show(wide.matches)); // where there is no room, it would cover the chat
     this.button = button;
     document.addEventListener("visibilitychange", () => this.ask());
     this.#show(this.open);
@@ -39,9 +40,11 @@ export class Live {
     } catch (error) {
       this.gone = error instanceof ApiError && error.status === 404;
       const text = error.status === 401 ? "The server wants an API key." : this.gone ? "This server tells nothing of itself." : error.message;
+      this.parts.clear();
       this.panel.replaceChildren(element("p", { className: "quiet" }, text));
     }
     this.asking = false;
+    if (!this.open && this.known) return; // nobody looks
     this.timer = setTimeout(() => this.ask(), this.known?.busy || this.hurry ? QUICK : SLOW);
   }
 
@@ -55,21 +58,35 @@ export class Live {
     this.open = open;
     document.body.classList.toggle("with-live", open);
     this.button.setAttribute("aria-expanded", String(open));
-    keep("live", open ? "open" : "closed");
     this.ask();
   }
 
   #draw() {
     if (!this.open) return;
     const { busy, waiting, answer, link, memory, pass } = this.known;
-    this.panel.replaceChildren(
-      element("h2", {}, "Runtime"),
-      element("p", { className: "quiet", id: "queue" }, queueWords(busy, waiting, answer)),
-      ...(answer ? [figures(answer), acceptance(answer.acceptance), linkPart(answer, link)] : [element("p", { className: "quiet" }, "Nothing has been asked yet.")]),
-      element("h3", {}, "The last pass"),
-      timeline(pass),
-      ...(memory ? memoryParts(memory) : []),
-    );
+    if (!this.parts.size) this.panel.replaceChildren(element("h2", {}, "Runtime"));
+    const quiet = (text) => [element("p", { className: "quiet" }, text)];
+    this.#part("state", queueWords(busy, waiting, answer), quiet);
+    this.#part("answer", answer, (now) => (now ? [figures(now), acceptance(now.acceptance)] : quiet("Nothing has been asked yet.")));
+    this.#part("link", answer && [answer, link], (now) => (now ? linkPart(...now) : []));
+    this.#part("pass", pass, (now) => [element("h3", {}, "The last pass"), timeline(now)]);
+    this.#part("memory", memory, (now) => (now ? memoryParts(now) : []));
+  }
+
+  /** Draw a part of the panel anew if what it shows is another. `make`: its nodes. */
+  #part(name, shown, make) {
+    if (!this.parts.has(name)) {
+      const box = element("section", { id: `live-${name}` });
+      this.parts.set(name, { box, drawn: null });
+      this.panel.append(box);
+    }
+    const part = this.parts.get(name);
+    const text = JSON.stringify(shown);
+    if (part.drawn === text) return;
+    const unfolded = [...part.box.querySelectorAll("details")].map((each) => each.open);
+    part.drawn = text;
+    part.box.replaceChildren(...make(shown));
+    part.box.querySelectorAll("details").forEach((each, i) => (each.open = unfolded[i] ?? false));
   }
 }
 
@@ -92,7 +109,7 @@ function figures(answer) {
 
 function acceptance({ draft, retrieval }) {
   return element(
-    "section",
+    "div",
     {},
     element("h3", {}, "Draft tokens accepted"),
     meter("Drafter's, by the retrieval level", draft, share(draft)),
@@ -104,13 +121,11 @@ function linkPart(answer, link) {
   const now = answer.link_gbps === null ? "nothing crosses it yet" : `${number(answer.link_gbps, 2)} GB/s`;
   const limit = link.limit_gbps === null ? "" : ` of ${number(link.limit_gbps, 2)} GB/s`;
   const fill = link.limit_gbps && answer.link_gbps !== null ? answer.link_gbps / link.limit_gbps : null;
-  return element(
-    "section",
-    {},
+  return [
     element("h3", {}, "Link"),
     meter("While decoding", fill, now + (answer.link_gbps === null ? "" : limit)),
     element("p", { className: "quiet" }, `${bytes(answer.link_bytes)} so far. The limit is ${link.source}.`),
-  );
+  ];
 }
 
 function meter(label, value, text) {
@@ -131,6 +146,6 @@ function memoryParts({ context, device_name: name, device, host }) {
     element("h3", {}, "Memory"),
     part(`On ${name}`, device),
     part("In host memory", host),
-    element("p", { className: "quiet" }, `For texts of up to ${count(context)} tokens; the weights apart.`),
+    element("p", { className: "quiet" }, `For texts of up to ${count(context)} tokens.`),
   ];
 }

@@ -13,6 +13,8 @@ export function startSettings(onSaved) {
     keepApiKey(elements.key.value);
     onSaved();
   });
+  // A plain button: Enter in a field presses the form's first submit button, which has to be the other one.
+  byId("leave-settings").addEventListener("click", () => dialog.close("cancel"));
   return (atKey = false) => {
     if (dialog.open) return;
     for (const [name, value] of Object.entries(recallSettings())) elements[name].value = value;

@@ -10,7 +10,9 @@ export function startTheme(button) {
   const show = () => {
     if (now === "system") delete root.dataset.theme;
     else root.dataset.theme = now;
-    button.textContent = { system: "Theme: system", light: "Theme: light", dark: "Theme: dark" }[now];
+    button.textContent = { system: "System", light: "Light", dark: "Dark" }[now];
+    button.setAttribute("aria-label", `Theme: ${now}`);
+    button.title = `Theme: ${now}`;
   };
   button.addEventListener("click", () => {
     now = ORDER[(ORDER.indexOf(now) + 1) % ORDER.length];

@@ -59,7 +59,8 @@ class LastPass(Trace):
             while self._coming and (span := _if_over(self._coming[0])) is not None:
                 self._coming.popleft()
                 self._known.append(span)
-            return sorted(self._known, key=lambda span: span.start)
+            known = list(self._known)
+        return sorted(known, key=lambda span: span.start)  # outside: nobody who decodes waits for it
 
     def _goes_on(self) -> bool:
         if self._clock() < self._until:

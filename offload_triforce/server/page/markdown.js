@@ -14,12 +14,13 @@ const DIVIDER = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const DEEPEST = 8; // lists and quotations within each other; deeper ones stay text
 const LONGEST = 2000; // characters of a line in which structure is looked for: no heading or table row is longer
 
-/** Draw `text` into a box that holds an earlier state of it, or nothing. Returns the texts of blocks that are over. */
+/** Draw `text` into a box that holds an earlier state of it, or nothing. Returns its blocks, one for each child of the box. */
 export function draw(box, text) {
   const blocks = split(text.replaceAll("\0", "\uFFFD").split(/\r\n|\n|\r/));
-  while (box.children.length > blocks.length) box.lastChild.remove();
+  const standing = [...box.children]; // asked once: the browser counts them anew after each change
+  standing.slice(blocks.length).forEach((each) => each.remove());
   blocks.forEach((block, index) => {
-    const there = box.children[index];
+    const there = standing[index];
     if (there && there.source === block.source && there.kind === block.kind) return;
     const made = build(block, 0);
     made.source = block.source;

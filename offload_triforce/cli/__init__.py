@@ -15,6 +15,7 @@ from offload_triforce.cli import (
     pipeline,
     plan,
     prediction,
+    serve,
     speculation,
     throughput,
     trace,
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=trace.EXAMPLES)(trace.trace)
 app.command(epilog=plan.EXAMPLES)(plan.plan)

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over one engine, and its page."""
+"""An OpenAI-compatible server on top of one engine. ``app.make_app`` puts it together, ``serving.serve`` runs it."""

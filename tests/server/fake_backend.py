@@ -19,19 +19,13 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from offload_triforce import server
 from offload_triforce.planner.sizes import Needs
 from offload_triforce.scheduler.device import COMPUTE, DRAFT, H2D, VERIFY
 from offload_triforce.scheduler.trace import Span
+from offload_triforce.server.app import GUARD, PAGE
 from offload_triforce.server.live import live_router
 from offload_triforce.server.pdf import pdf_router
 from offload_triforce.speculation.stats import DecodeStats
-
-PAGE = f"{server.__path__[0]}/page"
-POLICY = (
-    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
 
 
 class Device:
@@ -117,7 +111,7 @@ def make_app(backend):
     @app.middleware("http")
     async def policy(request, call_next):
         response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
+        response.headers.update(GUARD)
         return response
 
     def checked(request: Request):

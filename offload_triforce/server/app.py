@@ -49,7 +49,7 @@ class Page(StaticFiles):
 
 
 def make_app(engine: TriForce, options: ServerOptions) -> FastAPI:
-    """The application of one engine, which stays its maker's to close. ``app.state.service`` is what its paths share."""
+    """The application of one engine, which its maker closes. ``app.state.service`` is what its paths share."""
     service = Service(engine, options)
 
     @asynccontextmanager

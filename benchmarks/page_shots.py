@@ -21,10 +21,11 @@ from offload_triforce import TriForce
 from offload_triforce.server.app import make_app
 from offload_triforce.server.options import ServerOptions
 from offload_triforce.server.serving import make_server
-from tests.server.browsing import find_browser
+from tests.server.browsing import find_browser, wait_until
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "Write a short summary of this document as a list."
+PASSES = 16  # after which the pictures are taken
 COLOURS = 128  # of a picture: few colours make a small file
 # name -> (width, height, colour scheme)
 SHOTS = {"page_light.png": (1280, 860, "light"), "page_dark.png": (390, 760, "dark")}
@@ -42,6 +43,9 @@ def shoot(browser: Browser, address: str, document: Path, folder: Path) -> None:
     page.press("#question", "Enter")
     page.wait_for_selector("article.assistant .text > *")
     page.wait_for_selector("#live rect.in")
+    wait_until(
+        page, f"Number(/in ([\\d]+) passes/.exec(document.querySelector('#live').innerText)?.[1]) >= {PASSES}", 100
+    )
     for name, (width, height, scheme) in SHOTS.items():
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": height})
@@ -65,7 +69,12 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "limits.md")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     given = parser.parse_args()
-    settings = {"link_gbps": given.link_gbps, "tile": 64, "budget": 256}  # small ones: else a short text stays on the card
+    settings = {
+        "link_gbps": given.link_gbps,
+        "tile": 64,
+        "budget": 256,
+        "resident": 0.0,
+    }  # small ones: else a short text stays on the card
     with TriForce.load(given.model, **settings) as engine, sync_playwright() as playwright:
         options = ServerOptions(names=(given.model,), port=0)
         server = make_server(make_app(engine, options), options, "warning")

@@ -167,7 +167,7 @@ def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def describe_pass(spans: list[Span]) -> dict[str, Any] | None:
-    """A pass by track: milliseconds in which it was busy, bytes, and [start, end] of what can be told apart.
+    """A pass by track: milliseconds in which it was busy, bytes, and ``merge`` of what can be told apart.
 
     Times in milliseconds since the first span began. None where there are no spans.
     """
@@ -184,11 +184,16 @@ def describe_pass(spans: list[Span]) -> dict[str, Any] | None:
 
 
 def merge(times: list[tuple[float, float]], gap: float) -> list[list[float]]:
-    """Put together what is at most ``gap`` apart: a long text's pass has thousands of tiles, a screen fewer dots."""
-    merged: list[list[float]] = []
+    """Put together what is at most ``gap`` apart: a long text's pass has thousands of tiles, a screen fewer dots.
+
+    ``times``: (start, end), by start. Each result is [start, end, the share of that time in which something went on].
+    """
+    merged: list[list[float]] = []  # the third is a duration meanwhile
     for start, end in times:
         if merged and start <= merged[-1][1] + gap:
-            merged[-1][1] = max(merged[-1][1], round(end, 3))
+            last = merged[-1]
+            last[2] += max(0.0, end - max(start, last[1]))
+            last[1] = max(last[1], end)
         else:
-            merged.append([round(start, 3), round(end, 3)])
-    return merged
+            merged.append([start, end, end - start])
+    return [[round(a, 3), round(b, 3), round(went / (b - a), 3) if b > a else 1.0] for a, b, went in merged]

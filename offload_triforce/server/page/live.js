@@ -108,7 +108,7 @@ function figures(answer) {
   const rows = [
     ["Tokens per pass", answer.passes ? number(answer.tokens_per_pass, 2) : "none yet"],
     ["Time per token", answer.new_tokens ? `${number(answer.ms_per_token)} ms` : "none yet"],
-    ["New tokens", `${count(answer.new_tokens)} in ${count(answer.passes)} passes`],
+    ["New tokens", `${count(answer.new_tokens)} in ${count(answer.passes)} ${answer.passes === 1 ? "pass" : "passes"}`],
     ["Prompt", `${count(answer.prompt_tokens)} tokens${answer.reused_tokens ? `, ${count(answer.reused_tokens)} reused` : ""}`],
     ["Drafting hidden by passes", share(answer.hidden_share)],
   ];

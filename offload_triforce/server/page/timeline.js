@@ -12,15 +12,17 @@ const TRACKS = [
 const ROW = 22;
 const WIDTH = 300;
 
-/** `pass`: {ms, tracks: {name: {busy_ms, bytes, spans: [[start_ms, end_ms]]}}} or null. */
+/** `pass`: {ms, tracks: {name: {busy_ms, bytes, spans: [[start_ms, end_ms, share]]}}} or null. */
 export function timeline(pass) {
   const rows = TRACKS.filter(([name]) => pass?.tracks[name]).map(([name, label, kind]) => ({ label, kind, ...pass.tracks[name] }));
   if (!rows.length) return element("p", { className: "quiet" }, "No pass has been recorded yet.");
   const scale = WIDTH / Math.max(pass.ms, 1e-6);
   const bars = rows.flatMap(({ kind, spans }, row) =>
-    spans.map(([start, end]) =>
-      svg("rect", { class: kind, x: start * scale, y: row * ROW + 3, height: ROW - 6, width: Math.max(0.6, (end - start) * scale) }),
-    ),
+    // Short things are thin and faint, as they would be without the merging: the picture shows no more than there was.
+    spans.map(([start, end, share]) => {
+      const place = { x: start * scale, y: row * ROW + 3, height: ROW - 6, width: (end - start) * scale };
+      return svg("rect", { class: kind, opacity: share, ...place });
+    }),
   );
   const told = rows.map(({ label, busy_ms: busy }) => `${label} ${number(busy)} ms`).join(", ");
   const height = rows.length * ROW;

@@ -18,6 +18,7 @@ from offload_triforce.server.about import about_routes, health_route
 from offload_triforce.server.auth import Doorkeeper
 from offload_triforce.server.chat import chat_routes
 from offload_triforce.server.completions import completion_routes
+from offload_triforce.server.messages import message_routes
 from offload_triforce.server.options import ServerOptions
 from offload_triforce.server.service import Service
 
@@ -47,7 +48,7 @@ class Page(StaticFiles):
 
 
 def make_app(engine: TriForce, options: ServerOptions) -> FastAPI:
-    """The application of one engine, which stays its maker's to close. ``app.state.service`` is what its paths share."""
+    """The application of one engine, which its maker closes. ``app.state.service`` is what its paths share."""
     service = Service(engine, options)
 
     @asynccontextmanager
@@ -60,7 +61,7 @@ def make_app(engine: TriForce, options: ServerOptions) -> FastAPI:
     errors.install(app)
     app.include_router(health_route(service))
     doorkeeper = [Depends(Doorkeeper(options))]
-    for routes in (about_routes, chat_routes, completion_routes):
+    for routes in (about_routes, chat_routes, completion_routes, message_routes):
         app.include_router(routes(service), dependencies=doorkeeper)
     if options.cors:
         app.add_middleware(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from offload_triforce.server.about import body_of
 from offload_triforce.server.answering import Question
 from offload_triforce.server.asking import answer_to
-from offload_triforce.server.bodies import parse, read_body
+from offload_triforce.server.bodies import parse
 from offload_triforce.server.conversation import Conversation, prepare
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.message_blocks import as_openai, system_text
@@ -74,10 +76,14 @@ def message_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> dict[str, int]:
-        body = await read_body(request, service.options.body_bytes, service.options.read_seconds)
-        asked = parse(MessagesRequest, body)
-        service.check_model(asked.model)
-        return {"input_tokens": len(chat_prompt(service, *asked.conversation().rendered()))}
+        body = await body_of(service, request)
+
+        def count() -> int:
+            asked = parse(MessagesRequest, body)
+            service.check_model(asked.model)
+            return len(chat_prompt(service, *asked.conversation().rendered()))
+
+        return {"input_tokens": await asyncio.to_thread(count)}
 
     return router
 

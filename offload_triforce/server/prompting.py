@@ -34,7 +34,7 @@ def text_prompt(service: Service, prompt: str | list[int]) -> list[int]:
         InputError: it is none for this model.
     """
     with _encoding:
-        return encode_prompt(prompt, service.engine.model, service.tokenizer).tolist()
+        return encode_prompt(prompt, service.engine.model, service.tokenizer).flatten().tolist()
 
 
 def ask(

@@ -19,6 +19,8 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from offload_triforce.server.errors import ApiError, invalid, quote
 from offload_triforce.speculation.grammar import GrammarProcessor
 
+# Models write JSON with and without spaces and lines; but one that has lost its way must not go on with them for ever.
+WHITE_SPACE = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 FORMATS = ("text", "json_object", "json_schema")
 
 
@@ -124,9 +126,9 @@ class AfterReasoning(LogitsProcessor):
 _FORMAT = "response_format"
 
 
-def _json(schema: Any, param: str) -> str:
+def _json(schema: dict[str, Any], param: str) -> str:
     try:
-        return json.dumps(schema, allow_nan=False)
+        return json.dumps({**schema, "x-guidance": WHITE_SPACE}, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise invalid(f"{param}: the schema is not JSON: {error}", param) from None
 

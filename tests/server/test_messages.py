@@ -7,6 +7,7 @@ import pytest
 anthropic = pytest.importorskip("anthropic")
 
 TOKENS = 24
+DRAWN = {"seed": 1, "temperature": 1.0}
 USER = {"role": "user", "content": "What is the weather like?"}
 TOOL = {
     "name": "weather",
@@ -27,7 +28,7 @@ def claude(address):
 
 
 def ask(client, messages=(USER,), **options):
-    options = {"temperature": 1.0, "max_tokens": TOKENS, "extra_body": {"seed": 1}, **options}
+    options = {"max_tokens": TOKENS, "extra_body": DRAWN, **options}
     return client.messages.create(model="tiny", messages=list(messages), **options)
 
 
@@ -49,7 +50,7 @@ def test_an_answer_is_the_engines_own(claude, engine):
 
 
 def test_a_stream_is_the_same_answer(claude, engine):
-    how = {"temperature": 1.0, "max_tokens": TOKENS, "extra_body": {"seed": 1}}
+    how = {"max_tokens": TOKENS, "extra_body": DRAWN}
     with claude.messages.stream(model="tiny", messages=[USER], **how) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
@@ -68,7 +69,7 @@ def test_stop_sequences(claude, engine):
 
 def test_a_round_trip_with_a_tool(claude):
     pytest.importorskip("llguidance")
-    answer = ask(claude, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=200)
+    answer = ask(claude, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=400)
     assert answer.stop_reason == "tool_use"
     (call,) = answer.content
     assert call.name == "weather"
@@ -78,7 +79,7 @@ def test_a_round_trip_with_a_tool(claude):
     after = ask(claude, turns, tools=[TOOL])
     assert after.role == "assistant"
     with claude.messages.stream(
-        model="tiny", messages=[USER], tools=[TOOL], tool_choice={"type": "tool", "name": "weather"}, max_tokens=200
+        model="tiny", messages=[USER], tools=[TOOL], tool_choice={"type": "tool", "name": "weather"}, max_tokens=400
     ) as stream:
         final = stream.get_final_message()
     assert final.content[0].input["city"] in ("Rome", "Oslo")

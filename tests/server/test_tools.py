@@ -37,7 +37,7 @@ USER = {"role": "user", "content": "What is the weather like?"}
 
 
 def ask(client, messages=(USER,), **options):
-    options = {"temperature": 1.0, "max_tokens": 200, "seed": 1, **options}
+    options = {"temperature": 1.0, "max_tokens": 400, "seed": 1, **options}
     return client.chat.completions.create(model="tiny", messages=list(messages), **options)
 
 
@@ -81,13 +81,13 @@ def test_json_schema(client, seed):
 def test_constrained_drafts_change_nothing(client, service, engine):
     """The answer is the one that plain decoding gives under the same grammar; and there were drafts."""
     body = ChatRequest(messages=[USER], response_format=FORMAT, seed=5, temperature=1.0)
-    question = prepare(service, body.conversation(), body, 200, None)
+    question = prepare(service, body.conversation(), body, 400, None)
     with TriForce(engine.model, engine.tokenizer, gamma=0) as plain:
         expected = plain.generate(
             question.request.prompt,
             seed=5,
             temperature=1.0,
-            max_new_tokens=200,
+            max_new_tokens=400,
             logits_processor=[question.request.processors[0].fork()],
         )
     assert ask(client, response_format=FORMAT, seed=5).choices[0].message.content == expected.text

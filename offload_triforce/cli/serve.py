@@ -25,6 +25,7 @@ EXAMPLES = examples(
 )
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 SERVER = {"rich_help_panel": "Server"}
+LEAST_CONTEXT = 512  # tokens; caches of this length are made first, where the settings name none
 KEY = "OFFLOAD_TRIFORCE_API_KEY"
 
 
@@ -98,6 +99,8 @@ def serve(
     with loading(model):
         engine = TriForce.load(source, small, dtype, device, quantize, settings, quantize_head)
     with engine:
+        with engine.turn() as texts:  # what does not fit is found out now, and not by the first client
+            texts.ensure(settings.context or LEAST_CONTEXT)
         say(f"serving {', '.join(options.names)} at http://{options.host}:{options.port}/ (Ctrl-C ends it)")
         make_server(make_app(engine, options), options).run()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,7 +10,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from offload_triforce._version import __version__
-from offload_triforce.errors import InputError
 from offload_triforce.generation.detokenize import decode_text
 from offload_triforce.server.bodies import Body, parse, read_body
 from offload_triforce.server.errors import invalid
@@ -67,30 +67,33 @@ def about_routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @router.post("/tokenize")
-    def tokenize(body: Annotated[bytes, _body(service)]) -> dict[str, Any]:
-        asked = parse(TextBody, body)
-        text = asked.content if asked.content is not None else asked.prompt
-        if text is None:
-            raise invalid("content is missing: the text that is to be taken apart", "content")
-        ids = text_prompt(service, text) if text.strip() else []
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.engine.layout.max_positions}
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(_tokenize, service, await body_of(service, request))
 
     @router.post("/detokenize")
-    def detokenize(body: Annotated[bytes, _body(service)]) -> dict[str, Any]:
-        asked = parse(TokenBody, body)
-        most = service.engine.layout.vocabulary
-        if asked.tokens and max(asked.tokens) >= most:
-            raise InputError(f"tokens holds {max(asked.tokens):,}, and the model has 0 to {most - 1:,}")
-        text = decode_text(service.tokenizer, asked.tokens)
-        return {"content": text, "prompt": text}
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(_detokenize, service, await body_of(service, request))
 
     return router
 
 
-def _body(service: Service) -> Any:
-    from fastapi import Depends
+async def body_of(service: Service, request: Request) -> bytes:
+    """A request's body, within the server's limits."""
+    return await read_body(request, service.options.body_bytes, service.options.read_seconds)
 
-    async def body(request: Request) -> bytes:
-        return await read_body(request, service.options.body_bytes, service.options.read_seconds)
 
-    return Depends(body)
+def _tokenize(service: Service, body: bytes) -> dict[str, Any]:
+    asked = parse(TextBody, body)
+    text = asked.content if asked.content is not None else asked.prompt
+    if text is None:
+        raise invalid("content is missing: the text that is to be taken apart", "content")
+    ids = text_prompt(service, text) if text.strip() else []
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.engine.layout.max_positions}
+
+
+def _detokenize(service: Service, body: bytes) -> dict[str, Any]:
+    asked, most = parse(TokenBody, body), service.engine.layout.vocabulary
+    if asked.tokens and max(asked.tokens) >= most:
+        raise invalid(f"tokens holds {max(asked.tokens):,}, and the model has 0 to {most - 1:,}", "tokens")
+    text = decode_text(service.tokenizer, asked.tokens)
+    return {"content": text, "prompt": text}

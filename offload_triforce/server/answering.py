@@ -46,6 +46,11 @@ class Answering:
         self._driver = service.start(self._drive())
         self._driver.add_done_callback(lambda _: place.leave())  # also where it never came to its first line
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._question.request.prompt)
+
     def cancel(self) -> None:
         """Give it up. Nothing happens if it is over."""
         self._driver.cancel()

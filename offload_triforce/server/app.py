@@ -19,6 +19,7 @@ from offload_triforce.server.auth import Doorkeeper
 from offload_triforce.server.chat import chat_routes
 from offload_triforce.server.completions import completion_routes
 from offload_triforce.server.live import live_router
+from offload_triforce.server.messages import message_routes
 from offload_triforce.server.options import ServerOptions
 from offload_triforce.server.pdf import pdf_router
 from offload_triforce.server.service import Service
@@ -62,7 +63,7 @@ def make_app(engine: TriForce, options: ServerOptions) -> FastAPI:
     errors.install(app)
     app.include_router(health_route(service))
     doorkeeper = [Depends(Doorkeeper(options))]
-    for routes in (about_routes, chat_routes, completion_routes):
+    for routes in (about_routes, chat_routes, completion_routes, message_routes):
         app.include_router(routes(service), dependencies=doorkeeper)
     for router in (live_router(service), pdf_router()):
         app.include_router(router, dependencies=doorkeeper)

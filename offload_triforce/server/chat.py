@@ -94,7 +94,7 @@ class Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, when it is complete."""
-        parser, parts, logprobs, ended = self.conversation.parser(), [], [], None
+        parser, parts, logprobs, ended = self.conversation.parser(self.service), [], [], None
         async for happened in self.answering.events():
             if isinstance(happened, Said):
                 parts += self._taken(parser.feed(happened.text))
@@ -114,7 +114,7 @@ class Chat:
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer as it comes."""
-        parser = self.conversation.parser()
+        parser = self.conversation.parser(self.service)
         yield self._chunk({"role": "assistant", "content": ""})
         async for happened in self.answering.events():
             if isinstance(happened, Pause):

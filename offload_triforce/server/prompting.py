@@ -10,7 +10,6 @@ from typing import Any
 from offload_triforce.errors import InputError
 from offload_triforce.generation.chat import chat_ids
 from offload_triforce.generation.checks import check_length, encode_prompt
-from offload_triforce.generation.options import token_ids
 from offload_triforce.generation.request import interpret
 from offload_triforce.server.answering import Question
 from offload_triforce.server.errors import ApiError, invalid
@@ -22,8 +21,8 @@ TOO_LONG = "context_length_exceeded"  # agents look for it, to shorten their his
 _encoding = threading.Lock()  # a tokenizer of the tokenizers library must not be set up by two threads at once
 
 
-def chat_prompt(service: Service, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
-    """The ids of messages, by the model's own template."""
+def chat_prompt(service: Service, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+    """The ids of messages, by the model's own template. ``variables``: further ones of it."""
     with _encoding:
         return chat_ids(service.tokenizer, messages, **variables)
 
@@ -35,7 +34,7 @@ def text_prompt(service: Service, prompt: str | list[int]) -> list[int]:
         InputError: it is none for this model.
     """
     with _encoding:
-        return encode_prompt(prompt, service.engine.model, service.tokenizer).tolist()
+        return encode_prompt(prompt, service.engine.model, service.tokenizer).flatten().tolist()
 
 
 def ask(
@@ -71,7 +70,7 @@ def ask(
     encoded = encode_prompt(prompt, engine.model, service.tokenizer)
     request = interpret(engine.model, encoded, None, service.tokenizer, {"max_new_tokens": new_tokens, **options})
     seed = secrets.randbits(62) if asked.seed is None else asked.seed
-    ends = request.eos or frozenset(token_ids("eos_token_id", service.tokenizer.eos_token_id or []))
+    ends = request.eos or frozenset(service.ends)
     return Question(request, seed, Speller(service.tokenizer, ends, asked.stops(), keep), top_logprobs)
 
 

@@ -133,15 +133,17 @@ class MarkParser:
         rest = "" if place < 0 else self._buffer[place + len(self._close or "") :]
         if thinking:
             self._think(parts, inner)
+            self._blank = True
         else:
             self._call(parts, inner, closed=place >= 0)
-        self._buffer, self._close, self._open, self._blank = rest, None, "", True
+        self._buffer, self._close, self._open = rest, None, ""
         return bool(rest)
 
     def _call(self, parts: list[Part], inner: str, closed: bool) -> None:
         calls = read_calls(inner)
         if calls:
             parts += [ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]
+            self._blank = True
         else:  # it is no call after all
             self._blank = False
             self._say(parts, self._open + inner + ((self._close or "") if closed else ""))

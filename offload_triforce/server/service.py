@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.generation.options import token_ids
 from offload_triforce.server.errors import ApiError, quote
 from offload_triforce.server.line import Line
 from offload_triforce.server.metrics import Metrics
 from offload_triforce.server.options import ServerOptions
+from offload_triforce.server.structured import Grammars
 from offload_triforce.speculation.stats import DecodeStats
 
 log = logging.getLogger("offload_triforce.server")
@@ -26,6 +28,7 @@ class Service:
 
     Attributes:
         engine, options: as given. line: who waits. metrics: what is counted. started: when, in seconds of the epoch.
+        ends: tokens that end a text. grammars: over the model's tokens.
         stats: of the answer that is under way, or of the last one; None before the first.
     """
 
@@ -42,6 +45,10 @@ class Service:
         self.line, self.metrics = Line(options.queue), Metrics()
         self.metrics.watch(self.line)
         self.started = int(time.time())
+        ends = engine.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.ends = [] if ends is None else token_ids("eos_token_id", ends)
+        self.grammars = Grammars(self.tokenizer, engine.layout.vocabulary, self.ends)
         self.stats: DecodeStats | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 

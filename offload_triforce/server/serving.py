@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -72,8 +74,17 @@ def check_port(options: ServerOptions) -> None:
         ) from error
 
 
-def make_server(app: FastAPI, options: ServerOptions, log_level: str = "info") -> uvicorn.Server:
-    """A server that is ready to run: ``run()``, or ``await serve()``. SIGTERM and Ctrl-C let it end in good order."""
+class Server(uvicorn.Server):
+    """A server that ends in good order on SIGTERM and Ctrl-C, and leaves the rest to whoever runs it."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal. uvicorn's own would be raised again at the end, before the engine is closed."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, options: ServerOptions, log_level: str = "info") -> Server:
+    """A server that is ready to run: ``run()``, or ``await serve()``."""
     protocol = type("Protocol", (ImpatientProtocol,), {"seconds": options.read_seconds})
     config = uvicorn.Config(
         app,
@@ -86,4 +97,4 @@ def make_server(app: FastAPI, options: ServerOptions, log_level: str = "info") -
         proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(options.grace_seconds)),
     )
-    return uvicorn.Server(config)
+    return Server(config)

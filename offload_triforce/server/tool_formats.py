@@ -41,7 +41,7 @@ def read_calls(text: str) -> list[Call]:
             return []
         if named:
             value = {"name": named[1], "arguments": value}
-        found = [_call(part) for part in (value if isinstance(value, list) else [value])]
+        found = [read_call(part) for part in (value if isinstance(value, list) else [value])]
         if not all(found):
             return []
         calls += [call for call in found if call is not None]
@@ -49,7 +49,8 @@ def read_calls(text: str) -> list[Call]:
     return calls
 
 
-def _call(value: Any) -> Call | None:
+def read_call(value: Any) -> Call | None:
+    """A call out of an object with "name" and "arguments" or "parameters"; None if it is no call."""
     if not isinstance(value, dict):
         return None
     value = value["function"] if isinstance(value.get("function"), dict) else value

@@ -73,6 +73,15 @@ def test_greedy(client, engine):
     assert ask(client, said("Greedy"), temperature=0).choices[0].message.content == expected.text
 
 
+def test_completions_count_their_prompt(client):
+    """For its limits, and for penalties, which are about the answer alone."""
+    with pytest.raises(openai.BadRequestError, match="3,000 prompt tokens"):
+        client.completions.create(model="tiny", prompt="x" * 3000)
+    how = {"model": "tiny", "seed": 4, "temperature": 0, "max_tokens": 1, "prompt": "abcdefgh" * 20}
+    plain = client.completions.create(**how).choices[0].text
+    assert client.completions.create(**how, frequency_penalty=2.0, presence_penalty=2.0).choices[0].text == plain
+
+
 @pytest.mark.parametrize(
     "options",
     [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"repetition_penalty": 1.5}],

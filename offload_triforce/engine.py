@@ -224,9 +224,10 @@ class TriForce:
         pinning: Progress | None = None,
         wait: bool = True,
         session: Conversation | None = None,
+        answer: Answer | None = None,
     ) -> TextStream:
-        """Decode a request that has been interpreted already."""
-        return self._run(Answer(), request, seed, streamer, progress, pinning, wait, session)
+        """Decode a request that has been interpreted already. ``answer``: by which others may cancel it, or wait."""
+        return self._run(answer or Answer(), request, seed, streamer, progress, pinning, wait, session)
 
     def resume(self, session: Session, prompt: Prompt, seed: int, **options: Any) -> TextStream:
         """Continue a text that a session has begun: its caches hold all of ``prompt`` but the last token.

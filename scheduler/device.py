@@ -19,6 +19,7 @@ from offload_triforce.scheduler.staging import Staging
 from offload_triforce.scheduler.trace import Span, Trace
 
 H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
+VERIFY, DRAFT = "verification pass", "draft step"  # levels 2 and 1 as a whole
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ scheduler
 machine config cache
 speculation model graphs
 planner generation runtime
-engine integrations bench
+engine integrations bench server
 cli __main__
 """
 RANKS = ORDER.split()

@@ -16,6 +16,7 @@ from offload_triforce.cli import (
     pipeline,
     plan,
     prediction,
+    serve,
     sessions,
     speculation,
     throughput,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=trace.EXAMPLES)(trace.trace)
 app.command(epilog=plan.EXAMPLES)(plan.plan)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -34,8 +35,11 @@ class Detokenizer:
     is right.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        """``decode``: another way from tokens to text than ``decode_text``."""
+        self._decode = decode or partial(decode_text, tokenizer)
         self._tokens: list[int] = []
         self._start = 0  # of the tokens that are decoded again
         self._said = 0  # characters of their text that are out
@@ -76,9 +80,6 @@ class Detokenizer:
                 break
             reach *= 2
         self._said = len(text)
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return decode_text(self._tokenizer, tokens)
 
 
 def _byte_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

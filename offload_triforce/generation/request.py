@@ -28,6 +28,7 @@ from offload_triforce.errors import InputError
 from offload_triforce.generation.ending import ending
 from offload_triforce.generation.options import check_config, check_ranges, stop_list, tidy, token_ids
 from offload_triforce.speculation.processors import check_forks, target_only
+from offload_triforce.speculation.watched import Watch
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -46,6 +47,7 @@ class Request:
         do_sample: draw, or take the best.
         criteria: looked at after every token. eos: ids that end a text.
         max_new_tokens: limit of the answer.
+        watch: told the target's logits [1, V] and the token taken, once for each token of the answer, in order.
     """
 
     prompt: Tensor
@@ -54,6 +56,7 @@ class Request:
     do_sample: bool
     eos: frozenset[int]
     max_new_tokens: int
+    watch: Watch | None = None
 
     def ending(self, ids: Tensor) -> str | None:
         """Why the text ends after its newest token, see ``ending``. To be asked after each one. ``ids``: (n,)."""

@@ -24,6 +24,7 @@ from offload_triforce.speculation.noise import Noise
 from offload_triforce.speculation.sampling import RandomChoices, Sampler
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
+from offload_triforce.speculation.watched import Watched
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Task:
         request, runtime = self.request, self.session.runtime
         readable = self.model.get_input_embeddings().num_embeddings
         rule = make_rule(runtime.settings.rule, request, self.seed, runtime.layout, readable)
+        rule = rule if request.watch is None else Watched(rule, request.watch)
         self.stats.target_only = request.target_only(runtime.settings)
 
         def progress(done: int, total: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from offload_triforce.cache.target import TargetCaches
 from offload_triforce.graphs.steps import StepGraphs
 from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import run
-from offload_triforce.scheduler.device import to_device
+from offload_triforce.scheduler.device import DRAFT, VERIFY, to_device
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.tree import Node, tokens_of, tree_mask
 
@@ -36,6 +37,11 @@ class _Level(OverNodes):
         self._nodes: Sequence[Node] = ()
         self._before: Sequence[Node] = ()
         self._steps: dict[int | None, TreeStep | None] = {}
+
+    def _span(self, track: str, nodes: Sequence[Node]) -> AbstractContextManager[None]:
+        """Trace what is issued inside, if the link is traced."""
+        full = self.caches.full
+        return nullcontext() if full is None else full.stream.device.span(track, f"{len(nodes)} tokens")
 
     def _begin(self, nodes: Sequence[Node], before: Sequence[Node]) -> list[int]:
         """The step's nodes follow those that are pending: the positions of their tokens."""
@@ -81,14 +87,15 @@ class RetrievalLevel(_Level):
 
     def score(self, nodes: Sequence[Node], before: Sequence[Node]) -> Tensor:
         """Read T nodes of a tree: the logits after each, [T, V]. ``before``: those read already, in order."""
-        tokens, positions = tokens_of(nodes), self._begin(nodes, before)
-        depths = [node.depth for node in nodes]
-        # In a window that is shorter than the tree, not all layers see the same draft tokens.
-        if self.graphs is None or max(depths) >= min(self.caches.windows, default=max(depths) + 1):
-            logits = run(self.model, tokens, positions, self, keep=len(nodes))
-        else:
-            logits = self.graphs(tokens, positions, self, len(nodes), tree_mask(nodes, before), depths)
-        self.caches.end_drafts(len(nodes))
+        with self._span(DRAFT, nodes):
+            tokens, positions = tokens_of(nodes), self._begin(nodes, before)
+            depths = [node.depth for node in nodes]
+            # In a window that is shorter than the tree, not all layers see the same draft tokens.
+            if self.graphs is None or max(depths) >= min(self.caches.windows, default=max(depths) + 1):
+                logits = run(self.model, tokens, positions, self, keep=len(nodes))
+            else:
+                logits = self.graphs(tokens, positions, self, len(nodes), tree_mask(nodes, before), depths)
+            self.caches.end_drafts(len(nodes))
         return logits
 
     def see(self, hidden: Tensor) -> None:
@@ -133,10 +140,11 @@ class TargetLevel(_Level):
         hinder this step: a model's steps may be nested.
         """
         full, self._idle = self.caches.full, idle
-        if full is not None:
-            full.begin_step()
-        logits = run(self.model, tokens_of(nodes), self._begin(nodes, ()), self, keep=len(nodes))
-        self.caches.end_step(len(nodes))
+        with self._span(VERIFY, nodes):
+            if full is not None:
+                full.begin_step()
+            logits = run(self.model, tokens_of(nodes), self._begin(nodes, ()), self, keep=len(nodes))
+            self.caches.end_step(len(nodes))
         return logits
 
     def see(self, hidden: Tensor) -> None:

@@ -11,6 +11,7 @@ from offload_triforce.cli.chat_loop import Chat, Stopping
 from offload_triforce.cli.chat_store import Store, names
 from offload_triforce.generation.dialogue import Dialogue
 from offload_triforce.generation.transcript import FILE
+from offload_triforce.runtime.session_folder import MANIFEST
 from tests.generation.talk import ScriptedSession, scripted_engine
 
 

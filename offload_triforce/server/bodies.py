@@ -1,0 +1,87 @@
+"""Bodies of requests: read within limits of size and time, and checked against what they may hold."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
+
+from offload_triforce.server.errors import ApiError, invalid, quote, refuse_invalid
+
+
+class Body(BaseModel):
+    """What a request holds. Parameters that are not among the fields end up in ``unknown``."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    def unknown(self) -> dict[str, Any]:
+        """Parameters that no field stands for."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def check_unknown(self, harmless: frozenset[str]) -> None:
+        """Refuse parameters that might change the answer.
+
+        ``harmless``: parameters of others that change nothing here, whatever they are set to.
+
+        Raises:
+            ApiError: names the first.
+        """
+        for name, value in self.unknown().items():
+            empty = value is None or value is False or value == [] or value == {} or value == ""
+            if name not in harmless and not empty:
+                shown = quote(name)
+                raise invalid(f"{shown} is not supported, and might change the answer; leave it out", param=name[:80])
+
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+async def read_body(request: Request, most: int, seconds: float) -> bytes:
+    """All of a body.
+
+    Raises:
+        ApiError: it has more than ``most`` bytes, or takes longer than ``seconds``.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < 20 and int(declared) > most:
+        raise _too_large(int(declared), most)
+    parts: list[bytes] = []
+    try:
+        await asyncio.wait_for(_collect(request, parts, most), seconds)
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within {seconds:g} s; {sum(map(len, parts)):,} bytes of it did"
+        raise ApiError(408, message, headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client went away") from None
+    return b"".join(parts)
+
+
+async def _collect(request: Request, parts: list[bytes], most: int) -> None:
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise _too_large(size, most)
+        parts.append(part)
+
+
+def _too_large(size: int, most: int) -> ApiError:
+    message = f"the body has at least {size:,} bytes, {size - most:,} more than the {most:,} that are allowed"
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+def parse(kind: type[Kind], body: bytes) -> Kind:
+    """A body as what it should be.
+
+    Raises:
+        ApiError: it is not JSON, or holds something else.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise refuse_invalid(error) from None
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is not JSON that can be read: {error}") from None

@@ -1,0 +1,111 @@
+"""Anthropic's way to ask: /v1/messages. Coding agents speak it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from offload_triforce.server.about import body_of
+from offload_triforce.server.answering import Question
+from offload_triforce.server.asking import answer_to
+from offload_triforce.server.bodies import parse
+from offload_triforce.server.conversation import Conversation, prepare
+from offload_triforce.server.errors import invalid, quote
+from offload_triforce.server.message_blocks import as_openai, system_text
+from offload_triforce.server.message_replies import Message
+from offload_triforce.server.prompting import chat_prompt
+from offload_triforce.server.sampling import HARMLESS, Sampling
+from offload_triforce.server.service import Service
+from offload_triforce.server.streaming import EventStream, unless_gone
+
+_HARMLESS = HARMLESS | {"context_management", "container", "betas", "cache_control", "output_config", "inference_geo"}
+
+
+class MessagesRequest(Sampling):
+    """A request for the next message of a chat, in Anthropic's shape."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    system: str | list[dict[str, Any]] | None = None
+    stop_sequences: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+    def stops(self) -> list[str]:
+        """See ``Sampling``."""
+        self.stop = self.stop_sequences
+        return [stop for stop in super().stops() if stop.strip()]
+
+    def conversation(self) -> Conversation:
+        """What the model's template is given.
+
+        Raises:
+            ApiError: what is wrong with it.
+        """
+        self.check_unknown(_HARMLESS)
+        messages = as_openai(self.messages)
+        if self.system:
+            messages.insert(0, {"role": "system", "content": system_text(self.system)})
+        choice, one_call = _choice(self.tool_choice)
+        variables = {} if self.thinking is None else {"enable_thinking": self.thinking.get("type") != "disabled"}
+        tools = [_tool(number, tool) for number, tool in enumerate(self.tools or [], 1)]
+        return Conversation(messages, tools, choice, one_call, variables=variables)
+
+
+def message_routes(service: Service) -> APIRouter:
+    """The paths."""
+    router = APIRouter()
+
+    @router.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        def question(asked: MessagesRequest) -> tuple[Conversation, Question]:
+            if asked.max_tokens is None:
+                raise invalid("max_tokens is missing: most tokens of the answer", "max_tokens")
+            conversation = asked.conversation()
+            return conversation, prepare(service, conversation, asked, asked.max_tokens, None)
+
+        asked, model, conversation, answering = await answer_to(service, request, MessagesRequest, question)
+        message = Message(service, model, conversation, answering)
+        if asked.stream:
+            return EventStream(message.stream(), answering.cancel, anthropic=True)
+        return JSONResponse(await unless_gone(request, message.whole()))
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> dict[str, int]:
+        body = await body_of(service, request)
+
+        def count() -> int:
+            asked = parse(MessagesRequest, body)
+            service.check_model(asked.model)
+            return len(chat_prompt(service, *asked.conversation().rendered()))
+
+        return {"input_tokens": await asyncio.to_thread(count)}
+
+    return router
+
+
+def _choice(choice: dict[str, Any] | None) -> tuple[str | dict[str, Any] | None, bool]:
+    """Anthropic's ``tool_choice`` as OpenAI's, and whether one call at most is wanted."""
+    if choice is None:
+        return None, False
+    one_call, kind = choice.get("disable_parallel_tool_use") is True, choice.get("type")
+    if kind == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}, one_call
+    names = {"auto": "auto", "any": "required", "none": "none"}
+    if kind not in names:
+        raise invalid(f"tool_choice.type must be auto, any, tool or none, not {quote(kind)}", "tool_choice")
+    return names[kind], one_call
+
+
+def _tool(number: int, tool: dict[str, Any]) -> dict[str, Any]:
+    name, schema = tool.get("name"), tool.get("input_schema")
+    if tool.get("type") not in (None, "custom") or not isinstance(name, str) or not isinstance(schema, dict):
+        raise invalid(
+            f"tool {number} must have a name and an input_schema; Anthropic's own tools are not here", "tools"
+        )
+    function = {"name": name, "description": str(tool.get("description") or ""), "parameters": schema}
+    return {"type": "function", "function": function}

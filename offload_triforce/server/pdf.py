@@ -1,0 +1,82 @@
+"""The text of a PDF for the page. A PDF is a stranger's program: it is read in a process of its own, with limits.
+
+app.include_router(pdf_router(), dependencies=[the check of the API key])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+READER = Path(__file__).with_name("pdf_text.py")
+# Of a file, as the page has it; and seconds until its reader is ended.
+MOST_BYTES = 32_000_000
+MOST_SECONDS = 60.0
+
+
+class _RefusedError(Exception):
+    """What is said, and the status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def pdf_router(most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> APIRouter:
+    """``POST /page/pdf``: the file as the body; the answer is {"text", "pages"}, or an error in OpenAI's shape.
+
+    One is read at a time; others wait.
+    """
+    router, turn = APIRouter(), asyncio.Semaphore(1)
+
+    async def read(request: Request) -> JSONResponse:
+        try:
+            body = await _body(request, most_bytes)
+            async with turn:
+                return JSONResponse(await _read(body, most_seconds))
+        except _RefusedError as error:
+            shape = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+            return JSONResponse({"error": shape}, status_code=error.status)
+
+    router.add_api_route("/page/pdf", read, methods=["POST"], include_in_schema=False)
+    return router
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The whole body, given up as soon as it is too long, whatever its head says."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise _RefusedError(f"The file is larger than {most / 1e6:g} MB, the most that is read", 413)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _read(body: bytes, most_seconds: float) -> dict[str, Any]:
+    pipe = asyncio.subprocess.PIPE
+    # -I: neither the working folder nor the environment says what is imported.
+    reader = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", str(READER), stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        said, _ = await asyncio.wait_for(reader.communicate(body), most_seconds)
+    except asyncio.TimeoutError:
+        raise _RefusedError(f"The PDF could not be read within {most_seconds:g} s", 422) from None
+    finally:
+        if reader.returncode is None:  # too slow, or the client has gone
+            reader.kill()
+            await reader.wait()
+    try:
+        found = json.loads(said)
+    except ValueError:
+        raise _RefusedError("The PDF could not be read: it needs more memory or time than it is given", 422) from None
+    if "error" in found:
+        raise _RefusedError(found["error"], found["status"])
+    return found

@@ -1,0 +1,82 @@
+"""A real server on a loopback port, with a tiny model over bytes that has a chat template."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from offload_triforce import TriForce
+from offload_triforce.server.app import make_app
+from offload_triforce.server.options import ServerOptions
+from offload_triforce.server.serving import make_server
+from tests.byte_tokenizer import byte_tokenizer
+from tests.server.browsing import chromium  # noqa: F401  # a fixture
+from tests.tiny import build
+
+TEMPLATE = (
+    "{% if tools %}[tools] {% for tool in tools %}{{ tool.function.name }} {% endfor %}\n{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+SMALL = {"budget": 64, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "gamma": 4, "prefill_chunk": 64}
+
+
+def tiny_engine(**settings):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return TriForce(build("Llama", vocab_size=259, eos_token_id=2), tokenizer, **{**SMALL, **settings})
+
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    """(address, service) of a server that runs meanwhile."""
+    chosen = ServerOptions(**{"names": ("tiny", "other"), "port": 0, "grace_seconds": 2.0, **options})
+    app = make_app(engine, chosen)
+    server = make_server(app, chosen, "warning")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", app.state.service
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def engine():
+    with tiny_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def served(engine):
+    with serving(engine) as (address, service):
+        yield address, service
+
+
+@pytest.fixture(scope="session")
+def address(served):
+    return served[0]
+
+
+@pytest.fixture(scope="session")
+def service(served):
+    return served[1]
+
+
+@pytest.fixture(scope="session")
+def client(address):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client

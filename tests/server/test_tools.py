@@ -6,10 +6,17 @@ import json
 
 import openai
 import pytest
+import torch
 
 from offload_triforce import TriForce
 from offload_triforce.server.chat import ChatRequest
 from offload_triforce.server.conversation import prepare
+from offload_triforce.server.options import ServerOptions
+from offload_triforce.server.service import Service
+from offload_triforce.server.structured import AfterReasoning
+from tests.byte_tokenizer import byte_tokenizer
+from tests.server.conftest import SMALL, TEMPLATE
+from tests.tiny import build
 
 pytest.importorskip("llguidance")
 
@@ -120,3 +127,50 @@ def test_json_object(client):
 def test_refusals(client, options, said):
     with pytest.raises(openai.BadRequestError, match=said):
         ask(client, extra_body=options)
+
+
+def test_a_grammar_begins_behind_the_reasoning():
+    """And drafts keep to it wherever the reasoning ends on their own path: the answer is that of plain decoding."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = TEMPLATE.replace("[assistant] ", "[assistant] <think>")
+    model = build("Llama", vocab_size=261, eos_token_id=2)
+    close = tokenizer.convert_tokens_to_ids("</think>")
+    body = {"response_format": FORMAT, "logit_bias": {str(close): 5.0}, "temperature": 1.0}
+    answers = []
+    for gamma in (0, 6):
+        with TriForce(model, tokenizer, draft="self", **{**SMALL, "gamma": gamma}) as engine:
+            service = Service(engine, ServerOptions(("tiny",)))
+            for seed in range(4):
+                asked = ChatRequest(messages=[USER], seed=seed, **body)
+                question = prepare(service, asked.conversation(), asked, 400, None)
+                stream = engine.run(question.request, seed)
+                answers.append("".join(stream))
+                assert gamma == 0 or stream.stats.target_only == ()
+    assert answers[:4] == answers[4:]
+    for answer in answers:
+        _, mark, shape = answer.partition("</think>")
+        assert mark
+        assert json.loads(shape)["city"] in CITIES
+    assert any(answer.partition("</think>")[0] for answer in answers)
+
+
+def test_a_fork_of_it_goes_its_own_way():
+    calls = []
+
+    class Grammar:
+        def __call__(self, ids, scores):
+            calls.append(self)
+            return scores
+
+        def fork(self):
+            return Grammar()
+
+    first = AfterReasoning(Grammar(), close=7)
+    twin = first.fork()
+    ids, scores = torch.tensor([[1, 7]]), torch.zeros(1, 9)
+    twin(ids, scores)
+    first(ids[:, :1], scores)
+    assert len(calls) == 1
+    first(ids, scores)
+    assert calls[0] is not calls[1]

@@ -170,6 +170,11 @@ class Settings:
         size=True,
         panel=_MEMORY,
     )
+    session_dir: str | None = _setting(
+        None,
+        "Folder for texts that memory has no room for, and for all when the engine closes; the next one finds them.",
+        panel=_MEMORY,
+    )
     prefill_chunk: int = _setting(
         1024, "Tokens per prefill step through one layer.", least=1, tokens=True, panel=_DETAILS
     )

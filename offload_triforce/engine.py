@@ -84,7 +84,7 @@ class TriForce:
             check_context(self.settings.context, self.layout.max_positions)
         self._turns = Turns()  # of the answers that the caches belong to
         self._texts = Texts(model, self.layout, self.settings, self._drafters, self._turns)
-        self._saver = Saver(model, self.layout, tokenizer, self._texts)
+        self._saver = Saver(model, self.layout, tokenizer, self._texts, self.settings.session_dir)
 
     @classmethod
     def load(

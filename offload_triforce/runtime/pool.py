@@ -6,13 +6,14 @@ by that is parked first. Parked texts share a limit of host memory: the least re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from offload_triforce.machine.memory import free_on_host
-from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
+from offload_triforce.runtime.held import HeldText, LiveText, TextSource, text_bytes
 from offload_triforce.runtime.prefix import Start, common_prefix, find_start
 from offload_triforce.runtime.session import Session
 
@@ -40,8 +41,17 @@ class Text:
     used: int = field(default=0)
 
 
-# Puts a text on disk; returns where it lies from now on.
-Shelve = Callable[[TextSource], TextSource]
+class Shelf(Protocol):
+    """Where texts go that memory has no room for."""
+
+    def put(self, source: TextSource) -> TextSource | None:
+        """Keep a text; returns where it lies from now on, if it could be kept."""
+
+    def drop(self, source: TextSource | None) -> None:
+        """Forget one that was put there; others are left alone."""
+
+    def texts(self) -> Iterable[TextSource]:
+        """Those that are there, oldest first."""
 
 
 class SessionPool:
@@ -51,12 +61,19 @@ class SessionPool:
         seated: the text in the caches, if there is one.
     """
 
-    def __init__(self, limit: int | None = None, shelve: Shelve | None = None) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         """``limit``: bytes of parked texts in host memory; None is what is free, less a reserve."""
-        self._limit, self._shelve = limit, shelve
+        self._limit = limit
+        self.shelf: Shelf | None = None  # where the least recently used go; they are dropped where there is none
         self._texts: list[Text] = []
         self.seated: Text | None = None
         self._clock = 0
+
+    def use(self, shelf: Shelf) -> None:
+        """Go on with what lies on a shelf, and let texts leave for it."""
+        self.shelf = shelf
+        for source in shelf.texts():
+            self.add(source)
 
     def add(self, parked: TextSource | None = None, owned: bool = False) -> Text:
         """A new text."""
@@ -68,6 +85,7 @@ class SessionPool:
         """Forget a text."""
         if text in self._texts:
             self._texts.remove(text)
+        self._drop(text.parked)
         text.parked = None
         if self.seated is text:
             self.seated = None
@@ -90,6 +108,8 @@ class SessionPool:
         rest, text.parked = text.parked, None
         if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
             self.add(rest).used = self._clock - 1
+        else:
+            self._drop(rest)
         self.seated, text.used = text, self._clock
         self._texts = [each for each in self._texts if each.owned or each.parked is not None or each is text]
 
@@ -105,6 +125,16 @@ class SessionPool:
         if self.seated is not None and len(session.ids):
             self.seated.parked = self._park(session.source(), self.seated)
         self.seated = None
+
+    def keep_all(self, session: Session | None) -> None:
+        """Let all texts leave for the shelf, that of ``session`` in the caches too, if there is a shelf."""
+        if self.shelf is None:
+            return
+        if self.seated is not None and session is not None and len(session.ids):
+            self.seated.parked = session.source()
+        for text in self._texts:
+            if text.parked is not None and not text.owned and not self._is_shelved(text.parked):
+                self.shelf.put(text.parked)
 
     def clear(self) -> None:
         """Forget all texts."""
@@ -139,10 +169,21 @@ class SessionPool:
         while size > self._room():
             parked = [t for t in self._texts if isinstance(t.parked, HeldText) and t is not staying]
             if not parked:
-                return self._shelve(source) if self._shelve else None
+                return self._put(source)
             oldest = min(parked, key=lambda each: each.used)
-            oldest.parked = self._shelve(oldest.parked) if self._shelve else None
+            oldest.parked = self._put(oldest.parked)
         return HeldText.copy(source)
+
+    def _put(self, source: TextSource) -> TextSource | None:
+        return None if self.shelf is None else self.shelf.put(source)
+
+    def _drop(self, source: TextSource | None) -> None:
+        if self.shelf is not None:
+            self.shelf.drop(source)
+
+    @staticmethod
+    def _is_shelved(source: TextSource) -> bool:
+        return not isinstance(source, (HeldText, LiveText))
 
     def _room(self) -> int:
         """Bytes of host memory that parked texts may still take."""

@@ -15,6 +15,7 @@ from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.held import KVShape
 from offload_triforce.runtime.pool import Text
 from offload_triforce.runtime.session_files import SavedText, open_text, save_text
+from offload_triforce.runtime.shelf import Shelf
 from offload_triforce.runtime.texts import Texts
 
 
@@ -22,11 +23,18 @@ class Saver:
     """Saves and loads the texts of one engine. Its model is recognised once, when that is first needed."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: ModelLayout, tokenizer: PreTrainedTokenizerBase | None, texts: Texts
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: Texts,
+        shelf: str | None = None,
     ) -> None:
-        """``texts``: of the engine."""
+        """``texts``: of the engine. ``shelf``: a folder for those that memory has no room for, see ``Shelf``."""
         self._model, self._layout, self._tokenizer, self._texts = model, layout, tokenizer, texts
         self._identity: ModelIdentity | None = None
+        if shelf is not None:
+            texts.pool.use(Shelf(Path(shelf), self.identity(), kv_shape(layout)))
 
     def save(self, text: Text, folder: Path, progress: Progress | None = None) -> SavedText:
         """Save what is held of a text, see ``save_text``; while that lasts, no answer goes on."""

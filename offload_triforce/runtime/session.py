@@ -122,7 +122,8 @@ class Session:
         parts = start.checkpoint.parts if start.checkpoint else {}
         self.runtime.caches.adopt(start.tokens, source.read, parts)
         self._ids, self.long = source.tokens, source.long
-        self.checkpoints = [point for point in source.checkpoints if point.tokens <= start.tokens]
+        points = [point for point in source.checkpoints if point.tokens <= start.tokens]
+        self.checkpoints = [Checkpoint(point.tokens, dict(point.parts)) for point in points]  # which may lie on disk
 
     @property
     def _marked(self) -> bool:

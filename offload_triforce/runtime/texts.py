@@ -102,7 +102,8 @@ class Texts:
                 torch.cuda.empty_cache()  # so that what was freed counts as free
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything. Texts that nobody owns are kept on disk, where the settings name a folder for that."""
+        self.pool.keep_all(self.session)
         self.give_back()
         self.pool.clear()
 

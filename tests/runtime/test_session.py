@@ -284,3 +284,35 @@ def test_closing_a_session_forgets_its_text(desk):
     desk.sessions[0].close()
     assert len(desk.sessions[0].tokens) == 0
     assert desk.ask(0, KEEPS["all"], 20, 4, 0.0).stats.reused_tokens == 0
+
+
+def test_what_memory_has_no_room_for_goes_to_disk_and_comes_back(tmp_path):
+    """The least recently used first; all of them when the engine closes, and the next engine finds them."""
+    how = {**HOW, "session_memory": 0, "session_dir": str(tmp_path)}
+    with TriForce(model_of("qwen3.5"), **how) as engine:
+        desk = Desk("qwen3.5", engine)
+        desk.sessions = [None, None, None]
+        for which in (0, 1, 0, 1):
+            reused = desk.ask(which, KEEPS["all"], 20, 8, 0.0).stats.reused_tokens
+            assert bool(reused) == (desk.count > 2)
+        texts = desk.texts
+        assert len(list(tmp_path.iterdir())) == 1, "one is in the caches"
+    assert len(list(tmp_path.iterdir())) == 2
+    with TriForce(model_of("qwen3.5"), **how) as engine:
+        desk = Desk("qwen3.5", engine)
+        desk.sessions, desk.texts, desk.count = [None, None, None], texts, 10
+        for which in (0, 1):
+            held = len(texts[which]) - 1
+            assert desk.ask(which, KEEPS["all"], 20, 8, 0.0).stats.reused_tokens == held
+    with TriForce(tiny_model("qwen3.5", seed=2), **how) as other:
+        assert not other.generate(list(texts[0]), max_new_tokens=2).stats.reused_tokens
+
+
+def test_a_damaged_text_on_disk_is_read_again(tmp_path):
+    how = {**HOW, "session_dir": str(tmp_path)}
+    with TriForce(model_of("llama"), **how) as engine:
+        engine.generate(list(draw_ids(1, 60)), max_new_tokens=4)
+    (folder,) = tmp_path.iterdir()
+    (folder / "session.json").write_text("{}")
+    with pytest.warns(RuntimeWarning, match="damaged"), TriForce(model_of("llama"), **how) as engine:
+        assert not engine.generate(list(draw_ids(1, 60)), max_new_tokens=4).stats.reused_tokens

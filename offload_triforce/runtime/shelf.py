@@ -1,0 +1,57 @@
+"""A folder for texts that memory has no room for: they leave for it one by one, and all when an engine closes."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.model.identity import ModelIdentity
+from offload_triforce.runtime.held import KVShape, TextSource
+from offload_triforce.runtime.session_files import TextOnDisk, open_text, remove_text, save_text
+
+PREFIX = "text-"  # of the folders' names
+
+
+class Shelf:
+    """Texts of one model in one folder. What went wrong there is a warning: it costs a reading, and no answer."""
+
+    def __init__(self, folder: Path, identity: ModelIdentity, shape: KVShape) -> None:
+        """``identity``: of the model. ``shape``: of its keys and values."""
+        self._folder, self._identity, self._shape = folder.expanduser(), identity, shape
+
+    def put(self, source: TextSource) -> TextSource | None:
+        """Save a text; returns where it lies from now on, or None if it could not be saved."""
+        folder = self._folder / f"{PREFIX}{secrets.token_hex(6)}"
+        try:
+            save_text(folder, source, self._identity)
+            return open_text(folder, self._identity, self._shape)
+        except TriForceError as error:
+            _warn(f"a text was not kept: {error}")
+            return None
+
+    def drop(self, source: TextSource | None) -> None:
+        """Remove a text of this shelf; others are left alone."""
+        if isinstance(source, TextOnDisk) and source.folder.parent == self._folder:
+            try:
+                remove_text(source.folder)
+            except TriForceError as error:
+                _warn(str(error))
+
+    def texts(self) -> Iterator[TextOnDisk]:
+        """Those of this model that lie there, oldest first. Damaged ones are named in a warning."""
+        folders = [path for path in self._folder.glob(f"{PREFIX}*") if path.is_dir()]
+        for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
+            try:
+                yield open_text(folder, self._identity, self._shape)
+            except InputError as error:
+                if "is of" not in str(error):  # those of other models wait for theirs
+                    _warn(str(error))
+            except TriForceError as error:
+                _warn(str(error))
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, RuntimeWarning, stacklevel=3)

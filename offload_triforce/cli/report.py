@@ -71,8 +71,9 @@ def summary(stats: DecodeStats, link: bool) -> list[str]:
     accepted = f"draft {percent(stats.draft.rate)}{drafters and f' ({drafters})'}, "
     accepted += f"retrieval {percent(stats.retrieval.rate)}"
     saved = stats.full_kv_bytes / stats.link_bytes_per_token if stats.link_bytes else 0.0
+    held = f" ({stats.reused_tokens:,} of them held before)" if stats.reused_tokens else ""
     lines = [
-        f"prompt {stats.prompt_tokens:,} tokens, answer {stats.new_tokens:,} tokens in {stats.passes:,} passes: "
+        f"prompt {stats.prompt_tokens:,} tokens{held}, answer {stats.new_tokens:,} tokens in {stats.passes:,} passes: "
         f"{stats.tokens_per_pass:.2f} tokens per pass",
         f"first token after {stats.ttft_s:.1f} s (prefill {stats.prefill_s:.1f} s), then "
         f"{stats.ms_per_token:.0f} ms/token",

@@ -177,7 +177,8 @@ def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         for name, weight in model.named_parameters():
             if name.endswith(".sinks"):  # as they come, they are nearly zero: one key more that nobody looks at
                 weight.normal_(2.0, 2.0)
-            if name.endswith(".A_log"):  # as they come, a state is gone after a token or two, and hides no mistake
+            if name.endswith(".A_log") and weight.dim() == 1:
+                # As they come, a state is gone after a token or two, and hides no mistake.
                 weight.copy_(torch.linspace(-5.0, -1.5, len(weight)))
     return model
 

@@ -368,7 +368,7 @@ def big_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
     monkeypatch.setattr(stage, "link_ceiling", lambda device, size: {"h2d_gbps": 50.0, "d2h_gbps": 40.0})
     monkeypatch.setattr(stage, "free_memory", lambda: None)
-    monkeypatch.setattr(stage.TriForce, "load", lambda source, device: SimpleNamespace(device=device))
+    monkeypatch.setattr(stage.TriForce, "load", lambda source, draft, device: SimpleNamespace(device=device))
     return caps
 
 

@@ -84,12 +84,14 @@ def test_lines_and_completion(start):
     assert "cut at its limit" not in terminal.text
     terminal.type("\r")
     terminal.wait("cut at its limit of 2 tokens")
+    terminal.wait("tokens per pass")  # it listens again
     terminal.type("/und")
     terminal.wait("take the last question")  # what it is, beside the word
     terminal.type("\t")
     terminal.wait("> /undo")
     terminal.type("\r\r")  # taken, and sent
     terminal.wait("taken back: naïve 日本 second third fourth")
+    terminal.wait(" 0 of 4,096 tokens used")  # it listens again
     terminal.type(CTRL_C)
     terminal.wait("Ctrl-C again")
     terminal.type(CTRL_C)

@@ -132,7 +132,7 @@ def test_two_options_with_nonsense(data, model):
 def test_options_that_are_none(path):
     for option in ("--nothing", "--modle", "-q", "---"):
         refused(*path, option, words="no such option")
-    base = ("--model", "x") if path in (("generate",), ("chat",), ("plan",)) else ()
+    base = ("--model", "x") if path in (("generate",), ("chat",), ("serve",), ("plan",)) else ()
     base = ("name",) if path[0] == "sessions" and path != ("sessions", "list") else base
     if path not in (("sessions", "rm"), ("sessions", "verify")):  # which take any number of names
         refused(*path, *base, "surplus", words="unexpected extra argument")

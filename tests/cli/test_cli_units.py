@@ -22,6 +22,7 @@ TOKENS = {
 BYTES, SPEEDS = {"vram", "ram"}, {"link", "hbm", "link_gbps"}
 NEEDED = {
     "chat": ["--model", "./x"],
+    "serve": ["--model", "./x"],
     "generate": ["--model", "./x", "--prompt", "hi"],
     "plan": ["--model", "qwen3-8b", "--gpu", "4090"],
 }

@@ -208,6 +208,8 @@ def test_sines_and_cosines_are_those_that_are_planned(family):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 assert tensor.shape[-2] == 64
                 kept[tensor.data_ptr()] = tensor.numel() // 64
-    planned = rotary_numbers(model.config.get_text_config(), probe(model))
+    config, layout = model.config.get_text_config(), probe(model)
+    planned = rotary_numbers(config, layout)
+    planned += (getattr(config, "hidden_size_per_layer_input", None) or 0) * len(layout.layers)
     halves = 2 if family == "gpt-oss" else 1  # keeps each angle once, where others write it down for both halves
     assert halves * sum(kept.values()) == planned

@@ -10,7 +10,7 @@ from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.model import refusals
 from offload_triforce.model.blank import layout_of
 from offload_triforce.model.layout import probe
-from offload_triforce.model.refusals import class_name, refuse, refuse_unloadable
+from offload_triforce.model.refusals import refuse, refuse_unloadable
 
 
 def sentence(config, check=refuse):
@@ -70,8 +70,10 @@ def test_said_by_the_configuration(model_type, changes, words):
     message = sentence(config)
     assert words in message
     assert message.startswith(class_name(config))
-    assert sentence(config, refuse_unloadable) == message
-    assert sentence(config, lambda config: layout_of(config, torch.float32)) == message
+    # A checkpoint with eyes is loaded as its text decoder, which is then what is named.
+    named = {message, message.replace("ForConditionalGeneration", "ForCausalLM")}
+    assert sentence(config, refuse_unloadable) in named
+    assert sentence(config, lambda config: layout_of(config, torch.float32)) in named
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class HybridCase:
         caches.restore(self.start)
         text, stats, out = TokenText(torch.tensor(PROMPT), len(PROMPT) + limit + 1), DecodeStats(), []
         with attached(self.model), torch.no_grad():
-            drafters = self.drafters.make(rule)
+            drafters = self.drafters.make(rule, None)
             target, tree_drafter = self.runtime.levels(drafters, rule, stats, lambda token: False)
             for new in decode(target, tree_drafter, rule, text, limit, stats, self._stop):
                 out += new

@@ -10,7 +10,7 @@ from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.model import refusals
 from offload_triforce.model.blank import layout_of
 from offload_triforce.model.layout import probe
-from offload_triforce.model.refusals import refuse, refuse_unloadable
+from offload_triforce.model.refusals import class_name, refuse, refuse_unloadable
 
 
 def sentence(config, check=refuse):

@@ -39,7 +39,7 @@ def read_all(folder):
     for layer in range(TEXT.shape.layers):
         found.read(layer, 0, len(found.tokens))
     for point in found.checkpoints:
-        assert point.size
+        assert dict(point.parts)
     return found
 
 

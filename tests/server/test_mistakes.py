@@ -83,7 +83,7 @@ def test_parameters_that_change_nothing_are_accepted(http):
 
 def test_elsewhere(http):
     assert refusal(http, {}, "/v1/nothing")[0] in (404, 405)
-    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.get("/v1/chat/completions").status_code in (404, 405)
     assert http.get("/health").json()["status"] == "ok"
     assert "offload_triforce_new_tokens_total" in http.get("/metrics").text
 

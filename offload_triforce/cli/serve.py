@@ -99,8 +99,8 @@ def serve(
     with loading(model):
         engine = TriForce.load(source, small, dtype, device, quantize, settings, quantize_head)
     with engine:
-        with engine.turn() as texts:  # what does not fit is found out now, and not by the first client
-            texts.ensure(settings.context or LEAST_CONTEXT)
+        with engine.session() as session:  # what does not fit is found out now, and not by the first client
+            session.make_room(settings.context or LEAST_CONTEXT)
         say(f"serving {', '.join(options.names)} at http://{options.host}:{options.port}/ (Ctrl-C ends it)")
         make_server(make_app(engine, options), options).run()
 

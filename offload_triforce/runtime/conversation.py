@@ -73,6 +73,15 @@ class Session:
         """
         return self._saver.save(self.text, Path(path), progress)
 
+    def make_room(self, tokens: int) -> None:
+        """Make the engine's caches for so many tokens now, and not with the first request.
+
+        Raises:
+            MemoryLimitError, InputError: they do not fit.
+        """
+        with self._texts.turn():
+            self._texts.ensure(tokens)
+
     def close(self) -> None:
         """Forget the text, and give its memory back."""
         with self._texts.turn():

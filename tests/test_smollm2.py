@@ -22,7 +22,7 @@ def reference(smollm2):
     return prompt, output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("draft", ["ngram", "self"])
+@pytest.mark.parametrize("draft", ["ngram", pytest.param("self", marks=pytest.mark.slow)])
 def test_greedy_equals_transformers(smollm2, reference, draft):
     """Token for token, at a sixth of the context; and the counts that a pass over a known cache must give."""
     prompt, expected = reference

@@ -60,9 +60,10 @@ class TargetCaches:
     def begin_fill(self) -> None:
         """A prefill begins that reads on behind what is held. Nothing is pending; the retrieval cache chooses anew."""
         self.drop_pending()
-        if self.full is not None:
-            self.full.begin_fill()
-            self.retrieval.reset()
+        with self._changing():
+            if self.full is not None:
+                self.full.begin_fill()
+                self.retrieval.reset()
 
     def held(self, window: int | None) -> int:
         """Tokens that ``load`` brings, of a layer with that window."""
@@ -182,8 +183,9 @@ class TargetCaches:
     def still(self) -> None:
         """Nothing is pending, and all that is held can be read by the host."""
         self.drop_pending()
-        if self.full is not None:
-            self.full.still()
+        with self._changing():
+            if self.full is not None:
+                self.full.still()
 
     def adopt(self, tokens: int, read: Callable[[int, int, int], Tensor], parts: Snapshot) -> None:
         """Hold a text that was read before, see ``FullCache.adopt``. ``parts``: a ``checkpoint`` of its tokens."""
@@ -201,7 +203,7 @@ class TargetCaches:
 
     def reset(self) -> None:
         """Forget everything."""
-        with self._changing():
+        with self._changing(anew=True):
             for _, cache in self._named():
                 cache.reset()
             self.length = 0
@@ -223,7 +225,7 @@ class TargetCaches:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of these caches, over tiles that hold what they held then; drafts are dropped."""
-        with self._changing():
+        with self._changing(anew=True):
             for name, cache in self._named():
                 own = _named_parts(snapshot, name)
                 cache.restore(own) if own else cache.reset()
@@ -234,11 +236,11 @@ class TargetCaches:
         return {f"{n}.{key}": p for n, c in self._named() if n in wanted for key, p in c.snapshot().items()}
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """What is interrupted in here leaves the caches in no state to go on from."""
-        self.whole = False
+    def _changing(self, anew: bool = False) -> Iterator[None]:
+        """What is interrupted in here leaves the caches in no state to go on from. ``anew``: nothing of it is left."""
+        before, self.whole = self.whole, False
         yield
-        self.whole = True
+        self.whole = before or anew
 
     def _named(self) -> list[tuple[str, FullCache | RetrievalCache | WindowCache | RecurrentCache | HiddenWindow]]:
         named = [("full", self.full), ("retrieval", self.retrieval), ("window", self.window)]

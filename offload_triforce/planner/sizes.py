@@ -161,7 +161,7 @@ def work_out(
         one, count = layout.layers[layout.recurrent[0]], len(layout.recurrent)
         caches["recurrent states"] = count * one.state_bytes(itemsize)
         caches["draft tokens of recurrent layers"] = count * (block + settings.room) * one.node_bytes(itemsize)
-    if settings.reuse and (layout.sliding or layout.recurrent):
+    if layout.sliding or layout.recurrent:
         host["checkpoints of windows and states"] = checkpoints_bytes(layout, context)
     decoding["activations of a pass"] = activation_bytes(config, layout, block)
     decoding["logits of a pass"] = LOGITS * block * layout.vocabulary * itemsize

@@ -6,14 +6,16 @@ by that is parked first. Parked texts share a limit of host memory: the least re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from offload_triforce.errors import TriForceError
 from offload_triforce.machine.memory import free_on_host
-from offload_triforce.runtime.held import HeldText, LiveText, TextSource, text_bytes
+from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
 from offload_triforce.runtime.prefix import Start, common_prefix, find_start
 from offload_triforce.runtime.session import Session
 
@@ -100,18 +102,39 @@ class SessionPool:
         text = wanted or (best if best is not None and not best.owned else self.add())
         before = self.seated
         if before is not None and self._is_worth_keeping(len(session.ids), before, text, start, best):
-            before.parked = self._park(session.source(), text)
+            before.parked = self._park(session.source(), (text, best))
+        if best is None or best is not before:
+            self.seated = None  # until what is in the caches is known again
         if best is None:
             session.forget()
-        elif best is not before:
-            session.take(best.parked, start)
+        elif best is not before and not self._take(session, best, start):
+            return self.seat(session, prompt, wanted)
         rest, text.parked = text.parked, None
         if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
             self.add(rest).used = self._clock - 1
         else:
             self._drop(rest)
         self.seated, text.used = text, self._clock
-        self._texts = [each for each in self._texts if each.owned or each.parked is not None or each is text]
+        others = [each for each in self._texts if (each.owned or each.parked is not None) and each is not text]
+        self._texts = [*others, text]
+        return None
+
+    def _take(self, session: Session, text: Text, start: Start) -> bool:
+        """Bring a parked text into the caches; False if it turns out to be damaged: then it is forgotten.
+
+        Raises:
+            InputError, StorageError: it is a user's session.
+        """
+        try:
+            session.take(text.parked, start)
+        except TriForceError as error:
+            session.forget()
+            if text.owned:
+                raise
+            warnings.warn(f"a text that was kept is read again: {error}", RuntimeWarning, stacklevel=2)
+            text.parked = None
+            return False
+        return True
 
     def _is_worth_keeping(self, held: int, text: Text, following: Text, start: Start, best: Text | None) -> bool:
         """Whether to keep what a text of ``held`` tokens would lose, when ``following`` goes on from ``start`` of
@@ -123,18 +146,25 @@ class SessionPool:
     def unseat(self, session: Session) -> None:
         """Park the text that is in the caches: they are about to go."""
         if self.seated is not None and len(session.ids):
-            self.seated.parked = self._park(session.source(), self.seated)
+            self.seated.parked = self._park(session.source(), (self.seated,))
         self.seated = None
 
     def keep_all(self, session: Session | None) -> None:
         """Let all texts leave for the shelf, that of ``session`` in the caches too, if there is a shelf."""
         if self.shelf is None:
             return
-        if self.seated is not None and session is not None and len(session.ids):
-            self.seated.parked = session.source()
+        if self.seated is not None and not self.seated.owned and session is not None and len(session.ids):
+            self.shelf.put(session.source())
         for text in self._texts:
-            if text.parked is not None and not text.owned and not self._is_shelved(text.parked):
+            if isinstance(text.parked, HeldText) and not text.owned:
                 self.shelf.put(text.parked)
+
+    def make_way(self) -> bool:
+        """Let all parked texts that nobody owns leave memory; returns whether there were any."""
+        leaving = [text for text in self._texts if isinstance(text.parked, HeldText) and not text.owned]
+        for text in leaving:
+            text.parked = self._put(text.parked)
+        return bool(leaving)
 
     def clear(self) -> None:
         """Forget all texts."""
@@ -163,11 +193,13 @@ class SessionPool:
                 best, most = text, start
         return best, most
 
-    def _park(self, source: TextSource, staying: Text) -> TextSource | None:
-        """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` is about to be used."""
+    def _park(self, source: TextSource, staying: Sequence[Text | None]) -> TextSource | None:
+        """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` are about to be used."""
         size = text_bytes(source)
+        if self._limit is not None and size > self._limit:
+            return self._put(source)
         while size > self._room():
-            parked = [t for t in self._texts if isinstance(t.parked, HeldText) and t is not staying]
+            parked = [text for text in self._texts if isinstance(text.parked, HeldText) and text not in staying]
             if not parked:
                 return self._put(source)
             oldest = min(parked, key=lambda each: each.used)
@@ -181,10 +213,6 @@ class SessionPool:
         if self.shelf is not None:
             self.shelf.drop(source)
 
-    @staticmethod
-    def _is_shelved(source: TextSource) -> bool:
-        return not isinstance(source, (HeldText, LiveText))
-
     def _room(self) -> int:
         """Bytes of host memory that parked texts may still take."""
         if self._limit is None:
@@ -196,8 +224,8 @@ def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -
     """How much of a parked text a prompt goes on with."""
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
-    held, points = len(parked.tokens), parked.checkpoints
-    start = find_start(held, points, common_prefix(parked.tokens, prompt[:-1]), len(prompt) - 1, session.can_cut_parked)
-    if start is not None and start.tokens == held and points:
-        return Start(held, points[-1])
-    return start
+    shared = common_prefix(parked.tokens, prompt[:-1])
+    if session.can_cut_parked(0):
+        return find_start(len(parked.tokens), (), shared, len(prompt) - 1, session.can_cut_parked)
+    known = [point for point in parked.checkpoints if point.tokens <= shared]
+    return Start(known[-1].tokens, known[-1]) if known else None

@@ -46,8 +46,9 @@ class Session:
 
     @property
     def ids(self) -> Tensor:
-        """Ids of the tokens that are held, (n,) on the CPU."""
-        return self._ids[: self.runtime.caches.length]
+        """Ids of the tokens that are held, (n,) on the CPU: none, where a change of the caches was interrupted."""
+        caches = self.runtime.caches
+        return self._ids[: caches.length if caches.whole else 0]
 
     def forget(self) -> None:
         """Empty the caches."""
@@ -112,7 +113,7 @@ class Session:
         """What is held, for the host to read where it lies: until the session goes on."""
         caches = self.runtime.caches
         caches.still()
-        if self._marked:
+        if not self.can_cut_parked(0):
             self._mark()
         return LiveText(self.ids.clone(), list(self.checkpoints), self.runtime.kv_shape, caches.full, self.long)
 

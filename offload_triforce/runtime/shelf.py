@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import KVShape, TextSource
 from offload_triforce.runtime.session_files import TextOnDisk, open_text, remove_text, save_text
 
-PREFIX = "text-"  # of the folders' names
+_NAME = re.compile(r"text-[0-9a-f]{12}")
 
 
 class Shelf:
@@ -21,20 +23,21 @@ class Shelf:
     def __init__(self, folder: Path, identity: ModelIdentity, shape: KVShape) -> None:
         """``identity``: of the model. ``shape``: of its keys and values."""
         self._folder, self._identity, self._shape = folder.expanduser(), identity, shape
+        self._own: weakref.WeakSet[TextOnDisk] = weakref.WeakSet()  # a user's session may lie in the same folder
 
     def put(self, source: TextSource) -> TextSource | None:
         """Save a text; returns where it lies from now on, or None if it could not be saved."""
-        folder = self._folder / f"{PREFIX}{secrets.token_hex(6)}"
+        folder = self._folder / f"text-{secrets.token_hex(6)}"
         try:
             save_text(folder, source, self._identity)
-            return open_text(folder, self._identity, self._shape)
+            return self._open(folder)
         except TriForceError as error:
             _warn(f"a text was not kept: {error}")
             return None
 
     def drop(self, source: TextSource | None) -> None:
         """Remove a text of this shelf; others are left alone."""
-        if isinstance(source, TextOnDisk) and source.folder.parent == self._folder:
+        if isinstance(source, TextOnDisk) and source in self._own:
             try:
                 remove_text(source.folder)
             except TriForceError as error:
@@ -42,15 +45,20 @@ class Shelf:
 
     def texts(self) -> Iterator[TextOnDisk]:
         """Those of this model that lie there, oldest first. Damaged ones are named in a warning."""
-        folders = [path for path in self._folder.glob(f"{PREFIX}*") if path.is_dir()]
+        folders = [path for path in self._folder.glob("text-*") if _NAME.fullmatch(path.name) and path.is_dir()]
         for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
             try:
-                yield open_text(folder, self._identity, self._shape)
+                yield self._open(folder)
             except InputError as error:
                 if "is of" not in str(error):  # those of other models wait for theirs
                     _warn(str(error))
             except TriForceError as error:
                 _warn(str(error))
+
+    def _open(self, folder: Path) -> TextOnDisk:
+        text = open_text(folder, self._identity, self._shape)
+        self._own.add(text)
+        return text
 
 
 def _warn(what: str) -> None:

@@ -55,7 +55,8 @@ class Texts:
     @property
     def runtime(self) -> Runtime | None:
         """The caches; None where there are none."""
-        return None if self.session is None else self.session.runtime
+        session = self.session  # looked at once: others may ask while it changes
+        return None if session is None else session.runtime
 
     def ensure(self, needed: int, pinning: Progress | None = None) -> Session:
         """Caches for so many tokens. Where those that there are do not suffice, their text is parked meanwhile.
@@ -66,11 +67,10 @@ class Texts:
         runtime = self.runtime
         grown = runtime is not None and runtime.context < needed
         if grown:
-            if self._settings.reuse:
-                self.pool.unseat(self.session)
+            self.pool.unseat(self.session)
             self.give_back()
         if self.session is None:
-            self.session = Session(self._make_runtime(needed, grown, pinning), keep=self._settings.reuse)
+            self.session = Session(self._make_runtime(needed, grown, pinning), keep=True)
         return self.session
 
     def seat(self, prompt: Tensor, text: Text | None) -> None:
@@ -78,6 +78,7 @@ class Texts:
         if self._settings.reuse or text is not None:
             self.pool.seat(self.session, prompt, text)
         else:
+            self.pool.unseat(self.session)
             self.session.forget()
 
     def source(self, text: Text) -> TextSource | None:
@@ -86,9 +87,10 @@ class Texts:
 
     def tokens(self, text: Text) -> Tensor:
         """Ids of what is held of a text, int64 (n,)."""
-        if text is self.pool.seated and self.session is not None:
-            return self.session.ids.clone()
-        return torch.empty(0, dtype=torch.long) if text.parked is None else text.parked.tokens
+        session, parked = self.session, text.parked
+        if text is self.pool.seated and session is not None:
+            return session.ids.clone()
+        return torch.empty(0, dtype=torch.long) if parked is None else parked.tokens
 
     def give_back(self) -> None:
         """Free the caches. The text in them is lost; those that are parked stay."""
@@ -108,11 +110,19 @@ class Texts:
         self.pool.clear()
 
     def _make_runtime(self, needed: int, grown: bool, pinning: Progress | None) -> Runtime:
-        """Caches for that many tokens; for half as many again, where a text has outgrown others before."""
+        """Caches for that many tokens; for half as many again, where a text has outgrown others before.
+
+        Where they do not fit, parked texts make way.
+        """
         make = partial(self._runtime_of, pinning=pinning)
         if grown and self._settings.context is None:
             with contextlib.suppress(MemoryLimitError):
                 return make(min(needed + needed // 2, self._layout.max_positions or MOST_TOKENS))
+        try:
+            return make(self._settings.context or needed)
+        except MemoryLimitError:
+            if not self.pool.make_way():
+                raise
         return make(self._settings.context or needed)
 
     def _runtime_of(self, context: int, pinning: Progress | None) -> Runtime:

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from offload_triforce import TriForce
 from offload_triforce.planner import sizes
 from offload_triforce.runtime import pool
+from offload_triforce.runtime.held import KVShape
 from offload_triforce.runtime.runtime import PREFILL_QUERIES
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -316,3 +317,80 @@ def test_a_damaged_text_on_disk_is_read_again(tmp_path):
     (folder / "session.json").write_text("{}")
     with pytest.warns(RuntimeWarning, match="damaged"), TriForce(model_of("llama"), **how) as engine:
         assert not engine.generate(list(draw_ids(1, 60)), max_new_tokens=4).stats.reused_tokens
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3.5"])
+def test_sessions_are_kept_where_nothing_else_is(family):
+    """With ``reuse=False``, windows and states of a user's sessions are kept all the same, and nobody else's text."""
+    with TriForce(model_of(family), reuse=False, **HOW) as engine:
+        desk = Desk(family, engine)
+        for which in (0, 1, 0, 2, 0, 1):
+            held = 0 if desk.sessions[which] is None else len(desk.sessions[which].tokens)
+            assert desk.ask(which, KEEPS["all"], 20, 8, 0.0).stats.reused_tokens == held
+        assert desk.sessions[0].tokens.tolist() == list(desk.texts[0])[:-1]
+
+
+def test_a_text_that_is_about_to_be_used_makes_no_way():
+    """With room for one, it is the other that leaves."""
+    with TriForce(model_of("llama"), **HOW) as engine:
+        size = KVShape(*_kv(engine)).token_bytes
+    document = draw_ids(5, 100)
+    with TriForce(model_of("llama"), session_memory=150 * size, **HOW) as engine:
+        desk = Desk("llama", engine)
+        desk.texts = [document, draw_ids(6, 60), document]
+        desk.sessions = [None, engine.session(), engine.session()]
+        desk.ask(0, KEEPS["all"], 5, 4, 0.0)  # parked by the next
+        desk.ask(1, KEEPS["all"], 5, 4, 0.0)
+        assert desk.ask(2, KEEPS["all"], 9, 4, 0.0).stats.reused_tokens >= 90
+
+
+def _kv(engine):
+    full = engine.layout.layers[engine.layout.full[0]]
+    return len(engine.layout.full), full.kv_heads, full.head_dim, engine.layout.dtype
+
+
+def test_a_users_session_in_the_same_folder_is_left_alone(tmp_path):
+    how = {**HOW, "session_dir": str(tmp_path), "session_memory": 0}
+    with TriForce(model_of("llama"), **how) as engine:
+        session = engine.session()
+        session.generate(list(draw_ids(1, 60)), max_new_tokens=4)
+        session.save(tmp_path / "text-book")
+    with TriForce(model_of("llama"), **how) as engine:
+        with engine.load_session(tmp_path / "text-book") as session:
+            assert session.generate(list(draw_ids(1, 60)), max_new_tokens=4).stats.reused_tokens > 0
+        engine.generate(list(draw_ids(2, 60)), max_new_tokens=4)
+    assert (tmp_path / "text-book" / "session.json").exists()
+
+
+def test_a_text_on_disk_that_turns_out_damaged_costs_no_answer(tmp_path):
+    how = {**HOW, "session_dir": str(tmp_path)}
+    with TriForce(model_of("llama"), **how) as engine:
+        expected = engine.generate(list(draw_ids(1, 60)), max_new_tokens=4, do_sample=False).token_ids
+    for shard in next(tmp_path.iterdir()).glob("kv-*"):
+        data = bytearray(shard.read_bytes())
+        data[-3] ^= 1
+        shard.write_bytes(data)
+    with TriForce(model_of("llama"), **how) as engine, pytest.warns(RuntimeWarning, match="read again"):
+        answer = engine.generate(list(draw_ids(1, 60)), max_new_tokens=4, do_sample=False)
+    assert answer.token_ids == expected
+    assert answer.stats.reused_tokens == 0
+
+
+def test_what_is_interrupted_in_the_middle_of_a_change_is_not_kept(monkeypatch):
+    """Neither parked nor gone on with: the caches are in no state that anybody knows."""
+    with TriForce(model_of("qwen3.5"), **HOW) as engine:
+        desk = Desk("qwen3.5", engine)
+        desk.ask(0, KEEPS["all"], 20, 8, 0.0)
+        caches = engine.runtime.caches
+        with monkeypatch.context() as patch:
+            patch.setattr(caches, "_sync", _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                desk.sessions[0].generate(list(desk.texts[0]), max_new_tokens=4)
+        assert not caches.whole
+        assert len(desk.sessions[0].tokens) == 0
+        desk.ask(1, KEEPS["all"], 20, 8, 0.0)
+        assert desk.ask(0, KEEPS["all"], 3, 8, 0.0).stats.reused_tokens == 0
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt

@@ -96,7 +96,35 @@ def styled(terminal: bool) -> bool:
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class PlainScreen:
+class PaintedScreen:
+    """What both screens do alike: answers are painted, and the rest is said as all commands say it."""
+
+    def __init__(self, painter: Painter) -> None:
+        self._painter = painter
+
+    def say(self, line: str) -> None:
+        """See ``Screen``."""
+        say(line)
+
+    def mistake(self, error: Exception) -> None:
+        """See ``Screen``."""
+        show_mistake(error)
+
+    def piece(self, thought: bool, text: str) -> None:
+        """See ``Screen``."""
+        self._painter.piece(thought, text)
+
+    def finish(self) -> None:
+        """See ``Screen``. An empty line sets the answer apart."""
+        self._painter.finish()
+        self._painter.blank()
+
+    def reading(self) -> AbstractContextManager[tuple[Progress, Progress]]:
+        """See ``Screen``."""
+        return report.bars(notes)
+
+
+class PlainScreen(PaintedScreen):
     """Lines in, answers out, everything else on standard error: for pipes and files. Nothing is coloured.
 
     Attributes:
@@ -104,7 +132,7 @@ class PlainScreen:
     """
 
     def __init__(self) -> None:
-        self._painter = Painter(sys.stdout, terminal=sys.stdout.isatty(), styled=False)
+        super().__init__(Painter(sys.stdout, terminal=sys.stdout.isatty(), styled=False))
         self.mistakes = 0
 
     def read(self) -> str:
@@ -123,27 +151,10 @@ class PlainScreen:
             self.mistake(InputError(f"this line is not UTF-8 text (byte {error.start:,} cannot be decoded)"))
             return ""
 
-    def say(self, line: str) -> None:
-        """See ``Screen``."""
-        say(line)
-
     def mistake(self, error: Exception) -> None:
         """See ``Screen``."""
         self.mistakes += 1
-        show_mistake(error)
-
-    def piece(self, thought: bool, text: str) -> None:
-        """See ``Screen``."""
-        self._painter.piece(thought, text)
-
-    def finish(self) -> None:
-        """See ``Screen``. An empty line sets the answers apart."""
-        self._painter.finish()
-        self._painter.blank()
-
-    def reading(self) -> AbstractContextManager[tuple[Progress, Progress]]:
-        """See ``Screen``."""
-        return report.bars(notes)
+        super().mistake(error)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:

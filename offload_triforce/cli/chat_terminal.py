@@ -16,23 +16,20 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from offload_triforce.cli import report
 from offload_triforce.cli.chat_commands import COMMANDS
-from offload_triforce.cli.chat_screen import Painter, show_mistake, styled
+from offload_triforce.cli.chat_screen import PaintedScreen, Painter, styled
 from offload_triforce.cli.chat_set import KEYS
 from offload_triforce.cli.chat_store import names
-from offload_triforce.cli.ending import notes, say
 from offload_triforce.generation.dialogue import Dialogue
 from offload_triforce.machine.folders import history_file
-from offload_triforce.model.prefill import Progress
 
 
-class TerminalScreen:
+class TerminalScreen(PaintedScreen):
     """See ``Screen``."""
 
     def __init__(self, status: Callable[[int], str], **options: Any) -> None:
         """``status``: the line at the bottom, for a width. ``options``: of prompt_toolkit, for tests."""
-        self._painter = Painter(sys.stdout, terminal=True, styled=styled(True))
+        super().__init__(Painter(sys.stdout, terminal=True, styled=styled(True)))
         self._prompt: PromptSession[str] = PromptSession(
             "> ",
             multiline=True,
@@ -49,27 +46,6 @@ class TerminalScreen:
     def read(self) -> str:
         """See ``Screen``."""
         return self._prompt.prompt()
-
-    def say(self, line: str) -> None:
-        """See ``Screen``."""
-        say(line)
-
-    def mistake(self, error: Exception) -> None:
-        """See ``Screen``."""
-        show_mistake(error)
-
-    def piece(self, thought: bool, text: str) -> None:
-        """See ``Screen``."""
-        self._painter.piece(thought, text)
-
-    def finish(self) -> None:
-        """See ``Screen``. An empty line sets the next question apart."""
-        self._painter.finish()
-        self._painter.blank()
-
-    def reading(self) -> AbstractContextManager[tuple[Progress, Progress]]:
-        """See ``Screen``."""
-        return report.bars(notes)
 
     def answering(self) -> AbstractContextManager[None]:
         """See ``Screen``. What is typed meanwhile is not shown in the middle of the answer, but waits for its end."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.layer import Snapshot
+from offload_triforce.model.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class KVShape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layout: ModelLayout) -> KVShape:
+        """What the full cache holds of a model."""
+        if not layout.full:
+            return cls(0, 1, 1, layout.dtype)
+        shape = layout.layers[layout.full[0]]
+        return cls(len(layout.full), shape.kv_heads, shape.head_dim, layout.dtype)
 
     @property
     def token_bytes(self) -> int:

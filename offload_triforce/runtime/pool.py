@@ -108,7 +108,8 @@ class SessionPool:
         if best is None:
             session.forget()
         elif best is not before and not self._take(session, best, start):
-            return self.seat(session, prompt, wanted)
+            self.seat(session, prompt, wanted)
+            return
         rest, text.parked = text.parked, None
         if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
             self.add(rest).used = self._clock - 1
@@ -117,7 +118,6 @@ class SessionPool:
         self.seated, text.used = text, self._clock
         others = [each for each in self._texts if (each.owned or each.parked is not None) and each is not text]
         self._texts = [*others, text]
-        return None
 
     def _take(self, session: Session, text: Text, start: Start) -> bool:
         """Bring a parked text into the caches; False if it turns out to be damaged: then it is forgotten.
@@ -225,7 +225,7 @@ def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
     shared = common_prefix(parked.tokens, prompt[:-1])
-    if session.can_cut_parked(0):
-        return find_start(len(parked.tokens), (), shared, len(prompt) - 1, session.can_cut_parked)
+    if session.cuttable:
+        return find_start(len(parked.tokens), (), shared, len(prompt) - 1, lambda tokens: True)
     known = [point for point in parked.checkpoints if point.tokens <= shared]
     return Start(known[-1].tokens, known[-1]) if known else None

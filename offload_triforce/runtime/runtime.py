@@ -22,7 +22,6 @@ from offload_triforce.kernels import ops
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress
 from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan, make_shape, work_out
-from offload_triforce.runtime.held import KVShape
 from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
 from offload_triforce.scheduler.device import CudaDevice, Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
@@ -140,13 +139,6 @@ class Runtime:
         states = HostStates(self.device, group, config.hidden_size, chunk, self.model.dtype)
         self._open.append(states)
         return states
-
-    @property
-    def kv_shape(self) -> KVShape:
-        """Of the full cache."""
-        if self.plan is None:
-            return KVShape(0, 1, 1, self.layout.dtype)
-        return KVShape(self.plan.layers, self.plan.kv_heads, self.plan.head_dim, self.layout.dtype)
 
     @property
     def brought_up(self) -> int:

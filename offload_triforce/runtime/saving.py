@@ -34,7 +34,7 @@ class Saver:
         self._model, self._layout, self._tokenizer, self._texts = model, layout, tokenizer, texts
         self._identity: ModelIdentity | None = None
         if shelf is not None:
-            texts.pool.use(Shelf(Path(shelf), self.identity(), kv_shape(layout)))
+            texts.pool.use(Shelf(Path(shelf), self.identity(), KVShape.of(layout)))
 
     def save(self, text: Text, folder: Path, progress: Progress | None = None) -> SavedText:
         """Save what is held of a text, see ``save_text``; while that lasts, no answer goes on."""
@@ -53,7 +53,7 @@ class Saver:
         Raises:
             InputError: there is none, it is damaged, or of another model. StorageError: it cannot be read.
         """
-        source = open_text(folder, self.identity(), kv_shape(self._layout), progress)
+        source = open_text(folder, self.identity(), KVShape.of(self._layout), progress)
         with self._texts.turn():
             return self._texts.pool.add(source, owned=True)
 
@@ -64,11 +64,3 @@ class Saver:
             take = lambda: (hold.take(), identify(self._model, self._tokenizer))[1]  # noqa: E731
             self._identity = do_and_undo(take, hold.give)
         return self._identity
-
-
-def kv_shape(layout: ModelLayout) -> KVShape:
-    """What full caches hold of a model, before there are any; as ``Runtime.kv_shape``."""
-    if not layout.full:
-        return KVShape(0, 1, 1, layout.dtype)
-    shape = layout.layers[layout.full[0]]
-    return KVShape(len(layout.full), shape.kv_heads, shape.head_dim, layout.dtype)

@@ -15,7 +15,7 @@ from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import AttentionPart, LayerPart, Progress, RecurrentPart, prefill
 from offload_triforce.planner.sizes import CHECKPOINT_BYTES, group_tokens
-from offload_triforce.runtime.held import Checkpoint, LiveText, TextSource, thin
+from offload_triforce.runtime.held import Checkpoint, KVShape, LiveText, TextSource, thin
 from offload_triforce.runtime.prefix import Start, Told, common_prefix, find_start
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.scheduler.device import on
@@ -73,21 +73,19 @@ class Session:
         self.long = self._is_long(prompt)
         if start is None:
             self.begin(wanted, progress)
-            if self._marked:
-                self._mark()
-            return 0
-        if start.tokens < caches.length:
-            self._go_back(start)
-        caches.drop_pending()
-        self._ids = prompt
-        missing = len(wanted) - start.tokens
-        if 0 < missing <= self.runtime.settings.news and self._chosen:
-            self._read_in_passes(prompt[start.tokens : -1].tolist())
-        elif missing:
-            self._read(wanted, progress)
-        if self._marked:
+        else:
+            if start.tokens < caches.length:
+                self._go_back(start)
+            caches.drop_pending()
+            self._ids = prompt
+            missing = len(wanted) - start.tokens
+            if 0 < missing <= self.runtime.settings.news and self._chosen:
+                self._read_in_passes(prompt[start.tokens : -1].tolist())
+            elif missing:
+                self._read(wanted, progress)
+        if self.keep:
             self._mark()
-        return start.tokens
+        return 0 if start is None else start.tokens
 
     def start(self, prompt: Tensor) -> Start | None:
         """How much of what is held stays, to go on with ``prompt`` (n,)."""
@@ -101,8 +99,9 @@ class Session:
         """Whether keys of a text that was ``long`` are those of a prompt (n,), where longrope turns them."""
         return long == self._is_long(prompt)
 
-    def can_cut_parked(self, tokens: int) -> bool:
-        """Whether a text that is not in the caches can be cut there without a checkpoint."""
+    @property
+    def cuttable(self) -> bool:
+        """Whether a text can be cut anywhere without a checkpoint: all that is kept of it are keys and values."""
         return self.runtime.caches.window is None and self.runtime.caches.recurrent is None
 
     def _is_long(self, prompt: Tensor) -> bool:
@@ -113,9 +112,10 @@ class Session:
         """What is held, for the host to read where it lies: until the session goes on."""
         caches = self.runtime.caches
         caches.still()
-        if not self.can_cut_parked(0):
-            self._mark()
-        return LiveText(self.ids.clone(), list(self.checkpoints), self.runtime.kv_shape, caches.full, self.long)
+        self._mark()
+        return LiveText(
+            self.ids.clone(), list(self.checkpoints), KVShape.of(self.runtime.layout), caches.full, self.long
+        )
 
     def take(self, source: TextSource, start: Start) -> None:
         """Hold the first tokens of a text that was read before. ``start``: how many, see ``find_start``."""
@@ -125,11 +125,6 @@ class Session:
         self._ids, self.long = source.tokens, source.long
         points = [point for point in source.checkpoints if point.tokens <= start.tokens]
         self.checkpoints = [Checkpoint(point.tokens, dict(point.parts)) for point in points]  # which may lie on disk
-
-    @property
-    def _marked(self) -> bool:
-        """Whether the text can be cut only where that was provided for."""
-        return self.keep and not self.can_cut_parked(0)
 
     def _go_back(self, start: Start) -> None:
         """Cut the text."""
@@ -143,16 +138,14 @@ class Session:
         runtime, caches = self.runtime, self.runtime.caches
         self._ids = wanted
         held = caches.length
-        starts = [*range(held, len(wanted), group_tokens(runtime.layout))]
-        ends = [*starts[1:], len(wanted)]
-        sizes = [end - start for start, end in zip(starts, ends, strict=False)]
-        told = Told(progress, len(runtime.layout.layers), runtime.settings.prefill_chunk, sizes)
-        for start, end in zip(starts, ends, strict=False):
-            self._read_group(wanted[start:end], len(wanted), told)
+        groups = wanted[held:].split(group_tokens(runtime.layout)) if held < len(wanted) else ()
+        told = Told(progress, len(runtime.layout.layers), runtime.settings.prefill_chunk, [len(g) for g in groups])
+        for group in groups:
+            self._read_group(group, len(wanted), told)
             told.group_done()
-            if self._marked and end < len(wanted):
+            if self.keep and caches.length < len(wanted):
                 self._mark()
-        if not starts:
+        if not groups:
             caches.end_fill(0)
         if runtime.layout.device.type == "cuda":
             # So that its time is not taken for decoding's.
@@ -192,7 +185,9 @@ class Session:
             target.commit(range(len(nodes)))
 
     def _mark(self) -> None:
-        """Keep what could not be cut later."""
+        """Keep what could not be cut later, if there is any such."""
+        if self.cuttable:
+            return
         length = self.runtime.caches.length
         before = [point for point in self.checkpoints if point.tokens < length]
         point = Checkpoint(length, self.runtime.caches.checkpoint())

@@ -333,7 +333,7 @@ def test_sessions_are_kept_where_nothing_else_is(family):
 def test_a_text_that_is_about_to_be_used_makes_no_way():
     """With room for one, it is the other that leaves."""
     with TriForce(model_of("llama"), **HOW) as engine:
-        size = KVShape(*_kv(engine)).token_bytes
+        size = KVShape.of(engine.layout).token_bytes
     document = draw_ids(5, 100)
     with TriForce(model_of("llama"), session_memory=150 * size, **HOW) as engine:
         desk = Desk("llama", engine)
@@ -342,11 +342,6 @@ def test_a_text_that_is_about_to_be_used_makes_no_way():
         desk.ask(0, KEEPS["all"], 5, 4, 0.0)  # parked by the next
         desk.ask(1, KEEPS["all"], 5, 4, 0.0)
         assert desk.ask(2, KEEPS["all"], 9, 4, 0.0).stats.reused_tokens >= 90
-
-
-def _kv(engine):
-    full = engine.layout.layers[engine.layout.full[0]]
-    return len(engine.layout.full), full.kv_heads, full.head_dim, engine.layout.dtype
 
 
 def test_a_users_session_in_the_same_folder_is_left_alone(tmp_path):

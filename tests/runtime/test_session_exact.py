@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_triforce.config import Settings
+from offload_triforce.config import Settings, replace_settings
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.planner import sizes
@@ -16,22 +16,11 @@ from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.store import Leaving
 from offload_triforce.speculation.tree import chain
+from tests.runtime import test_pipeline_exact as pipeline
 from tests.scheduler.devices import EagerDevice, LateDevice, chaotic
 from tests.tiny import prompt_ids, tiny_model
 
-SETTINGS = Settings(
-    chunk=2,
-    sink=2,
-    recent=3,
-    budget=24,
-    bits=16,
-    gamma=3,
-    draft_tokens=4,
-    tile=6,
-    ring=2,
-    prefill_chunk=13,
-    resident=0.2,
-)
+SETTINGS = replace_settings(pipeline.SETTINGS, {"ring": 2})
 TEXT = prompt_ids(140)[0]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from offload_triforce import TriForce
 from offload_triforce.errors import InputError
-from offload_triforce.runtime.saving import kv_shape
+from offload_triforce.runtime.held import KVShape
 from tests.tiny import prompt_ids, tiny_model
 
 SMALL = {"budget": 96, "tile": 32, "draft_cache": 32}
@@ -28,7 +28,7 @@ def test_saved_and_loaded(family, sampled, tmp_path):
     with engine_of(family) as engine:
         wanted = engine.generate(asked, **options).token_ids
     with engine_of(family) as engine:
-        assert kv_shape(engine.layout) == engine.load_session(tmp_path / "s")._texts.pool._texts[0].parked.shape
+        assert KVShape.of(engine.layout) == engine.load_session(tmp_path / "s")._texts.pool._texts[0].parked.shape
         session = engine.load_session(tmp_path / "s")
         assert session.tokens.tolist() == held
         answer = session.generate(asked, **options)
@@ -43,7 +43,7 @@ def test_saved_and_loaded(family, sampled, tmp_path):
         assert answer.stats.reused_tokens > 170
         if not sampled:
             assert answer.token_ids == expected
-        assert kv_shape(engine.layout) == engine.runtime.kv_shape
+        assert KVShape.of(engine.layout) == engine._texts.session.source().shape
 
 
 def test_of_another_model_is_refused_and_nothing_is_read(tmp_path):

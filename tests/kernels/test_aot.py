@@ -25,6 +25,7 @@ TARGETS = [
     pytest.param(120, "few"),
     *(pytest.param(cc, "usual", marks=pytest.mark.slow) for cc in (86, 89, 90, 120)),
 ]
+pytestmark = pytest.mark.xdist_group("compiled")  # by one worker, so that none compiles again what another has
 needs_disassembler = pytest.mark.skipif(
     machine_code.disassembler() is None, reason="this Triton comes without cuobjdump, so instructions cannot be counted"
 )

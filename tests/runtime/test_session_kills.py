@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_while_saving(tmp_path, count):
     run = [sys.executable, "-m", "tests.runtime.killed_saves", str(tmp_path / "session"), str(count), str(os.getpid())]
     done = subprocess.run(run, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -22,14 +22,17 @@ def triton_kernels(monkeypatch):
     assert ops.uses_triton(torch.zeros(1, device=WHERE))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma2", "qwen3.5"])
+@pytest.mark.parametrize(
+    "family",
+    ["gemma2", "qwen3.5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2-sliding"))],
+)
 def test_passes_agree_with_the_eager_twins(family, monkeypatch):
     """Same logits, same keys and values, same choice of chunks - up to what rounding may turn."""
     model = tiny_model(family).to(WHERE)
     layout = probe(model)
-    ours, kept, chosen = logits(model, layout, EagerDevice(WHERE), passes=3)
+    ours, kept, chosen = logits(model, layout, EagerDevice(WHERE), passes=2)
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "torch")
-    theirs, expected, choice = logits(model, layout, EagerDevice(WHERE), passes=3)
+    theirs, expected, choice = logits(model, layout, EagerDevice(WHERE), passes=2)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     for one, other in zip(kept, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
@@ -49,5 +52,5 @@ def test_bit_identical_under_delays():
 def test_greedy_equals_transformers(draft):
     model, prompt = tiny_model("llama", calm=True).to(WHERE), prompt_ids(40).to(WHERE)
     with TriForce(model, draft=draft, **{**vars(SETTINGS), "draft_cache": 32}) as engine:
-        answer = engine.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert answer.token_ids == greedy(model, prompt, 8)
+        answer = engine.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert answer.token_ids == greedy(model, prompt, 6)

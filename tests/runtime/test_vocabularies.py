@@ -39,13 +39,19 @@ def narrow():
 
 
 PLACES = {"none": [], "in the sink": [1], "left out": [30], "in the window": [75, 80], "everywhere": [*range(0, 90, 3)]}
+PLACES |= {"at the end": [89]}
 
 
-@pytest.mark.parametrize("places", [*PLACES.values(), [89]], ids=[*PLACES, "at the end"])
-@pytest.mark.parametrize("rule", ["coupled", "resampled"])
+@pytest.mark.parametrize(
+    ("rule", "places"),
+    [
+        *(("coupled", places) for places in PLACES),
+        *(pytest.param("resampled", p, marks=() if p == "at the end" else pytest.mark.slow) for p in PLACES),
+    ],
+)
 def test_ids_that_the_draft_does_not_know(wide, narrow, places, rule):
     """They cost drafts, not the answer; what the draft has got behind it does not keep it from drafting."""
-    prompt = prompt_with(places)
+    prompt = prompt_with(PLACES[places])
     expected = greedy(wide, prompt, NEW)
     for draft in (narrow, ("ngram", narrow)):
         with TriForce(wide, draft=draft, rule=rule, same_tokens=True, **SMALL) as engine:

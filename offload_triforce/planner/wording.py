@@ -8,6 +8,7 @@ from typing import Any
 
 from offload_triforce.config import Settings
 from offload_triforce.machine.units import gigabytes
+from offload_triforce.model.outline import ModelShape
 from offload_triforce.model.weights import note_on_unpacking
 from offload_triforce.planner.fit import unpacked_bytes
 from offload_triforce.planner.report import PlanReport
@@ -87,12 +88,26 @@ def notes(found: PlanReport) -> list[str]:
     for model in [asked.model] if asked.draft in (None, asked.model) else [asked.model, asked.draft]:
         if model.gguf is not None:
             said.append(note_on_unpacking(model.gguf, unpacked_bytes(model), layout.dtype, model.quantize))
+        if model.packed is not None:
+            said.append(_note_on_packed(model))
     if asked.model.quantize and asked.model.weights.experts:
         said.append("bitsandbytes leaves the experts in 16 bits")
     said += _phases(found)
     if found.packed_fits:
         said.append(f"with {found.packed_fits}, all of the KV cache would fit on the card")
     return said
+
+
+def _note_on_packed(model: ModelShape) -> str:
+    """What becomes of weights that are packed in the files, and their size."""
+    size, dtype = gigabytes(model.weights.total), str(model.layout.dtype)[6:]
+    if model.is_packed:
+        return f"the weights of {model.name} are packed ({model.packed}) and stay so on the card: {size}"
+    if model.packed_counts is None:
+        return f"the weights of {model.name} are packed ({model.packed}); without files, they count as {dtype}: {size}"
+    return (
+        f"transformers writes the packed weights of {model.name} ({model.packed}) out in {dtype} on this card: {size}"
+    )
 
 
 def _phases(found: PlanReport) -> list[str]:

@@ -203,7 +203,10 @@ def shape_of_known(known: KnownModel, dtype: torch.dtype | None = None) -> Model
     weights = known.counts.weights(dtype.itemsize, None)
     embedding = 0 if text.tie_word_embeddings else weights.head
     heads = text.num_attention_heads
-    return ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
+    shape = ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
+    # What the files hold is written down for the dtype that they were published in.
+    packed = known.packed_counts if dtype.itemsize == torch.bfloat16.itemsize else None
+    return replace(shape, packed=known.packed, packed_counts=packed)
 
 
 def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | RecurrentShape:
@@ -212,5 +215,13 @@ def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | Rec
         values, value_dim = text.linear_num_value_heads, text.linear_value_head_dim
         channels = 2 * keys * key_dim + values * value_dim  # queries, keys and values are convolved together
         return RecurrentShape(keys, values, key_dim, value_dim, channels, text.linear_conv_kernel_dim)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return LayerShape(text.num_key_value_heads, dim, window if kind == "sliding_attention" else None)
+    dim, heads = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        text.num_key_value_heads,
+    )
+    if kind == "sliding_attention":
+        return LayerShape(heads, dim, window)
+    dim = getattr(text, "global_head_dim", None) or dim  # Gemma 4's full layers have larger heads, and fewer of them
+    if getattr(text, "attention_k_eq_v", False):
+        heads = getattr(text, "num_global_key_value_heads", None) or heads
+    return LayerShape(heads, dim, None)

@@ -124,6 +124,7 @@ def _question(
 ) -> PlanQuery:
     from offload_triforce.config import Settings, replace_settings
     from offload_triforce.model.weights import DTYPES
+    from offload_triforce.planner.drafting import choose_draft
     from offload_triforce.planner.models import find_shape, on_card
     from offload_triforce.planner.query import PlanQuery
 
@@ -139,7 +140,8 @@ def _question(
         (on_card(find_shape(named, kind), machine), "model") if named is not None else _own_draft(draft, target)
     )
     names = {"source": model, "draft_source": draft}
-    return PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+    asked = PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+    return choose_draft(asked) if draft == "auto" else asked
 
 
 def _own_draft(draft: str, target: ModelShape) -> tuple[ModelShape | None, str]:

@@ -66,8 +66,10 @@ def _with_own_names(names: Any) -> Any:
     return names + [name for name in own if name not in names]
 
 
-def _own_name(name: str) -> str:
+def _own_name(module: str) -> str:
+    """Of a module: the patterns are for weights, whose names go on with a dot."""
+    name = f"{module}."
     for pattern, own in _RENAMED.items():
         if re.match(pattern, name):
-            return re.sub(pattern, own, name)
-    return name
+            return re.sub(pattern, own, name).removesuffix(".")
+    return module

@@ -116,10 +116,12 @@ def check_unpacked_room(packed: Packed, source: str, size: int, dtype: torch.dty
         return
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_host()
     if size > free:
+        needed = packed.method == "mxfp4" and device.type == "cuda" and not is_kernels_available()
+        keeping = "pip install kernels, with which they stay packed, or " if needed else ""
         raise MemoryLimitError(
             f"transformers writes the weights of {source} ({packed.method}) out in {str(dtype)[6:]} on this machine: "
-            f"{gigabytes(size)}, but {gigabytes(free)} are free on {device}, {gigabytes(size - free)} too little; take "
-            "--quantize nf4 of the same model in 16 bits, or a smaller model"
+            f"{gigabytes(size)}, but {gigabytes(free)} are free on {device}, {gigabytes(size - free)} too little; "
+            f"{keeping}take --quantize nf4 of the same model in 16 bits, or a smaller model"
         )
 
 

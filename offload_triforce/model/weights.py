@@ -12,6 +12,7 @@ from torch import nn
 
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.counts import NF4_BLOCK, NOTHING, Counts, Matrix, Part
+from offload_triforce.model.layers import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ _PACKED_HEADS = {"Int8Head": "int8"}
 def count(model: PreTrainedModel) -> Counts:
     """Count a model's weights, whether they are packed or not. It may lie on the meta device."""
     packed = {f"{name}.weight": (part.out_features, part.in_features) for name, part in _linear(model)}
-    layers, text, head = model.get_decoder().layers, model.config.get_text_config(), model.get_output_embeddings()
+    layers, text, head = layers_of(model.get_decoder()), model.config.get_text_config(), model.get_output_embeddings()
     decoder = {id(part) for part in (*layers.parameters(), *layers.modules())}
     inside = experts = outside = NOTHING
     shapes: Counter[tuple[int, int]] = Counter()

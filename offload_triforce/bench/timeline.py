@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.bench.figures import new_figure, save
 from offload_triforce.bench.subject import Subject
+from offload_triforce.model.layers import layers_of
 from offload_triforce.scheduler.device import COMPUTE, D2H, H2D, Device
 from offload_triforce.scheduler.trace import Span, Trace, busy
 
@@ -37,7 +38,7 @@ def _layer_spans(model: PreTrainedModel, device: Device) -> Iterator[None]:
     """Trace when each decoder layer works: attention, projections and MLP together."""
     with ExitStack() as hooks:
         spans = {}
-        for index, layer in enumerate(model.get_decoder().layers):
+        for index, layer in enumerate(layers_of(model.get_decoder())):
 
             def enter(_module: object, _args: object, index: int = index) -> None:
                 spans[index] = device.span(LAYERS, f"layer {index}")

@@ -124,7 +124,8 @@ def _question(
 ) -> PlanQuery:
     from offload_triforce.config import Settings, replace_settings
     from offload_triforce.model.weights import DTYPES
-    from offload_triforce.planner.models import find_shape
+    from offload_triforce.planner.drafting import choose_draft
+    from offload_triforce.planner.models import find_shape, on_card
     from offload_triforce.planner.query import PlanQuery
 
     if dtype not in DTYPES:
@@ -132,12 +133,15 @@ def _question(
     kind = DTYPES[dtype]
     tokens = Settings.from_mapping({"context": context}).context
     settings = replace_settings(Settings(), given)
-    target = find_shape(model, kind).quantized(*packing)
+    target = on_card(find_shape(model, kind), machine).quantized(*packing)
     variants = _variants(target, packing)
     named = draft_model(draft)
-    small, word = (find_shape(named, kind), "model") if named is not None else _own_draft(draft, target)
+    small, word = (
+        (on_card(find_shape(named, kind), machine), "model") if named is not None else _own_draft(draft, target)
+    )
     names = {"source": model, "draft_source": draft}
-    return PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+    asked = PlanQuery(target, tokens, machine, settings, tuple(given), small, word, *rates, variants=variants, **names)
+    return choose_draft(asked) if draft == "auto" else asked
 
 
 def _own_draft(draft: str, target: ModelShape) -> tuple[ModelShape | None, str]:
@@ -159,7 +163,9 @@ def _own_draft(draft: str, target: ModelShape) -> tuple[ModelShape | None, str]:
 
 
 def _variants(target: ModelShape, packing: tuple[str | None, str | None]) -> tuple[ModelShape, ...]:
-    """The same model packed in all ways that leave what was asked for."""
+    """The same model packed in all ways that leave what was asked for; none where its files hold it packed."""
+    if target.packed is not None:
+        return ()
     from offload_triforce.model.counts import HEAD_QUANTIZATIONS, QUANTIZATIONS
 
     weights = (packing[0],) if packing[0] else (None, *QUANTIZATIONS)

@@ -63,4 +63,4 @@ def own_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     """Input embeddings that could be in host memory as well: a plain table, which is not the output's too."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(table) is nn.Embedding and table.max_norm is None and "forward" not in vars(table)  # no hook in it
-    return table if plain and head is not None and head.weight is not table.weight else None
+    return table if plain and head is not None and getattr(head, "weight", None) is not table.weight else None

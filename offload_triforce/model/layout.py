@@ -14,6 +14,7 @@ from offload_triforce.cache.sizes import RecurrentShape
 from offload_triforce.errors import UnsupportedModelError, first_line
 from offload_triforce.kernels.ops import AttentionParams, Convolution, DeltaTokens
 from offload_triforce.model.adapter import ATTENTION_NAME, Attachment, DetachedError, run
+from offload_triforce.model.layers import find_layers
 from offload_triforce.model.outline import LayerShape, ModelLayout
 from offload_triforce.model.recurrent import FAMILIES, redirect
 from offload_triforce.model.refusals import refuse, rope_parameters
@@ -84,7 +85,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     refuse(model.config, name)
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} does not predict tokens; load it with AutoModelForCausalLM")
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = find_layers(model.get_decoder())
     if layers is None or len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} does not keep its decoder layers in a list that the prefill can drive")
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -29,6 +29,7 @@ from offload_triforce.model.local_files import check_files, locate
 from offload_triforce.model.multimodal import loading_options
 from offload_triforce.model.packed_head import kept_in_host_memory, pack_head
 from offload_triforce.model.packing import check_packing
+from offload_triforce.model.prequantized import check_packed, check_unpacked_room
 from offload_triforce.model.quantize import check_room, move, pack
 from offload_triforce.model.to_host import move_embeddings
 from offload_triforce.model.weights import DTYPES, count
@@ -126,8 +127,12 @@ def _load(
     try:
         if not gguf:  # a model that is refused is refused before its weights are read
             config = AutoConfig.from_pretrained(folder)
+            packed = check_packed(config, source, device, quantize, quantize_head)
             blank = blank_model(config, dtype)
             probe_blank(blank)
+            if packed is not None:
+                size = count(blank).weights(dtype.itemsize, None).total
+                check_unpacked_room(packed, source, size, dtype, device)
             check_head_quantization(quantize_head, count(blank).tied)
             options |= loading_options(config)
             kept = [blank.get_output_embeddings()] if quantize_head is not None else []

@@ -93,6 +93,17 @@ def check_folder(folder: Path) -> None:
             _check_weights(folder / name)
 
 
+def shard_names(folder: Path) -> list[str]:
+    """The safetensors files that hold a folder's weights; none where they are in another format, or not there.
+
+    Raises:
+        InputError: an index that is none.
+    """
+    if (folder / _WHOLE).is_file():
+        return [_WHOLE]
+    return _shards(folder / _INDEX) if (folder / _INDEX).is_file() else []
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The one JSON object that a file holds.
 

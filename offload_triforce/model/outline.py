@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_triforce.cache.sizes import RecurrentShape
+from offload_triforce.errors import InputError
 from offload_triforce.model.counts import (
     Counts,
     Weights,
@@ -106,6 +107,8 @@ class ModelShape:
         gguf: the file that is loaded, where it is one: it is unpacked then.
         mtp: what is in its MTP head, if its files hold one.
         reads_hidden: width of the hidden states of another model that it reads, being the head of that; else 0.
+        packed: how its weights are packed in the files (``prequantized``), if they are. packed_counts: what the files
+            hold, if they are there.
     """
 
     name: str
@@ -120,14 +123,20 @@ class ModelShape:
     gguf: Path | None = None
     mtp: Counts | None = None
     reads_hidden: int = 0
+    packed: str | None = None
+    packed_counts: Counts | None = None
 
     def quantized(self, quantize: str | None, quantize_head: str | None = None) -> ModelShape:
         """The same model with its weights packed otherwise.
 
         Raises:
-            InputError: an unknown quantisation, or one of an output head that is the input embedding too.
+            InputError: an unknown quantisation, or one of an output head that is the input embedding too, or of weights
+                that are packed in the files.
         """
         check_quantization(quantize)
+        if self.packed is not None and (quantize or quantize_head):
+            asked = packing_options(quantize, quantize_head)
+            raise InputError(f"the weights of {self.name} are packed already ({self.packed}); leave {asked} out")
         check_head_quantization(quantize_head, self.counts.tied)
         weights = self.counts.weights(self.layout.dtype.itemsize, quantize, quantize_head)
         return replace(self, weights=weights, quantize=quantize, quantize_head=quantize_head)
@@ -153,6 +162,18 @@ class ModelShape:
             self.mtp,
             reads_hidden=width,
         )
+
+    def packed_as_in_files(self) -> ModelShape:
+        """The same model with its weights as its files hold them, where those are there."""
+        if self.packed_counts is None:
+            return self
+        weights = self.packed_counts.weights(self.layout.dtype.itemsize, None)
+        return replace(self, counts=self.packed_counts, weights=weights)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weights are counted as its files hold them packed."""
+        return self.packed_counts is not None and self.counts is self.packed_counts
 
     @property
     def packing(self) -> str:
@@ -182,7 +203,10 @@ def shape_of_known(known: KnownModel, dtype: torch.dtype | None = None) -> Model
     weights = known.counts.weights(dtype.itemsize, None)
     embedding = 0 if text.tie_word_embeddings else weights.head
     heads = text.num_attention_heads
-    return ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
+    shape = ModelShape(known.title, config, layout, heads, weights, known.counts, embedding, mtp=known.mtp)
+    # What the files hold is written down for the dtype that they were published in.
+    packed = known.packed_counts if dtype.itemsize == torch.bfloat16.itemsize else None
+    return replace(shape, packed=known.packed, packed_counts=packed)
 
 
 def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | RecurrentShape:
@@ -191,5 +215,13 @@ def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | Rec
         values, value_dim = text.linear_num_value_heads, text.linear_value_head_dim
         channels = 2 * keys * key_dim + values * value_dim  # queries, keys and values are convolved together
         return RecurrentShape(keys, values, key_dim, value_dim, channels, text.linear_conv_kernel_dim)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return LayerShape(text.num_key_value_heads, dim, window if kind == "sliding_attention" else None)
+    dim, heads = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        text.num_key_value_heads,
+    )
+    if kind == "sliding_attention":
+        return LayerShape(heads, dim, window)
+    dim = getattr(text, "global_head_dim", None) or dim  # Gemma 4's full layers have larger heads, and fewer of them
+    if getattr(text, "attention_k_eq_v", False):
+        heads = getattr(text, "num_global_key_value_heads", None) or heads
+    return LayerShape(heads, dim, None)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from offload_triforce.kernels import ops
 from offload_triforce.model.embeddings import embed
+from offload_triforce.model.layers import layers_of
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.lock import do_and_undo
 from offload_triforce.model.recurrent import OwnConvolution, OwnRule
@@ -195,7 +196,7 @@ def _read_layers(
     states: HiddenStates,
     tokens_done: TokensDone | None,
 ) -> None:
-    layers = model.get_decoder().layers
+    layers = layers_of(model.get_decoder())
     count = len(stretch.tokens)
     parts = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     calls: list[list[_Call]] = []
@@ -247,7 +248,7 @@ def _run_recording(decoder: nn.Module, given: dict[str, Tensor], positions: Tens
     Layers have another ``forward`` meanwhile. Calls of other threads go on to the one before; ours are known by their
     keyword. Afterwards they have what they had: accelerate sets one of its own.
     """
-    layers, ours = decoder.layers, object()
+    layers, ours = layers_of(decoder), object()
     shares = getattr(decoder.config.get_text_config(), "num_kv_shared_layers", None) != 0
     before = [vars(layer).get("forward") for layer in layers]
     inputs: list[Tensor] = []

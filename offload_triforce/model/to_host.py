@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from offload_triforce.errors import InputError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.embeddings import HostEmbedding, host_table, own_embedding
+from offload_triforce.model.layers import layers_of
 from offload_triforce.model.watch import PROBE_TOKENS, decoder_inputs
 
 
@@ -37,7 +38,7 @@ def move_embeddings(model: PreTrainedModel) -> str | None:
     own = own_embedding(model)
     if own is None:
         return "are the output embeddings too, or no plain table"
-    device = next(model.get_decoder().layers.parameters()).device
+    device = next(layers_of(model.get_decoder()).parameters()).device
     # The probe's tokens alone: the table may wait in host memory already, and be too large for the device.
     few = nn.Embedding.from_pretrained(own.weight[:PROBE_TOKENS].to(device))
     same = False

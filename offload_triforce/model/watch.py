@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from offload_triforce.model.adapter import ATTENTION_NAME
+from offload_triforce.model.layers import layers_of
 
 PROBE_NAME = "offload_triforce_probe"
 PROBE_TOKENS = 4  # that run through a model while it is watched
@@ -129,7 +130,7 @@ def decoder_inputs(model: PreTrainedModel, rows: Tensor | None = None, whole: bo
         found.extend(_tensors((args, kwargs)))
         raise _Enough
 
-    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    hook = layers_of(decoder)[0].register_forward_pre_hook(stop, with_kwargs=True)
     positions = torch.arange(PROBE_TOKENS, device=model.device)[None]
     given = {"input_ids": positions} if rows is None else {"inputs_embeds": rows[None]}
     try:

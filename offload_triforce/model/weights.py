@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.counts import NF4_BLOCK, NOTHING, Counts, Matrix, Part
+from offload_triforce.model.layers import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,24 +29,14 @@ _PACKED_HEADS = {"Int8Head": "int8"}
 def count(model: PreTrainedModel) -> Counts:
     """Count a model's weights, whether they are packed or not. It may lie on the meta device."""
     packed = {f"{name}.weight": (part.out_features, part.in_features) for name, part in _linear(model)}
-    layers, text, head = model.get_decoder().layers, model.config.get_text_config(), model.get_output_embeddings()
-    decoder = {id(weight) for weight in layers.parameters()}
+    layers, text, head = layers_of(model.get_decoder()), model.config.get_text_config(), model.get_output_embeddings()
+    decoder = {id(part) for part in (*layers.parameters(), *layers.modules())}
     inside = experts = outside = NOTHING
     shapes: Counter[tuple[int, int]] = Counter()
     largest = 0
-    for name, weight in model.named_parameters():
-        number = weight.numel()
-        extra = number * (weight.element_size() - model.dtype.itemsize)
-        if name in packed:
-            rows, columns = packed[name]
-            number = rows * columns
-            part = Part(0, number, rows, -(-number // NF4_BLOCK), extra if weight.is_floating_point() else 0)
-            largest = max(largest, number)
-        elif weight is getattr(head, "scale", None):
-            continue
-        else:
-            part = Part(number, extra=0 if weight is head.weight else extra)
-        if id(weight) not in decoder:
+    for name, held, part in _parts(model, packed):
+        largest = max(largest, part.packed)
+        if id(held) not in decoder:
             outside = outside.plus(part)
         elif ".experts." in name:
             experts = experts.plus(part)
@@ -55,9 +47,39 @@ def count(model: PreTrainedModel) -> Counts:
     chosen = getattr(text, "num_experts_per_tok", None)
     share = chosen / available if available and chosen else 1.0
     matrices = tuple(Matrix(*shape, number) for shape, number in sorted(shapes.items()))
-    tied = head.weight is model.get_input_embeddings().weight
-    size = head.weight.numel()
-    return Counts(len(layers), inside, outside, size, largest, experts, share, matrices, head.weight.shape[0], tied)
+    rows, columns = head.out_features, head.in_features
+    tied = getattr(head, "weight", None) is model.get_input_embeddings().weight
+    return Counts(len(layers), inside, outside, rows * columns, largest, experts, share, matrices, rows, tied)
+
+
+def _parts(
+    model: PreTrainedModel, packed: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, nn.Parameter | nn.Module, Part]]:
+    """All weights, by name, with what holds them. ``packed``: rows and columns of those that we pack."""
+    head, itemsize = model.get_output_embeddings(), model.dtype.itemsize
+    of_head, scale = getattr(head, "weight", None), getattr(head, "scale", None)
+    for name, weight in model.named_parameters():
+        number = weight.numel()
+        extra = number * (weight.element_size() - itemsize)
+        if name in packed:
+            rows, columns = packed[name]
+            number, extra = rows * columns, extra if weight.is_floating_point() else 0
+            yield name, weight, Part(0, number, rows, -(-number // NF4_BLOCK), extra)
+        elif weight is of_head or weight is not scale:
+            yield name, weight, Part(number, extra=0 if weight is of_head else extra)
+    for name, module in model.named_modules():
+        if (part := _packed_in_buffers(module, itemsize)) is not None:
+            yield name, module, part
+
+
+def _packed_in_buffers(module: nn.Module, itemsize: int) -> Part | None:
+    """The weights of a linear layer that are packed in buffers, as AWQ's and GPTQ's are; None of any other module."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    buffers = list(module.buffers(recurse=False))
+    if not isinstance(rows, int) or not isinstance(columns, int) or not buffers or hasattr(module, "weight"):
+        return None
+    number = rows * columns
+    return Part(number, extra=sum(buffer.nbytes for buffer in buffers) - number * itemsize)
 
 
 def count_head(head: nn.Module, model: PreTrainedModel) -> Counts:

@@ -100,14 +100,21 @@ def choose_for_loaded(
     from offload_triforce.model.shape import shape_of_loaded  # imports transformers, which is there then
 
     shape = shape_of_loaded(model, layout)
+    machine, fixed = on_loaded_card(shape, settings)
+    machine = replace(machine, memory=machine.memory - draft_bytes)
+    return choose_settings(shape, settings, context, machine, fixed)
+
+
+def on_loaded_card(shape: ModelShape, settings: Settings) -> tuple[Machine, Collection[str]]:
+    """The card that a loaded model lies on, as if it did not, and the names of the settings that are not open there."""
+    device = shape.layout.device
     taken = shape.weights.total + DEVICE_OVERHEAD  # what is free is free of these
-    machine = this_machine(device=layout.device.index or 0)
-    machine = replace(machine, memory=free_on(layout.device) + taken - draft_bytes)
+    machine = replace(this_machine(device=device.index or 0), memory=free_on(device) + taken)
     open_ones = ("budget", "resident", "prefill_resident", "hidden_states")
     given = [name for name in open_ones if getattr(settings, name) is not None]
     if settings.prefill_chunk != Settings.prefill_chunk:
         given.append("prefill_chunk")
-    return choose_settings(shape, settings, context, machine, (*given, "gamma", "gamma1"))
+    return machine, (*given, "gamma", "gamma1")
 
 
 def resident_shares(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload_triforce.errors import InputError, first_line
+from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.fetch import kept_file, looks_like_path
 from offload_triforce.model.hub import access, is_here, require
 from offload_triforce.model.names import find_known, nearest
@@ -38,15 +39,27 @@ def find_shape(source: str, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
     return _shape(_from_hub(source), dtype, source)
 
 
+def on_card(shape: ModelShape, machine: Machine) -> ModelShape:
+    """The shape with its weights as they will lie on that machine's card: as in the files, or written out."""
+    if shape.packed is None:
+        return shape
+    from offload_triforce.model.prequantized import stays_packed
+
+    return shape.packed_as_in_files() if stays_packed(shape.packed, machine.speeds.cc) else shape
+
+
 def _shape(config: PretrainedConfig, dtype: torch.dtype, name: str, gguf: Path | None = None) -> ModelShape:
+    from offload_triforce.model.prequantized import check_known
     from offload_triforce.model.shape import shape_of
 
-    return replace(shape_of(config, dtype, name=name), gguf=gguf)
+    packed = None if gguf is not None else check_known(config, name)  # transformers says so of GGUF files as well
+    return replace(shape_of(config, dtype, name=name), gguf=gguf, packed=packed)
 
 
 def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
     from transformers import AutoConfig
 
+    from offload_triforce.model.file_sizes import counts_in_files
     from offload_triforce.model.gguf_header import read_header
     from offload_triforce.model.gguf_skim import skimming
     from offload_triforce.model.local_files import lone_gguf
@@ -66,6 +79,8 @@ def _read(source: str, path: Path, dtype: torch.dtype) -> ModelShape:
     except Exception as error:  # whatever a file that somebody wrote makes of transformers
         raise InputError(f"{source} holds no configuration that transformers can read: {first_line(error)}") from error
     shape = _shape(config, dtype, path.name or source, gguf)
+    if shape.packed is not None and path.is_dir():
+        shape = replace(shape, packed_counts=counts_in_files(path, shape.counts, dtype.itemsize))
     if shape.mtp is not None and path.is_dir() and lacks_head(config, str(path)):
         return replace(shape, mtp=None)
     return shape

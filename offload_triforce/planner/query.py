@@ -13,6 +13,21 @@ from offload_triforce.planner.choose import choose_settings
 
 
 @dataclass(frozen=True)
+class AutoDraft:
+    """What ``auto`` took, and why.
+
+    Attributes:
+        head: whether it is the MTP head. size: bytes of that.
+        with_head, with_lookup: ms per token that are predicted with either; None where it does not fit.
+    """
+
+    head: bool
+    size: int
+    with_head: float | None
+    with_lookup: float | None
+
+
+@dataclass(frozen=True)
 class PlanQuery:
     """What is asked.
 
@@ -22,6 +37,7 @@ class PlanQuery:
         retrieval, drafted: acceptance, None where it is to be assumed.
         variants: the same model under other quantisations, for suggestions.
         source, draft_source: what the user called the two, as ``generate`` takes them.
+        auto: how the draft was chosen, where it was left open and there is an MTP head.
     """
 
     model: ModelShape
@@ -36,6 +52,7 @@ class PlanQuery:
     variants: tuple[ModelShape, ...] = ()
     source: str = "MODEL"
     draft_source: str = "auto"
+    auto: AutoDraft | None = None
 
     def choose(self, model: ModelShape | None = None, context: int | None = None, **changes: Any) -> Settings:
         """Settings for this question, or for one that differs."""

@@ -113,6 +113,16 @@ def make_report(question: PlanQuery) -> PlanReport:
     )
 
 
+def best_ms(question: PlanQuery) -> float | None:
+    """Predicted milliseconds per token by the faster way; None where neither fits."""
+    hierarchy = _way(question)
+    plain = _plain(question) if hierarchy.settings.gamma else hierarchy
+    if hierarchy.missing and plain.missing:
+        return None
+    told = _predict(question, hierarchy, plain)
+    return told.plain_ms if _better(question, hierarchy, plain, told) == "plain" else told.round.ms_per_token
+
+
 def _way(question: PlanQuery, **changes: Any) -> Way:
     """The best settings for a question, some of them given."""
     settings = question.choose(**changes)

@@ -8,8 +8,10 @@ from typing import Any
 
 from offload_triforce.config import Settings
 from offload_triforce.machine.units import gigabytes
+from offload_triforce.model.outline import ModelShape
 from offload_triforce.model.weights import note_on_unpacking
 from offload_triforce.planner.fit import unpacked_bytes
+from offload_triforce.planner.query import AutoDraft
 from offload_triforce.planner.report import PlanReport
 
 PROMPT = "prompt.txt"
@@ -68,8 +70,11 @@ def is_accepted(found: PlanReport) -> bool:
 def command(found: PlanReport) -> str:
     """What to paste into a shell, with a file name to be replaced."""
     words = ["offload-triforce", "generate", "--model", found.question.source]
-    if found.settings.gamma and found.question.draft_source != "auto":
-        words += ["--draft", found.question.draft_source]
+    draft = found.question.draft_source
+    if found.question.auto is not None and not found.question.auto.head:
+        draft = "ngram"  # else the head would be read all the same where nobody knows the context before
+    if found.settings.gamma and draft != "auto":
+        words += ["--draft", draft]
     return shlex.join([*words, "--prompt-file", PROMPT, *_options(found)])
 
 
@@ -87,12 +92,39 @@ def notes(found: PlanReport) -> list[str]:
     for model in [asked.model] if asked.draft in (None, asked.model) else [asked.model, asked.draft]:
         if model.gguf is not None:
             said.append(note_on_unpacking(model.gguf, unpacked_bytes(model), layout.dtype, model.quantize))
+        if model.packed is not None:
+            said.append(_note_on_packed(model))
+    if asked.auto is not None:
+        said.append(_note_on_auto(asked.auto))
     if asked.model.quantize and asked.model.weights.experts:
         said.append("bitsandbytes leaves the experts in 16 bits")
     said += _phases(found)
     if found.packed_fits:
         said.append(f"with {found.packed_fits}, all of the KV cache would fit on the card")
     return said
+
+
+def _note_on_auto(auto: AutoDraft) -> str:
+    """Which drafter is taken where that was left open, and why."""
+    head = f"the MTP head ({gigabytes(auto.size)})"
+    one, other = (head, "look-up alone") if auto.head else ("look-up alone", head)
+    times = (auto.with_head, auto.with_lookup) if auto.head else (auto.with_lookup, auto.with_head)
+    if times[0] is None:
+        return f"neither {head} nor look-up alone makes it fit"
+    beaten = "does not fit" if times[1] is None else f"would take {_digits(times[1])} ms"
+    return f"--draft auto takes {one}: {_digits(times[0])} ms per token, where {other} {beaten}"
+
+
+def _note_on_packed(model: ModelShape) -> str:
+    """What becomes of weights that are packed in the files, and their size."""
+    size, dtype = gigabytes(model.weights.total), str(model.layout.dtype)[6:]
+    if model.is_packed:
+        return f"the weights of {model.name} are packed ({model.packed}) and stay so on the card: {size}"
+    if model.packed_counts is None:
+        return f"the weights of {model.name} are packed ({model.packed}); without files, they count as {dtype}: {size}"
+    return (
+        f"transformers writes the packed weights of {model.name} ({model.packed}) out in {dtype} on this card: {size}"
+    )
 
 
 def _phases(found: PlanReport) -> list[str]:

@@ -21,6 +21,7 @@ from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.mtp import MtpHead
 from offload_triforce.model.mtp_files import check_head, load_head
 from offload_triforce.model.rotary import KeyTurner
+from offload_triforce.planner.drafting import head_pays
 from offload_triforce.planner.sizes import draft_bytes, hidden_bytes
 from offload_triforce.runtime.model_drafter import ModelDrafter, static_view
 from offload_triforce.runtime.mtp_drafter import MtpDrafter
@@ -60,7 +61,7 @@ class Drafters:
         self.lookup = len(parts) > len(models)
         self.head: MtpHead | None = None
         if models == ["auto"]:
-            self.lookup, self.head, models = True, _head_of(target, settings), []
+            self.lookup, self.head, models = True, _head_of(target, layout, settings), []
         elif models == ["mtp"]:
             self.head, models = load_head(target), []
         self.model = models[0] if models else None
@@ -170,11 +171,18 @@ def check_named(draft: str, model: str) -> str | None:
     return small
 
 
-def _head_of(target: PreTrainedModel, settings: Settings) -> MtpHead | None:
-    """The target's MTP head, where it has one that can be run here and that would be asked."""
+def _head_of(target: PreTrainedModel, layout: ModelLayout, settings: Settings) -> MtpHead | None:
+    """The target's MTP head, where it has one that can be run here, that would be asked, and that pays.
+
+    It is read before anybody asks anything: on a card whose memory it would take from the retrieval cache of the
+    longest text, it is not.
+    """
     if settings.gamma == 0 or settings.gamma1 == 0 or settings.draft_cache < least_draft_cache(settings):
         return None
+    longest = settings.context
     try:
+        if layout.device.type == "cuda" and longest and not head_pays(target, layout, settings, longest):
+            return None
         return load_head(target)
     except TriForceError:
         return None

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload_triforce.config import Settings
 from offload_triforce.errors import TriForceError, UnsupportedModelError, first_line
 from offload_triforce.model.adapter import Attachment, attached
+from offload_triforce.model.layers import layers_of
 from offload_triforce.model.layout import ModelLayout, probe
 from offload_triforce.model.tested import is_tested
 from offload_triforce.model.weights import packing_of
@@ -137,7 +138,7 @@ def _disturbing(model: PreTrainedModel) -> Iterator[None]:
         noise = torch.randn(states.shape, generator=generator).to(states.device, torch.float32)
         return (states * (1 + step / 2 * noise)).to(states.dtype), *args[1:]
 
-    hooks = [layer.register_forward_pre_hook(disturb) for layer in model.get_decoder().layers]
+    hooks = [layer.register_forward_pre_hook(disturb) for layer in layers_of(model.get_decoder())]
     try:
         yield
     finally:

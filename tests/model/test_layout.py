@@ -78,7 +78,10 @@ def test_layers_of_different_shapes():
 def gpt2():
     settings = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 512, "initializer_range": 0.2}
     config = transformers.GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=None, **settings)
-    return transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.transformer.stack = model.transformer.h
+    del model.transformer.h
+    return model
 
 
 def t5():

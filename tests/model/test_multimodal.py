@@ -6,9 +6,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from offload_triforce import InputError, TriForce
+from offload_triforce import InputError, TriForce, UnsupportedModelError
 from offload_triforce.model.loader import load_model
+from offload_triforce.model.multimodal import TEXT_ALONE, loaded_config, loading_options
+from offload_triforce.model.refusals import refuse_unloadable
 from offload_triforce.model.shape import shape_of
 from offload_triforce.model.weights import count
 from offload_triforce.planner.models import find_shape
@@ -161,3 +165,26 @@ def test_weights_that_are_missing_are_said(saved, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="lack 1 of the weights"):
         load_model(str(tmp_path), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+def test_every_family_that_sees_is_taken_as_text_or_refused_in_one_sentence(kind):
+    """By its configuration, before anything is built: all that transformers reads images with."""
+    try:
+        config = CONFIG_MAPPING[kind]()
+    except Exception:
+        pytest.skip("its configuration has no defaults")
+    refused = None
+    try:
+        refuse_unloadable(loaded_config(config))
+        loading_options(config)
+    except UnsupportedModelError as error:
+        refused = str(error)
+    if kind in ("qwen2_5_vl", "qwen3_vl", "glm4v", "llava_next"):
+        assert refused, "if it can be loaded now, this list says too much"
+    if refused is None:
+        assert loaded_config(config).model_type != kind or kind not in TEXT_ALONE
+    else:
+        assert kind not in TEXT_ALONE
+        assert "\n" not in refused
+        assert len(refused) < 300

@@ -15,7 +15,8 @@ from offload_triforce.planner.sizes import rotary_numbers
 # bits (full layers alone), and the numbers of full and sliding layers. KV by hand: 2 x 2 bytes x KV heads x head
 # dimension x layers. Of Qwen2.5-Coder-1.5B, the GGUF file's 1,777 million: its output embedding is not tied. Of the
 # Qwen3.6 models the text decoder alone: of the 27,781 million in the files of the 27B (55.56 GB in all, as its index
-# says), 460 are of the image tower and 425 of a head for several tokens at once; of the 35B by hand.
+# says), 460 are of the image tower and 425 of a head for several tokens at once; of the 35B by hand. Of Gemma 4 31B and
+# Mistral Small 3.2 likewise the text decoder: 30.7 thousand million, says the card of the former.
 EXPECTED = {
     "SmolLM2-135M-Instruct": (134.515, 4 * 3 * 64 * 30, 30, 0),
     "Qwen2.5-Coder-1.5B-Instruct": (1777.088, 4 * 2 * 128 * 28, 28, 0),
@@ -36,12 +37,15 @@ EXPECTED = {
     "Qwen3.6-35B-A3B": (34661, 4 * 2 * 256 * 10, 10, 0),
     "Mistral-Nemo": (12248, 4 * 8 * 128 * 40, 40, 0),
     "Mistral-Small-24B": (23572, 4 * 8 * 128 * 40, 40, 0),
+    "Mistral-Small-3.2-24B": (23572, 4 * 8 * 128 * 40, 40, 0),
     "Devstral-Small-24B": (23572, 4 * 8 * 128 * 40, 40, 0),
     "Seed-OSS-36B": (36151, 4 * 8 * 128 * 64, 64, 0),
     "Phi-3-mini-128K": (3821, 4 * 32 * 96 * 32, 32, 0),
     "Gemma-3-4B": (3880, 4 * 4 * 256 * 5, 5, 29),
     "Gemma-3-12B": (11766, 4 * 8 * 256 * 8, 8, 40),
     "Gemma-3-27B": (27009, 4 * 16 * 128 * 10, 10, 52),
+    "Gemma-4-31B": (30697, 4 * 4 * 512 * 10, 10, 50),
+    "gpt-oss-20b": (20915, 4 * 8 * 64 * 12, 12, 12),
 }
 
 
@@ -88,6 +92,16 @@ def test_heads_are_as_large_as_the_published_ones():
     assert sparse.mtp_head.weights.parameters == pytest.approx(experts + layer + 4096 * 2048, rel=0.02)
     assert sparse.mtp_head.weights.total == 2 * sparse.mtp_head.weights.parameters
     assert shape_of_known(find_known("qwen3-8b")).mtp_head is None
+
+
+def test_files_that_hold_packed_weights():
+    """gpt-oss-20b: 13,761,264,768 bytes, as the index of its files says. Written out, it is three times that."""
+    shape = shape_of_known(find_known("gpt-oss-20b"))
+    packed = shape.packed_as_in_files()
+    assert (shape.packed, packed.weights.total) == ("mxfp4", 13_761_264_768)
+    assert packed.weights.parameters == shape.weights.parameters
+    assert packed.weights.experts < 0.27 * shape.weights.experts
+    assert shape_of_known(find_known("qwen3-8b")).packed is None
 
 
 def test_every_model_is_found_by_all_its_names():

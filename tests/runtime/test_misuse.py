@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, TemperatureLogitsWarper
 
-from offload_triforce import InputError, TriForce, UnsupportedModelError
+from offload_triforce import InputError, TriForce, TriForceError, UnsupportedModelError
 from tests.tiny import build, greedy, prompt_ids, tiny_model
 
 SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 32, "budget": 64, "gamma": 4, "draft_cache": 64}
@@ -21,11 +21,11 @@ def engine(model):
         yield engine
 
 
-def test_gpt2_is_refused():
-    """It calls its layers something else."""
+def test_gpt2_is_no_draft():
+    """Its keys know their positions from the embeddings: none can be moved."""
     config = GPT2Config(vocab_size=101, n_layer=2, n_head=2, n_embd=48)
-    with pytest.raises(UnsupportedModelError, match="list that the prefill can drive"):
-        TriForce(GPT2LMHeadModel(config).eval())
+    with pytest.raises(TriForceError, match="cannot be a draft: it gives its keys positions in a way"):
+        TriForce(GPT2LMHeadModel(config).eval(), draft="self")
 
 
 @pytest.mark.parametrize(

@@ -17,3 +17,9 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(pool, "WORTH_KEEPING", 12)
     monkeypatch.setattr(pool, "LEAST_SHARED", 4)
     monkeypatch.setattr(saving, "save_text", partial(save_text, block=32))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a session may be saved."""
+    return tmp_path / "session"

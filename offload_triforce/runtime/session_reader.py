@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload_triforce.errors import InputError
+from offload_triforce.errors import BusyError, InputError, TriForceError
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, KVShape
 from offload_triforce.runtime.session_check import Progress, read_into
@@ -98,7 +98,7 @@ class TextOnDisk:
         """See ``TextSource``.
 
         Raises:
-            InputError: a shard is damaged. StorageError: it cannot be read.
+            InputError: a shard is damaged. StorageError: it cannot be read. BusyError: it was replaced since.
         """
         manifest = self.manifest
         if not (0 <= layer < manifest.layers and 0 <= start <= stop <= manifest.length):
@@ -135,7 +135,22 @@ class TextOnDisk:
 
     def _load(self, place: int) -> Tensor:
         file, entry = self._shard(place)
-        return _read(self.folder, file, [entry], self._buffers.take(entry.size))[entry.name]
+        try:
+            return _read(self.folder, file, [entry], self._buffers.take(entry.size))[entry.name]
+        except InputError as error:
+            raise self._replaced() or error from error
+
+    def _replaced(self) -> BusyError | None:
+        """Why a file is not as it was: what was opened here is not there any more, and not damaged either."""
+        try:
+            if load_manifest(self.folder) == self.manifest:
+                return None
+        except TriForceError:
+            return None
+        return BusyError(
+            f"the session at {self.folder} was saved anew by somebody else since it was opened here; load it "
+            "again, and let each process have a session of its own"
+        )
 
 
 class Buffers:

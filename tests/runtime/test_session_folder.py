@@ -149,3 +149,16 @@ def test_list_describe_remove(tmp_path):
         with pytest.raises(InputError, match="no session"):
             remove_text(tmp_path / gone)
     assert describe(tmp_path / "other").manifest is None
+
+
+def test_a_session_that_somebody_else_saves_anew_while_it_is_read(folder):
+    """It is not damaged; and what was read of it stays as it was."""
+    text, other = make_text(8 * BLOCK), make_text(8 * BLOCK, fork=1)
+    save(folder, text)
+    found = reopen(folder, text)
+    first = found.read(0, 0, BLOCK)
+    save(folder, other)
+    with pytest.raises(BusyError, match="saved anew by somebody else since it was opened here; load it again"):
+        found.read(1, 7 * BLOCK, 8 * BLOCK)
+    assert torch.equal(bits(first), bits(text.read(0, 0, BLOCK)))
+    check_same(reopen(folder, text), other)

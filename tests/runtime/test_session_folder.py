@@ -18,7 +18,7 @@ from offload_triforce.runtime.session_files import (
     remove_text,
 )
 from offload_triforce.runtime.session_folder import LOCK, MANIFEST, load_manifest, locked
-from tests.runtime.saved_texts import IDENTITY, check_same, files, make_text, reopen, save
+from tests.runtime.saved_texts import BLOCK, IDENTITY, bits, check_same, files, make_text, reopen, save
 
 
 def refused_reading(folder, text, words, identity=IDENTITY, shape=None):

@@ -138,7 +138,10 @@ class TextOnDisk:
         try:
             return _read(self.folder, file, [entry], self._buffers.take(entry.size))[entry.name]
         except InputError as error:
-            raise self._replaced() or error from error
+            replaced = self._replaced()
+            if replaced is None:
+                raise
+            raise replaced from error
 
     def _replaced(self) -> BusyError | None:
         """Why a file is not as it was: what was opened here is not there any more, and not damaged either."""

@@ -14,9 +14,17 @@ from offload_triforce._version import __version__
 if TYPE_CHECKING:
     from offload_triforce.config import Settings
     from offload_triforce.engine import TriForce
-    from offload_triforce.errors import BusyError, InputError, MemoryLimitError, TriForceError, UnsupportedModelError
+    from offload_triforce.errors import (
+        BusyError,
+        InputError,
+        MemoryLimitError,
+        StorageError,
+        TriForceError,
+        UnsupportedModelError,
+    )
     from offload_triforce.generation.answer import Generation, TextStream
     from offload_triforce.integrations.transformers import triforce_generate
+    from offload_triforce.runtime.conversation import Session
     from offload_triforce.speculation.grammar import GrammarProcessor
     from offload_triforce.speculation.processors import forkable, stateless
 
@@ -29,9 +37,11 @@ _HOMES = {
     "BusyError": "errors",
     "InputError": "errors",
     "MemoryLimitError": "errors",
+    "StorageError": "errors",
     "TriForceError": "errors",
     "UnsupportedModelError": "errors",
     "triforce_generate": "integrations.transformers",
+    "Session": "runtime.conversation",
     "GrammarProcessor": "speculation.grammar",
     "forkable": "speculation.processors",
     "stateless": "speculation.processors",
@@ -43,7 +53,9 @@ __all__ = [
     "GrammarProcessor",
     "InputError",
     "MemoryLimitError",
+    "Session",
     "Settings",
+    "StorageError",
     "TextStream",
     "TriForce",
     "TriForceError",

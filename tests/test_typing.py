@@ -15,7 +15,9 @@ RIGHT = """
 import torch
 from transformers import AutoModelForCausalLM
 
-from offload_triforce import Generation, InputError, Settings, TextStream, TriForce, TriForceError, triforce_generate
+from offload_triforce import (
+    Generation, InputError, Session, Settings, StorageError, TextStream, TriForce, TriForceError, triforce_generate
+)
 
 
 def answer(engine: TriForce, question: str) -> Generation:
@@ -35,6 +37,11 @@ def main() -> None:
         ids: list[int] = result.token_ids
         print(result.text + "!", why, ids[0] + 1, result.stats.tokens_per_pass + 0.5, result.sequences.shape)
         engine.generate(torch.tensor([1, 2]))
+        session: Session = engine.session()
+        try:
+            print(session.save("kept").written + 1, session.tokens.tolist())
+        except StorageError as error:
+            print(error)
     model = AutoModelForCausalLM.from_pretrained("model")
     try:
         print(model.generate(torch.tensor([[1]]), custom_generate=triforce_generate, triforce_settings=settings))

@@ -28,7 +28,7 @@ from offload_triforce.cli.sources import find_models, say_unpacked
 from offload_triforce.cli.values import check_finite, check_temperatures, read_tokens
 from offload_triforce.errors import InputError
 from offload_triforce.model.packing import check_packing
-from offload_triforce.runtime.session_folder import session_path
+from offload_triforce.runtime.session_folder import check_writable, session_path
 
 if TYPE_CHECKING:
     from offload_triforce.cli.chat_loop import Chat
@@ -85,7 +85,7 @@ def chat(
     check_temperatures(*(() if temperature is None else (temperature,)))
     check_finite(top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     if session is not None:
-        session_path(session)
+        check_writable(session_path(session))
     _check_streams()
     check_packing(quantize, quantize_head)
     source, small = find_models(model, draft)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_triforce.cli.ending import say
 from offload_triforce.cli.sessions import bytes_bar
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.runtime.session_folder import MANIFEST, check_free, load_manifest, session_path
+from offload_triforce.runtime.session_folder import MANIFEST, check_free, check_writable, load_manifest, session_path
 
 if TYPE_CHECKING:
     from offload_triforce.engine import TriForce
@@ -21,7 +21,7 @@ class KeptSession:
         """``name``: or a path with a slash in it.
 
         Raises:
-            InputError: no such name, or what is there is damaged.
+            InputError: no such name, or what is there is damaged. StorageError: nothing can be saved there.
         """
         self.folder = session_path(name)
         self._old = os.path.lexists(self.folder / MANIFEST)
@@ -29,6 +29,7 @@ class KeptSession:
             load_manifest(self.folder)
         else:
             check_free(self.folder)
+        check_writable(self.folder)
 
     def open(self, engine: TriForce) -> None:
         """Go on with what is there, or begin anew.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offload_triforce.errors import InputError
+from offload_triforce.errors import InputError, StorageError
 
 FILE = "messages.json"
 FORMAT = 1
@@ -24,7 +24,7 @@ def write_messages(folder: Path, messages: Sequence[dict[str, Any]], model: str)
     ``model``: what it was called, for people.
 
     Raises:
-        InputError: it cannot be written.
+        StorageError: it cannot be written.
     """
     text = json.dumps({"format": FORMAT, "model": model, "messages": list(messages)}, ensure_ascii=False, indent=1)
     try:
@@ -35,14 +35,14 @@ def write_messages(folder: Path, messages: Sequence[dict[str, Any]], model: str)
             os.fsync(file.fileno())
             os.replace(name, folder / FILE)
     except OSError as error:
-        raise InputError(f"the messages cannot be kept in {folder}: {error.strerror or error}") from error
+        raise StorageError(f"the messages cannot be kept in {folder}: {error.strerror or error}") from error
 
 
 def read_messages(folder: Path) -> list[dict[str, Any]]:
     """The messages of a session's folder; [] if it has none.
 
     Raises:
-        InputError: what is there are no messages.
+        InputError: what is there are no messages. StorageError: it cannot be read.
     """
     path = folder / FILE
     try:
@@ -52,7 +52,7 @@ def read_messages(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -22,7 +22,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from offload_triforce.errors import BusyError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # Held for the moment in which a queue is looked at or changed. Re-entrant, and one for all locks: the garbage collector
 # may let an abandoned holder of any of them go in that very moment.
@@ -161,14 +162,30 @@ class _Here(threading.local):
     """What this thread holds."""
 
     locks: tuple[ModelLock, ...] = ()
+    awaited = False  # others wait for it, or may
 
 
 _here = _Here()
 
 
-def inside_a_step() -> bool:
-    """Whether this thread is at work on a model; then it must not wait for anything that others may hold."""
-    return bool(_here.locks)
+def may_wait() -> bool:
+    """Whether this thread may wait for what others hold: it is not at work on a model, nor in an awaited callback."""
+    return not (_here.locks or _here.awaited)
+
+
+def awaited(callback: Callable[P, T]) -> Callable[P, T]:
+    """The same callback, for work that others wait for: it gets a ``BusyError`` where it would wait for them."""
+
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        before = _here.awaited
+
+        def work() -> T:
+            _here.awaited = True
+            return callback(*args, **options)
+
+        return do_and_undo(work, lambda: setattr(_here, "awaited", before))
+
+    return call
 
 
 class Hold(Holder):
@@ -187,12 +204,12 @@ class Hold(Holder):
         for lock in self._locks:
             if lock in self._before:
                 continue
-            nested = bool(self._before)
+            nested = bool(self._before) or _here.awaited
             if not lock.acquire(self, wait and not nested, cancelled):
                 if cancelled():
                     return False
                 hint = (
-                    "this thread is inside of a step of another model, where it cannot wait for it"
+                    "this thread is inside of a callback or a step of another model, where it cannot wait for it"
                     if nested
                     else "call without wait=False to wait for it"
                 )

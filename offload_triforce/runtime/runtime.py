@@ -20,6 +20,7 @@ from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.graphs.steps import make_graphs
 from offload_triforce.kernels import ops
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.model.lock import awaited
 from offload_triforce.model.prefill import Progress
 from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan, make_shape, work_out
 from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
@@ -109,7 +110,8 @@ class Runtime:
         block, news, drafts = settings.block, settings.news, settings.room
         full = retrieval = window = recurrent = None
         if plan is not None:
-            store = TileStore(plan, layout.dtype, self.device, pinning)
+            told = pinning and awaited(pinning)  # the prefill waits for what is pinned
+            store = TileStore(plan, layout.dtype, self.device, told)
             self._open.append(store)
             stream = TileStream(store, self.device, layout.dtype)
             full = FullCache(stream, shape.tail_needed(news), block, news, **where)

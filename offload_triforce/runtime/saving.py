@@ -10,7 +10,7 @@ from offload_triforce.errors import InputError
 from offload_triforce.model.fingerprint import identify
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.lock import Hold, do_and_undo, locks_of
+from offload_triforce.model.lock import Hold, awaited, do_and_undo, locks_of
 from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.held import KVShape
 from offload_triforce.runtime.pool import Text
@@ -37,13 +37,17 @@ class Saver:
             texts.pool.use(Shelf(Path(shelf), self.identity(), KVShape.of(layout)))
 
     def save(self, text: Text, folder: Path, progress: Progress | None = None) -> SavedText:
-        """Save what is held of a text, see ``save_text``; while that lasts, no answer goes on."""
+        """Save what is held of a text, see ``save_text``; while that lasts, no answer goes on.
+
+        Raises:
+            BusyError: called by a callback of an answer or of another save.
+        """
         identity = self.identity()
         with self._texts.turn():
             source = self._texts.source(text)
             if source is None:
                 raise InputError("there is nothing to save yet: the session has not read any text")
-            return save_text(folder, source, identity, progress)
+            return save_text(folder, source, identity, progress and awaited(progress))
 
     def load(self, folder: Path, progress: Progress | None = None) -> Text:
         """A text on disk, see ``open_text``. It comes into the caches when it is gone on with.

@@ -14,7 +14,7 @@ from offload_triforce.runtime.session_manifest import FileEntry, Manifest
 from offload_triforce.runtime.shard_header import TensorEntry, header_of
 
 Progress = Callable[[int, int], None]  # told (bytes done, bytes in all)
-THREADS = 2  # one waits for the disk while the other adds up
+THREADS = 3  # see ``session_reader``
 _PIECE = 4 * 2**20
 
 

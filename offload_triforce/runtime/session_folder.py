@@ -265,6 +265,17 @@ def check_free(folder: Path) -> None:
             raise InputError(f"{folder} is a folder of something else ({foreign}); name a new or an empty one")
 
 
+def check_writable(folder: Path) -> None:
+    """A session can be written there, as far as that can be seen without writing; for who would find out too late.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"nothing can be saved in {folder}: {there} may not be written to; name another folder")
+
+
 def remove_text(folder: Path) -> int:
     """Remove a session, even a damaged one; returns the bytes that it took. What else is in its folder stays.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from offload_triforce.errors import InputError
+from offload_triforce.errors import BusyError, InputError, TriForceError
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, KVShape
 from offload_triforce.runtime.session_check import Progress, read_into
@@ -21,8 +24,8 @@ DTYPES = {
     "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
     "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-THREADS = 2  # one waits for the disk while the other adds up
-AHEAD = 3  # blocks that are read before they are asked for
+THREADS = 3  # two wait for the disk, so that it always has something to do, while the other adds up
+AHEAD = 4  # blocks that are read before they are asked for
 
 
 def open_text(folder: Path, identity: ModelIdentity, expected: KVShape, progress: Progress | None = None) -> TextOnDisk:
@@ -85,6 +88,7 @@ class TextOnDisk:
         self.checkpoints: Sequence[Checkpoint] = [CheckpointOnDisk.of(folder, point) for point in manifest.points]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object
+        self._buffers = Buffers(manifest.kv(0).size)
         self._blocks: dict[int, Future[Tensor]] = {}  # in the order of reading: those of the first layer, and so on
         self._last = -1
         self._seen: set[int] = set()
@@ -94,7 +98,7 @@ class TextOnDisk:
         """See ``TextSource``.
 
         Raises:
-            InputError: a shard is damaged. StorageError: it cannot be read.
+            InputError: a shard is damaged. StorageError: it cannot be read. BusyError: it was replaced since.
         """
         manifest = self.manifest
         if not (0 <= layer < manifest.layers and 0 <= start <= stop <= manifest.length):
@@ -131,7 +135,48 @@ class TextOnDisk:
 
     def _load(self, place: int) -> Tensor:
         file, entry = self._shard(place)
-        return _read(self.folder, file, [entry])[entry.name]
+        try:
+            return _read(self.folder, file, [entry], self._buffers.take(entry.size))[entry.name]
+        except InputError as error:
+            replaced = self._replaced()
+            if replaced is None:
+                raise
+            raise replaced from error
+
+    def _replaced(self) -> BusyError | None:
+        """Why a file is not as it was: what was opened here is not there any more, and not damaged either."""
+        try:
+            if load_manifest(self.folder) == self.manifest:
+                return None
+        except TriForceError:
+            return None
+        return BusyError(
+            f"the session at {self.folder} was saved anew by somebody else since it was opened here; load it "
+            "again, and let each process have a session of its own"
+        )
+
+
+class Buffers:
+    """Memory for blocks, which is used again once nobody looks at a block that was in it.
+
+    New memory is mapped page by page as it is written: for blocks of 16 MB, that takes as long as to copy them out of
+    the page cache.
+    """
+
+    def __init__(self, size: int) -> None:
+        """``size``: bytes of the largest block."""
+        self._size, self._free = size, deque[np.ndarray]()
+
+    def take(self, size: int) -> Tensor:
+        """Bytes (size,), undefined. From any thread."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(self._size, dtype=np.uint8)
+        lent = memory[:size]
+        # Whatever views a tensor has, they keep alive the array that it was made of.
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 class CheckpointOnDisk(Checkpoint):
@@ -171,9 +216,12 @@ class PartsOnDisk(Mapping[str, Tensor]):
         return len(self.entry.parts)
 
 
-def _read(folder: Path, file: FileEntry, tensors: Sequence[TensorEntry]) -> dict[str, Tensor]:
-    """All tensors of a file, by name."""
-    data = torch.empty(sum(tensor.size for tensor in tensors), dtype=torch.uint8)
+def _read(
+    folder: Path, file: FileEntry, tensors: Sequence[TensorEntry], data: Tensor | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a file, by name; in ``data`` (bytes,), or in memory of their own."""
+    if data is None:
+        data = torch.empty(sum(tensor.size for tensor in tensors), dtype=torch.uint8)
     read_into(folder, file, tensors, memoryview(data.numpy()))
     found, at = {}, 0
     for tensor in in_order(tensors):

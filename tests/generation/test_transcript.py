@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_triforce import InputError
+from offload_triforce import InputError, StorageError
 from offload_triforce.generation import transcript
 from offload_triforce.generation.transcript import FILE, read_messages, write_messages
 
@@ -29,7 +29,7 @@ def test_an_older_file_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
     monkeypatch.setattr(
         transcript.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         write_messages(tmp_path, SAID + SAID, "m")
     assert read_messages(tmp_path) == SAID
     assert os.listdir(tmp_path) == [FILE]
@@ -37,11 +37,11 @@ def test_an_older_file_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be kept"):
+    with pytest.raises(StorageError, match="cannot be kept"):
         write_messages(tmp_path / "file" / "a", SAID, "m")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / FILE).mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(StorageError, match="cannot be read"):
         read_messages(tmp_path / "b")
 
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from offload_triforce import BusyError
 from offload_triforce.model import lock as lock_module
-from offload_triforce.model.lock import FairLock, Hold, Holder, check_idle, do_and_undo, guard, inside_a_step, locks_of
+from offload_triforce.model.lock import (
+    FairLock,
+    Hold,
+    Holder,
+    awaited,
+    check_idle,
+    do_and_undo,
+    guard,
+    locks_of,
+    may_wait,
+)
 from tests.tiny import tiny_model
 
 
@@ -170,11 +180,11 @@ def test_one_thread_may_hold_a_model_twice(models):
     nested = Hold(locks_of(models[:1]))
     assert nested.take()
     nested.give()
-    assert inside_a_step()
+    assert not may_wait()
     with pytest.raises(BusyError, match="another thread is at work on this LlamaForCausalLM"):
         raise_in_thread(lambda: check_idle(models[:1]))
     outer.give()
-    assert not inside_a_step()
+    assert may_wait()
     assert inner.take()
     inner.give()
     check_idle(models)
@@ -209,13 +219,35 @@ def test_who_is_inside_of_a_step_does_not_wait_for_another_model(models):
     thread, _ = in_thread(other)
     until(lambda: locks_of(models[1:2])[0].held())
     taken = Hold(locks_of(models[:2]))
-    with pytest.raises(BusyError, match="inside of a step of another model, where it cannot wait"):
+    with pytest.raises(BusyError, match="inside of a callback or a step of another model, where it cannot wait"):
         taken.take()
     taken.give()
-    assert inside_a_step()  # the outer one
+    assert not may_wait()  # the outer one
     release.set()
     thread.join(20)
     mine.give()
+    check_idle(models)
+
+
+def test_an_awaited_callback_waits_for_nobody(models):
+    """It may take what is free; and whatever it ends with, its thread may wait again."""
+    held = Hold(locks_of(models[:1]))
+    raise_in_thread(lambda: held.take())  # by another thread, which is over
+
+    def ask(number):
+        assert not may_wait()
+        free = Hold(locks_of(models[1:2]))
+        assert free.take()
+        free.give()
+        awaited(lambda: None)()
+        assert not may_wait()
+        Hold(locks_of(models[:1])).take()
+
+    with pytest.raises(BusyError, match="inside of a callback"):
+        awaited(ask)(1)
+    assert may_wait()
+    assert awaited(lambda one, two=3: one + two)(1, two=2) == 3
+    held.give()
     check_idle(models)
 
 

@@ -4,8 +4,10 @@ import torch
 
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, HeldText, KVShape
+from offload_triforce.runtime.session_files import open_text, save_text
 
 IDENTITY = ModelIdentity("ToyForCausalLM, 0.01e9 weights", "a" * 32, "b" * 32, "c" * 32)
+BLOCK = 16  # tokens of a shard
 
 
 def make_text(tokens, seed=0, layers=2, kv_heads=2, head_dim=4, dtype=torch.bfloat16, every=0, fork=None, long=False):
@@ -66,3 +68,15 @@ def check_same(found, wanted):
         for name, part in other.parts.items():
             assert (one.parts[name].shape, one.parts[name].dtype) == (part.shape, part.dtype)
             assert torch.equal(bits(one.parts[name]), bits(part))
+
+
+def save(folder, text, identity=IDENTITY, **options):
+    return save_text(folder, text, identity, block=BLOCK, **options)
+
+
+def reopen(folder, text, identity=IDENTITY, **options):
+    return open_text(folder, identity, text.shape, **options)
+
+
+def files(folder):
+    return {path.name: path.stat().st_ino for path in folder.iterdir() if path.name.endswith(".safetensors")}

@@ -1,13 +1,7 @@
-"""Sessions on disk: what is saved comes back to the last bit, only the new is written, nothing is lost."""
+"""Sessions on disk: what is saved comes back to the last bit, and only the new is written."""
 
-import errno
-import os
-import subprocess
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,39 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from offload_triforce.errors import BusyError, InputError, StorageError
-from offload_triforce.runtime import session_files, session_folder, shard_writer
-from offload_triforce.runtime.held import HeldText, KVShape
+from offload_triforce.errors import InputError
+from offload_triforce.runtime import session_reader
 from offload_triforce.runtime.session_files import (
-    describe,
-    list_texts,
-    open_text,
-    remove_text,
-    save_text,
     verify_text,
 )
-from offload_triforce.runtime.session_folder import LOCK, MANIFEST, load_manifest, locked
+from offload_triforce.runtime.session_folder import MANIFEST, load_manifest
 from offload_triforce.runtime.shard_header import PAGE
-from tests.runtime.saved_texts import IDENTITY, bits, check_same, make_text
-
-BLOCK = 16
-
-
-def save(folder, text, identity=IDENTITY, **options):
-    return save_text(folder, text, identity, block=BLOCK, **options)
-
-
-def reopen(folder, text, identity=IDENTITY, **options):
-    return open_text(folder, identity, text.shape, **options)
-
-
-def files(folder):
-    return {path.name: path.stat().st_ino for path in folder.iterdir() if path.name.endswith(".safetensors")}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "session"
+from tests.runtime.saved_texts import BLOCK, bits, check_same, files, make_text, reopen, save
 
 
 @given(
@@ -195,6 +164,33 @@ def test_a_checkpoint_is_read_when_it_is_asked_for(folder):
         found.checkpoints[0].parts["recurrent.state"]
 
 
+def test_memory_is_used_again_once_nobody_looks_at_it(folder, monkeypatch):
+    """Counted: as many blocks as are read ahead, however many there are."""
+    text, made = make_text(12 * BLOCK, layers=3), []
+    save(folder, text)
+    empty = session_reader.np.empty
+    monkeypatch.setattr(session_reader.np, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    found = reopen(folder, text)
+    for layer in range(3):
+        for start in range(0, 12 * BLOCK, BLOCK):
+            part = found.read(layer, start, start + BLOCK)
+            assert torch.equal(bits(part), bits(text.read(layer, start, start + BLOCK)))
+    assert len(made) <= session_reader.AHEAD + 3  # one is looked at here, one was asked for, one is on its way
+
+
+def test_what_somebody_looks_at_stays_as_it_is(folder):
+    """Views of blocks that were read long ago, of parts of them, and of those that are read once more."""
+    text = make_text(8 * BLOCK + 3, layers=3)
+    save(folder, text)
+    found, kept = reopen(folder, text), []
+    for _ in range(2):
+        for layer in range(3):
+            for start in range(0, 8 * BLOCK, 5):
+                kept.append((layer, start, found.read(layer, start, start + 5)[1:, :, 1:]))
+    for layer, start, part in kept:
+        assert torch.equal(bits(part), bits(text.read(layer, start, start + 5)[1:, :, 1:]))
+
+
 def test_progress_is_told_in_bytes_and_in_the_callers_thread(folder):
     text, told, threads = make_text(5 * BLOCK), [], set()
 
@@ -216,284 +212,6 @@ def test_progress_is_told_in_bytes_and_in_the_callers_thread(folder):
     verify_text(folder, progress)
     assert told[-1] == (load_manifest(folder).size,) * 2
     assert threads == {threading.get_ident()}
-
-
-# Who may go on with it.
-
-
-def refused_reading(folder, text, words, identity=IDENTITY, shape=None):
-    with pytest.raises(InputError, match=words) as caught:
-        open_text(folder, identity, shape or text.shape)
-    assert "\n" not in str(caught.value)
-
-
-def test_another_model_is_refused(folder):
-    text = make_text(20)
-    save(folder, text)
-    refused_reading(folder, text, "another configuration", replace(IDENTITY, configuration="d" * 32))
-    refused_reading(folder, text, "other weights", replace(IDENTITY, weights="d" * 32))
-    refused_reading(folder, text, "another tokenizer", replace(IDENTITY, tokenizer="d" * 32))
-    reopen(folder, text, replace(IDENTITY, tokenizer=""))
-    shape = text.shape
-    refused_reading(folder, text, "in bfloat16.*float32", shape=replace(shape, dtype=torch.float32))
-    refused_reading(folder, text, "2 layers of 2 KV heads of 4, and this model has 3", shape=replace(shape, layers=3))
-    refused_reading(folder, text, "KV heads of 8", shape=replace(shape, head_dim=8))
-
-
-def test_a_session_of_another_model_is_not_replaced(folder):
-    text = make_text(20)
-    save(folder, text)
-    before = files(folder)
-    with pytest.raises(InputError, match="other weights"):
-        save(folder, text, replace(IDENTITY, weights="d" * 32))
-    with pytest.raises(InputError, match="another shape or dtype"):
-        save(folder, make_text(20, dtype=torch.float16))
-    assert files(folder) == before
-    check_same(reopen(folder, text), text)
-
-
-def test_where_it_cannot_be_saved(tmp_path):
-    text = make_text(20)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="is a file"):
-        save(tmp_path / "file", text)
-    with pytest.raises(InputError, match="below one"):
-        save(tmp_path / "file" / "below", text)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"something else \(notes.txt\)"):
-        save(tmp_path / "full", text)
-    with pytest.raises(InputError, match="nothing to save"):
-        save(tmp_path / "new", HeldText(text.tokens[:0], [], text.shape, text.kv))
-    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
-    assert os.listdir(tmp_path / "full") == ["notes.txt"]
-
-
-def test_a_text_that_does_not_fit_its_own_shape_is_not_saved(folder):
-    text = make_text(20)
-    for wrong in [
-        replace(text, shape=KVShape(2, 2, 5, torch.bfloat16)),
-        replace(text, tokens=torch.cat([text.tokens[:-1], torch.tensor([-1])])),
-        replace(text, tokens=torch.cat([text.tokens[:-1], torch.tensor([2**31])])),
-        replace(text, checkpoints=[*text.checkpoints, *text.checkpoints]),
-    ]:
-        with pytest.raises(ValueError, match=r"tokens|31 bits"):
-            save(folder, wrong)
-        assert not folder.exists()
-
-
-# What is interrupted.
-
-
-def test_the_disk_is_full_before_it_begins(folder, monkeypatch):
-    text = make_text(40)
-    save(folder, text)
-    before = files(folder)
-    small = os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))
-    monkeypatch.setattr(session_files.os, "statvfs", lambda _: small)
-    with pytest.raises(StorageError, match=r"takes 0.00 GB, and its disk has 0.00 GB left"):
-        save(folder, make_text(60))
-    assert files(folder) == before
-    check_same(reopen(folder, text), text)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
-@pytest.mark.parametrize("after", range(0, 14, 3))
-@pytest.mark.parametrize("older", [True, False])
-def test_the_disk_refuses_in_the_middle(folder, monkeypatch, number, after, older):
-    text, calls, lock = make_text(40), [], threading.Lock()
-    if older:
-        save(folder, text)
-    real = os.write
-
-    def write(descriptor, data):
-        with lock:
-            calls.append(None)
-            if len(calls) > after:
-                raise OSError(number, os.strerror(number))
-        return real(descriptor, data[: max(1, len(data) // 2)])  # as a disk may, less than it was given
-
-    monkeypatch.setattr(shard_writer.os, "write", write)
-    words = "is full" if number in (errno.ENOSPC, errno.EDQUOT) else "was not saved"
-    with pytest.raises(StorageError, match=words) as caught:
-        save(folder, make_text(77, fork=5))
-    assert "\n" not in str(caught.value)
-    monkeypatch.undo()
-    assert folder.exists() == older  # a folder that was made for nothing is gone
-    if older:
-        assert {file.name for file, _ in load_manifest(folder).contents} == files(folder).keys()
-        check_same(reopen(folder, text), text)
-
-
-def test_a_limit_on_the_size_of_files(tmp_path):
-    """The kernel's own refusal, in a process of its own."""
-    code = f"""
-import resource, signal, torch
-from tests.runtime.saved_texts import *
-from offload_triforce.runtime.session_files import *
-from offload_triforce.errors import StorageError
-text = make_text(40)
-folder = __import__("pathlib").Path({str(tmp_path / "s")!r})
-save_text(folder, text, IDENTITY)
-resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-try:
-    save_text(folder, make_text(4000, fork=3), IDENTITY)
-except StorageError as error:
-    print(error)
-check_same(open_text(folder, IDENTITY, text.shape), text)
-print("as it was")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "File too large" in done.stdout, done.stderr
-    assert "as it was" in done.stdout
-
-
-class _Interrupted(HeldText):
-    """Ctrl-C while the second layer is read."""
-
-    def read(self, layer, start, stop):
-        if layer and start:
-            raise KeyboardInterrupt
-        return super().read(layer, start, stop)
-
-
-@pytest.mark.parametrize("older", [True, False])
-def test_ctrl_c(folder, older):
-    text = make_text(40)
-    if older:
-        save(folder, text)
-    with pytest.raises(KeyboardInterrupt):
-        save(folder, _Interrupted(**vars(make_text(77, fork=5))))
-    assert folder.exists() == older
-    if older:
-        check_same(reopen(folder, text), text)
-        assert {file.name for file, _ in load_manifest(folder).contents} == files(folder).keys()
-
-
-def test_an_interruption_after_the_new_manifest_is_in_place(folder, monkeypatch):
-    """It counts then: what it names must not be cleared away."""
-    save(folder, make_text(40))
-    text, real = make_text(77, fork=5), os.replace
-
-    def replace_and_stop(source, target):
-        real(source, target)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(session_files.os, "replace", replace_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        save(folder, text)
-    monkeypatch.undo()
-    check_same(reopen(folder, text), text)
-
-
-def test_on_disk_before_it_counts(folder, monkeypatch):
-    """As a loss of power asks for: all files, their names, the manifest's name, and then the old ones go."""
-    save(folder, make_text(40))
-    done, lock, names = [], threading.Lock(), {}
-    real = {name: getattr(os, name) for name in ("open", "fsync", "replace")}
-    unlink = Path.unlink
-
-    def note(what, path):
-        with lock:
-            done.append((what, Path(path).name))
-
-    def opened(path, flags, *mode):
-        descriptor = real["open"](path, flags, *mode)
-        if flags & (os.O_WRONLY | os.O_DIRECTORY):
-            names[descriptor] = path
-            note("open", path)
-        return descriptor
-
-    monkeypatch.setattr(shard_writer.os, "open", opened)
-    monkeypatch.setattr(shard_writer.os, "fsync", lambda d: (real["fsync"](d), note("fsync", names[d])))
-    monkeypatch.setattr(session_files.os, "replace", lambda a, b: (note("replace", b), real["replace"](a, b)))
-    monkeypatch.setattr(Path, "unlink", lambda path: (note("unlink", path), unlink(path)))
-    before = files(folder)
-    save(folder, make_text(40, fork=3))
-    monkeypatch.undo()
-    at = done.index(("replace", MANIFEST))
-    synced = [name for what, name in done[:at] if what == "fsync"]
-    assert files(folder).keys() - before.keys() <= set(synced)
-    assert synced[-2:] == [session_folder.NEW_MANIFEST, folder.name]
-    assert done[at + 1 : at + 3] == [("open", folder.name), ("fsync", folder.name)]
-    removed = [i for i, (what, _) in enumerate(done) if what == "unlink"]
-    assert removed
-    assert min(removed) > at + 2
-
-
-# Two at once.
-
-
-def test_two_processes_do_not_save_to_one_folder(folder):
-    text = make_text(20)
-    save(folder, text)
-    code = (
-        "import sys, time; from pathlib import Path; from offload_triforce.runtime.session_folder import locked\n"
-        f"with locked(Path({str(folder)!r})):\n    print('locked', flush=True)\n    time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "locked\n"
-        for work in (lambda: save(folder, make_text(30)), lambda: remove_text(folder)):
-            with pytest.raises(BusyError, match="another process is saving"):
-                work()
-        check_same(reopen(folder, text), text)  # reading needs no lock
-    finally:
-        other.kill()
-        other.wait()
-    save(folder, make_text(30))  # whoever was killed holds nothing
-
-
-def test_many_threads_save_to_one_folder(folder):
-    """Each has it whole, or a sentence."""
-    texts = [make_text(30 + i, fork=i) for i in range(8)]
-
-    def attempt(text):
-        try:
-            save(folder, text)
-            return True
-        except BusyError:
-            return False
-
-    with ThreadPoolExecutor(8) as pool:
-        assert any(pool.map(attempt, texts))
-    found = reopen(folder, texts[0])
-    check_same(found, next(text for text in texts if torch.equal(text.tokens, found.tokens)))
-    assert {file.name for file, _ in load_manifest(folder).contents} == files(folder).keys()
-
-
-def test_a_lock_on_a_folder_that_was_removed_is_none(folder):
-    save(folder, make_text(20))
-    with locked(folder):
-        (folder / LOCK).unlink()
-        with locked(folder):  # nobody holds the new one
-            pass
-
-
-# Listing and removing.
-
-
-def test_list_describe_remove(tmp_path):
-    assert list_texts(tmp_path / "nowhere") == []
-    for name, tokens in (("b", 20), ("a", 40)):
-        save(tmp_path / name, make_text(tokens))
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / MANIFEST).write_text("{}")
-    (tmp_path / "other").mkdir()
-    found = list_texts(tmp_path)
-    assert [(one.name, one.manifest and one.manifest.length) for one in found] == [("a", 40), ("b", 20), ("c", None)]
-    assert "damaged" in found[2].problem
-    (tmp_path / "a" / "mine.txt").write_text("kept")
-    size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir()) - 4
-    assert remove_text(tmp_path / "a") == size
-    assert os.listdir(tmp_path / "a") == ["mine.txt"]
-    remove_text(tmp_path / "b")
-    remove_text(tmp_path / "c")
-    assert sorted(os.listdir(tmp_path)) == ["a", "other"]
-    for gone in ("a", "b", "other", "nowhere"):
-        with pytest.raises(InputError, match="no session"):
-            remove_text(tmp_path / gone)
-    assert describe(tmp_path / "other").manifest is None
 
 
 def test_ids_count_even_where_keys_do_not_tell(folder):

@@ -146,9 +146,7 @@ def _real_link(index: int) -> dict[str, Any]:
     return {"limit_gbps": machine.link_gbps, "source": source}
 
 
-def describe_memory(
-    engine: LiveEngine, runtime: Runtime, under_way: bool, stats: DecodeStats | None
-) -> dict[str, Any]:
+def describe_memory(engine: LiveEngine, runtime: Runtime, under_way: bool, stats: DecodeStats | None) -> dict[str, Any]:
     """Bytes by purpose, of the card and of host memory. Prefill and decoding use the same room, one after the other."""
     model, needs, parked = engine.model, runtime.needs, engine.parked_bytes
     reading = under_way and (stats is None or not stats.passes)

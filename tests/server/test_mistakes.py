@@ -85,6 +85,19 @@ def test_elsewhere(http):
     assert refusal(http, {}, "/v1/nothing")[0] in (404, 405)
     assert http.get("/v1/chat/completions").status_code in (404, 405)
     assert http.get("/health").json()["status"] == "ok"
+    assert http.head("/health").status_code == 200
+    odd = http.get("/page/live?timeline=perhaps")
+    assert odd.status_code == 400
+    assert odd.json()["error"]["param"] == "timeline"
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "a" * 24,
+        "Sec-WebSocket-Version": "13",
+    }
+    assert http.get(CHAT, headers=upgrade).status_code in (404, 405)
+    assert http.options(CHAT).status_code == 405
+    assert http.get("/..%2f..%2fetc/passwd").status_code == http.get("/%00").status_code == 404
     assert "offload_triforce_new_tokens_total" in http.get("/metrics").text
 
 
@@ -224,6 +237,7 @@ def test_big_and_slow_bodies_are_cut(engine):
         assert http.post(CHAT, content=(b"x" * 500 for _ in range(9))).status_code == 413
         where = ("127.0.0.1", int(address.rpartition(":")[2]))
         heads = {
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-Flood: 1\r\n" * 9000: b"HTTP/1.1 4",
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{": b"HTTP/1.1 408",
             b"POST /v1/chat/comp": b"",
             b"": b"",

@@ -18,8 +18,8 @@ from offload_triforce.machine.hardware import Measured
 from offload_triforce.scheduler.device import COMPUTE, D2H, DRAFT, H2D, VERIFY
 from offload_triforce.scheduler.trace import Span
 from offload_triforce.server import live
-from offload_triforce.server.live import Board, describe_answer, describe_link, describe_pass, live_router, merge
 from offload_triforce.server.line import Line
+from offload_triforce.server.live import Board, describe_answer, describe_link, describe_pass, live_router, merge
 from offload_triforce.server.metrics import Metrics
 from offload_triforce.speculation.stats import DecodeStats
 from tests.byte_tokenizer import byte_tokenizer

@@ -73,6 +73,10 @@ def test_refusals(http, body, status, said):
 def test_a_prompt_that_is_too_long_has_the_code_that_agents_know(http):
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 3000}]})
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert "the prompt is too long: " in answer.json()["error"]["message"]
+    room = http.post(CHAT, json={"messages": USER, "max_tokens": 3000}).json()["error"]
+    assert room["code"] == "context_length_exceeded"
+    assert "too long" not in room["message"], "a smaller max_tokens would do"
 
 
 def test_parameters_that_change_nothing_are_accepted(http):

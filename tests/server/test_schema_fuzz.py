@@ -29,7 +29,7 @@ EXAMPLES = int(os.environ.get("TRIFORCE_FUZZ_EXAMPLES", "100"))  # for each path
 
 
 def described():
-    """The paths as OpenAPI has them. The server itself reads bodies by hand, so that their size and time are limited."""
+    """The paths as OpenAPI has them. The server itself reads bodies by hand, within limits of size and time."""
     parts, paths = {}, {}
     for path, kind in BODIES.items():
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")

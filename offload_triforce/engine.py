@@ -314,13 +314,7 @@ class TriForce:
             raise
 
     def _begin(
-        self,
-        answer: Answer,
-        session: Session,
-        request: Request,
-        seed: int,
-        streamer: BaseStreamer | None,
-        **how: Any,
+        self, answer: Answer, session: Session, request: Request, seed: int, streamer: BaseStreamer | None, **how: Any
     ) -> TextStream:
         """An answer whose turn it is. It keeps the turn until it is over, or until nobody refers to it any more."""
         with torch.inference_mode(False):

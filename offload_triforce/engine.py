@@ -250,6 +250,11 @@ class TriForce:
         """The caches of the latest request, and the settings that were chosen for them; None before the first."""
         return self._texts.runtime
 
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of host memory that texts take which are kept beside the one in the caches. Any thread may ask."""
+        return self._texts.pool.parked_bytes
+
     def session(self) -> Conversation:
         """A text of its own, kept from question to question whatever else is asked of this engine."""
         return Conversation(self, self._texts, self._saver, self._texts.pool.add(owned=True))
@@ -309,13 +314,7 @@ class TriForce:
             raise
 
     def _begin(
-        self,
-        answer: Answer,
-        session: Session,
-        request: Request,
-        seed: int,
-        streamer: BaseStreamer | None,
-        **how: Any,
+        self, answer: Answer, session: Session, request: Request, seed: int, streamer: BaseStreamer | None, **how: Any
     ) -> TextStream:
         """An answer whose turn it is. It keeps the turn until it is over, or until nobody refers to it any more."""
         with torch.inference_mode(False):

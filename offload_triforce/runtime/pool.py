@@ -71,6 +71,12 @@ class SessionPool:
         self.seated: Text | None = None
         self._clock = 0
 
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of host memory that parked texts take. Any thread may ask."""
+        parked = [text.parked for text in list(self._texts)]  # each looked at once: they come and go meanwhile
+        return sum(source.size for source in parked if isinstance(source, HeldText))
+
     def use(self, shelf: Shelf) -> None:
         """Go on with what lies on a shelf, and let texts leave for it."""
         self.shelf = shelf
@@ -217,7 +223,7 @@ class SessionPool:
         """Bytes of host memory that parked texts may still take."""
         if self._limit is None:
             return int(free_on_host() * (1 - RESERVE))
-        return self._limit - sum(t.parked.size for t in self._texts if isinstance(t.parked, HeldText))
+        return self._limit - self.parked_bytes
 
 
 def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -> Start | None:

@@ -36,7 +36,7 @@ def health_route(service: Service) -> APIRouter:
     """The one path that needs no key: it says nothing but that the server lives, and whether it is busy."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])  # what watches servers often asks for the head alone
     async def health() -> dict[str, Any]:
         line = service.line
         return {"status": "ok", "busy": line.busy, "waiting": line.waiting, "version": __version__}

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -14,12 +15,13 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from offload_triforce.server.answering import Question
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.prompting import ask, chat_prompt
-from offload_triforce.server.replies import CALLING, THINKING, MarkParser, ReplyParser
+from offload_triforce.server.replies import CALLING, THINKING, MarkParser, ReplyParser, ToolCall
 from offload_triforce.server.sampling import Sampling
 from offload_triforce.server.service import Service
 from offload_triforce.server.structured import AfterReasoning
 from offload_triforce.server.template_replies import TemplateParser, has_response_template
 
+INSIDE = ("[ARGS]", "[CALL_ID]", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")  # of a call
 ROLES = ("system", "user", "assistant", "tool")
 TAIL = 1024  # tokens at the end of a prompt that say whether reasoning, or a part of the answer, has begun
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
@@ -47,7 +49,7 @@ class Conversation:
         """What takes the answer apart."""
         if has_response_template(service.tokenizer):
             return TemplateParser(service.tokenizer, self.prompt_end, self.shown_tools)
-        return MarkParser(self.prompt_end, bool(self.shown_tools))
+        return MarkParser(self.prompt_end, self.shown_tools)
 
     def rendered(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Messages, and the other variables of the model's template.
@@ -99,7 +101,7 @@ def _grammar(service: Service, conversation: Conversation) -> LogitsProcessor | 
         if grammar is not None:
             raise invalid("response_format and a tool_choice that forces a call exclude each other", "tool_choice")
         template = str(service.tokenizer.chat_template)
-        grammar = service.grammars.of_calls(conversation.forced_tools, template)
+        grammar = service.grammars.of_calls(conversation.forced_tools, template, partial(_reads, service))
     thinking = next((mark for mark in THINKING if conversation.prompt_end.rstrip().endswith(mark)), None)
     if grammar is None or thinking is None:
         return grammar
@@ -109,11 +111,17 @@ def _grammar(service: Service, conversation: Conversation) -> LogitsProcessor | 
     return AfterReasoning(grammar, close[0])
 
 
+def _reads(service: Service, text: str, tool: dict[str, Any]) -> bool:
+    """Whether an answer would be taken for a call of a tool."""
+    parser = Conversation([], [tool]).parser(service)
+    return any(isinstance(part, ToolCall) for part in [*parser.feed(text), *parser.finish()])
+
+
 def kept_marks(tokenizer: PreTrainedTokenizerBase, tools: bool) -> list[str]:
     """Special tokens that set the parts of an answer apart, and so have to be spelled."""
     marks = [*THINKING, *THINKING.values()]
     if tools:
-        marks += [*CALLING, *filter(None, CALLING.values()), "[ARGS]", "[CALL_ID]"]
+        marks += [*CALLING, *filter(None, CALLING.values()), *INSIDE]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token.content for token in added.values() if token.special}
     if has_response_template(tokenizer):
@@ -177,6 +185,9 @@ def _check_tools(conversation: Conversation) -> None:
             or not isinstance(function.get("name"), str)
         ):
             raise invalid(f"tool {number} must be a function with a name; there are no others here", "tools")
+        if not isinstance(function.get("parameters") or {}, dict):
+            message = f"the parameters of tool {number} must be a JSON schema, not {quote(function['parameters'])}"
+            raise invalid(message, "tools")
     choice = conversation.tool_choice
     if choice not in (None, "none", "auto", "required") and _chosen(choice) is None:
         message = f"tool_choice must be 'none', 'auto', 'required' or a function's name, not {quote(choice)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -100,7 +101,13 @@ def install(app: FastAPI) -> None:
         wrong = {404: f"there is nothing at {quote(request.url.path)}", 405: f"{request.method} is not possible here"}
         return await answer(request, ApiError(error.status_code, wrong.get(error.status_code, str(error.detail))))
 
+    async def query(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        return await answer(request, invalid(f"{name}: {first['msg']}, not {quote(first['input'])}", param=name))
+
     app.add_exception_handler(ApiError, answer)
+    app.add_exception_handler(RequestValidationError, query)
     app.add_exception_handler(TriForceError, answer)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, answer)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError
 from offload_triforce.machine.hardware import read_measured, this_machine
-from offload_triforce.planner.sizes import Needs
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.scheduler.last_pass import LastPass
 from offload_triforce.scheduler.trace import Span, busy
@@ -53,6 +52,10 @@ class LiveEngine(Protocol):
     @property
     def runtime(self) -> Runtime | None:
         """The caches; None while there are none."""
+
+    @property
+    def parked_bytes(self) -> int:
+        """Of host memory, by texts beside the one in the caches."""
 
 
 class EngineState(Protocol):
@@ -102,7 +105,7 @@ class Board:
             "waiting": state.waiting,
             "answer": None if stats is None else describe_answer(stats),
             "link": describe_link(engine.model.device, engine.settings.link_gbps),
-            "memory": None if runtime is None else describe_memory(engine.model, runtime, under_way, stats),
+            "memory": None if runtime is None else describe_memory(engine, runtime, under_way, stats),
             "pass": describe_pass(self._look(runtime)) if timeline and runtime is not None else None,
             "pdf": importlib.util.find_spec("pypdf") is not None,
         }
@@ -143,11 +146,9 @@ def _real_link(index: int) -> dict[str, Any]:
     return {"limit_gbps": machine.link_gbps, "source": source}
 
 
-def describe_memory(
-    model: PreTrainedModel, runtime: Runtime, under_way: bool, stats: DecodeStats | None
-) -> dict[str, Any]:
+def describe_memory(engine: LiveEngine, runtime: Runtime, under_way: bool, stats: DecodeStats | None) -> dict[str, Any]:
     """Bytes by purpose, of the card and of host memory. Prefill and decoding use the same room, one after the other."""
-    needs: Needs = runtime.needs
+    model, needs, parked = engine.model, runtime.needs, engine.parked_bytes
     reading = under_way and (stats is None or not stats.passes)
     cuda = model.device.type == "cuda"
     weights, elsewhere = weight_bytes(model)
@@ -155,7 +156,9 @@ def describe_memory(
         "context": runtime.context,
         "device_name": torch.cuda.get_device_name(model.device) if cuda else "the processor, in place of a card",
         "device": {"weights": weights} | needs.caches | (needs.prefill if reading else needs.decoding),
-        "host": needs.host | ({"input embeddings": elsewhere} if elsewhere else {}),
+        "host": needs.host
+        | ({"input embeddings": elsewhere} if elsewhere else {})
+        | ({"parked sessions": parked} if parked else {}),
     }
 
 

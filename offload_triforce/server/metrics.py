@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from offload_triforce.engine import TriForce
 from offload_triforce.server.line import Line
 from offload_triforce.speculation.stats import DecodeStats
 
@@ -29,9 +30,11 @@ class Metrics:
         self._decode = Histogram("decode_seconds", "From there to its end.", buckets=SECONDS, **about)
         self._waiting = Gauge("waiting_requests", "Requests that wait for their turn.", **about)
         self._busy = Gauge("busy", "1 while there is an answer under way.", **about)
+        self._parked = Gauge("parked_session_bytes", "Host memory of texts beside the one in the caches.", **about)
 
-    def watch(self, line: Line) -> None:
-        """Show how many wait."""
+    def watch(self, line: Line, engine: TriForce) -> None:
+        """Show how many wait, and what is kept for them."""
+        self._parked.set_function(lambda: engine.parked_bytes)
         self._waiting.set_function(lambda: line.waiting)
         self._busy.set_function(lambda: int(line.busy))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Sequence
@@ -63,7 +64,9 @@ def ask(
     try:
         check_length(engine.layout, engine.settings, len(prompt), new_tokens)
     except InputError as error:
-        raise invalid(str(error), "messages", TOO_LONG) from None
+        # Words that agents and proxies look for; not where a smaller max_tokens would do.
+        alone = "the prompt is too long: " if _room(service, len(prompt)) < 1 else ""
+        raise invalid(f"{alone}{error}", "messages", TOO_LONG) from None
     options = asked.options(engine.model.generation_config, len(prompt), engine.layout.vocabulary)
     if grammar is not None:
         options["logits_processor"].append(grammar)
@@ -79,12 +82,18 @@ def _check_prompt(service: Service, tokens: int) -> None:
     if tokens == 0:
         raise invalid("the prompt is empty; give at least one word")
     if limit is not None and tokens > limit:
-        message = f"the prompt has {tokens:,} tokens, {tokens - limit:,} more than the {limit:,} that are allowed here"
+        many = f"{tokens:,} tokens, {tokens - limit:,} more than the {limit:,} that are allowed here"
+        message = f"the prompt is too long: it has {many}"
         raise ApiError(400, message, param="messages", code=TOO_LONG)
 
 
 def _what_fits(service: Service, prompt: int) -> int:
     """How many new tokens an answer may have that asks for no number."""
+    return int(max(1, min(service.options.new_tokens, _room(service, prompt))))
+
+
+def _room(service: Service, prompt: int) -> float:
+    """How many tokens may follow a prompt."""
     engine = service.engine
     limits = [limit for limit in (engine.settings.context, engine.layout.max_positions) if limit is not None]
-    return max(1, min([service.options.new_tokens, *(limit - prompt for limit in limits)]))
+    return min(limits, default=math.inf) - prompt

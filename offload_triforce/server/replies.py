@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from offload_triforce.server.spelling import overlap
-from offload_triforce.server.tool_formats import Call, read_calls
+from offload_triforce.server.tool_formats import Call, Tools, read_calls
 
-THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
-CALLING = {"<tool_call>": "</tool_call>", "[TOOL_CALLS]": "", "<|python_tag|>": ""}  # "": to the end of the answer
+THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
+CALLING = {
+    "<tool_call>": "</tool_call>",
+    "<seed:tool_call>": "</seed:tool_call>",
+    "[TOOL_CALLS]": "",  # to the end of the answer
+    "<|python_tag|>": "",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class ReplyParser(Protocol):
 class MarkParser:
     """By the marks that common families set: ``<think>``, ``<tool_call>``, ``[TOOL_CALLS]``, or JSON alone (Llama)."""
 
-    def __init__(self, prompt_end: str, tools: bool) -> None:
-        """``prompt_end``: it may have opened the reasoning already. ``tools``: whether calls are looked for."""
+    def __init__(self, prompt_end: str, tools: Tools) -> None:
+        """``prompt_end``: it may have opened the reasoning. ``tools``: calls are looked for if there are some."""
         self._tools, self._buffer, self._begun = tools, "", False
         self._close: str | None = None  # the mark that ends where we are; None in plain text
         self._open = ""
@@ -140,9 +144,9 @@ class MarkParser:
         return bool(rest)
 
     def _call(self, parts: list[Part], inner: str, closed: bool) -> None:
-        calls = read_calls(inner)
+        calls = read_calls(inner, self._tools)
         if calls:
-            parts += [ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]
+            parts += [ToolCall(call.name, call.arguments_json()) for call in calls]
             self._blank = True
         else:  # it is no call after all
             self._blank = False

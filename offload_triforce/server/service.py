@@ -43,7 +43,7 @@ class Service:
         self.engine, self.options = engine, options
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.line, self.metrics = Line(options.queue), Metrics()
-        self.metrics.watch(self.line)
+        self.metrics.watch(self.line, engine)
         self.started = int(time.time())
         ends = engine.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends

@@ -10,17 +10,17 @@ import copy
 import importlib.util
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from offload_triforce.server.errors import ApiError, invalid, quote
+from offload_triforce.server.call_grammars import NAME, CallGrammar, schema_text
+from offload_triforce.server.errors import invalid, quote
 from offload_triforce.speculation.grammar import GrammarProcessor
 
-# Models write JSON with and without spaces and lines; but one that has lost its way must not go on with them for ever.
-WHITE_SPACE = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+_FORMAT = "response_format"
 FORMATS = ("text", "json_object", "json_schema")
 
 
@@ -50,41 +50,37 @@ class Grammars:
             schema = about.get("schema") if isinstance(about, dict) else None
             if not isinstance(schema, dict):
                 raise invalid("response_format.json_schema.schema is missing: a JSON schema", _FORMAT)
-        return self._processor(_json(schema, _FORMAT), _FORMAT)
+        return self._processor(f"start: %json {schema_text(schema, _FORMAT)}", _FORMAT)
 
-    def of_calls(self, tools: Sequence[dict[str, Any]], template: str) -> GrammarProcessor:
+    def of_calls(
+        self, tools: Sequence[dict[str, Any]], template: str, reads: Callable[[str, dict[str, Any]], bool]
+    ) -> GrammarProcessor:
         """The grammar of one call of one of some tools, as a model with this chat template writes it.
+
+        ``reads``: whether a text would be taken for a call, where there were such a tool.
 
         Raises:
             ApiError: its way to write calls is not known here, or a tool's parameters are no schema.
         """
-        if "<function=" in template or "[TOOL_CALLS]" in template:
+        calls = CallGrammar(template, self._mark)
+        text = calls.of([tool["function"] for tool in tools])
+        if not reads(calls.example, {"type": "function", "function": {"name": NAME, "parameters": {}}}):
             message = "this model writes calls in a way that cannot be forced here; let tool_choice be 'auto'"
             raise invalid(message, "tool_choice")
-        marked = "<tool_call>" in template
-        argument = "arguments" if marked else "parameters"
-        schema = _json({"anyOf": [_call_schema(tool["function"], argument) for tool in tools]}, "tools")
-        if not marked:
-            return self._processor(schema, "tools")
-        ways = (
-            ("<tool_call>", "</tool_call>"),
-            ('"<tool_call>"', '"</tool_call>"'),
-        )  # as tokens of their own, or spelled
-        failure: ApiError | None = None
-        for start, end in ways:
-            try:
-                return self._processor(f'start: {start} "\\n" call "\\n" {end}\ncall: %json {schema}', "tools")
-            except ApiError as error:
-                failure = error
-        raise failure or AssertionError
+        return self._processor(text, "tools")
+
+    def _mark(self, text: str) -> str:
+        """How a grammar spells a mark: by its id, where it is a special token."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        number = next((number for number, token in added.items() if token.special and token.content == text), None)
+        return json.dumps(text) if number is None else f"<[{number}]>"
 
     def _processor(self, grammar: str, param: str) -> GrammarProcessor:
         if importlib.util.find_spec("llguidance") is None:
             raise invalid("this needs the package llguidance on the server; pip install llguidance", param)
         import llguidance
 
-        text = grammar if grammar.startswith("start:") else f"start: %json {grammar}"
-        matcher = llguidance.LLMatcher(self._tokens(), text, log_level=0)
+        matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().strip().splitlines()[0][:300]
             raise invalid(f"{param}: the schema cannot be kept to: {reason}", param)
@@ -121,23 +117,3 @@ class AfterReasoning(LogitsProcessor):
         twin = copy.copy(self)
         twin._grammar = self._grammar.fork()
         return twin
-
-
-_FORMAT = "response_format"
-
-
-def _json(schema: dict[str, Any], param: str) -> str:
-    try:
-        return json.dumps({**schema, "x-guidance": WHITE_SPACE}, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"{param}: the schema is not JSON: {error}", param) from None
-
-
-def _call_schema(function: dict[str, Any], argument: str) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, argument: parameters},
-        "required": ["name", argument],
-        "additionalProperties": False,
-    }

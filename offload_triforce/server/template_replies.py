@@ -68,4 +68,4 @@ class TemplateParser:
 def _calls(value: Any) -> list[Part]:
     values = value if isinstance(value, list) else [value]
     calls = [read_call(each) for each in values]
-    return [ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls if call is not None]
+    return [ToolCall(call.name, call.arguments_json()) for call in calls if call is not None]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_XML_CALL = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>|\Z)\s*", re.DOTALL)
-_XML_ARGUMENT = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+from offload_triforce.server.argument_types import JSON, parameters_of, typed
+
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>\s*")
+_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?")
+_KEY_OR_END = re.compile(r"\s*([\w.-]+)\s*(?=<arg_key>|\Z)")
+_PAIR = re.compile(r"\s*<arg_key>\s*(.*?)\s*</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)\s*", re.DOTALL)
 _NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
-_json = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -20,23 +24,36 @@ class Call:
     name: str
     arguments: dict[str, Any]
 
+    def arguments_json(self) -> str:
+        """As clients get them."""
+        return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
 
-def read_calls(text: str) -> list[Call]:
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+def read_calls(text: str, tools: Tools = ()) -> list[Call]:
     """Calls, as they stand between a family's marks; none if the text is not all calls.
+
+    ``tools``: in OpenAI's shape. Arguments that are written as plain text get the types that a tool's schema names.
 
     - one JSON object, several in a row or a list of them, each with "name" and "arguments" (Hermes, Qwen, Mistral) or
       "parameters" (Llama);
     - a name before a JSON object of arguments, with or without ``[ARGS]`` between (newer Mistral models);
-    - ``<function=name><parameter=x>value</parameter></function>`` (Qwen3-Coder, Qwen3.5).
+    - ``<function=name><parameter=x>value</parameter></function>`` (Qwen3-Coder, Qwen3.5, Seed-OSS);
+    - ``name<arg_key>x</arg_key><arg_value>value</arg_value>`` (GLM).
     """
     text = text.strip().removeprefix("[TOOL_CALLS]")
     if text.startswith("<function="):
-        return _xml(text)
+        return _functions(text, tools)
+    key = _KEY_OR_END.match(text)
+    if key and (key.end() < len(text) or _has(tools, key[1])):
+        return _pairs(key[1], text[key.end() :], tools)
     calls: list[Call] = []
     while text := text.lstrip().lstrip(";,").lstrip():
         named = _NAMED.match(text)
         try:
-            value, end = _json.raw_decode(text, named.end() if named else 0)
+            value, end = JSON.raw_decode(text, named.end() if named else 0)
         except (ValueError, RecursionError):
             return []
         if named:
@@ -58,29 +75,56 @@ def read_call(value: Any) -> Call | None:
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):  # JSON in JSON
         try:
-            arguments = json.loads(arguments)
+            arguments = JSON.decode(arguments)
         except (ValueError, RecursionError):
             return None
     if arguments is None:
         arguments = {}
-    return Call(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
-
-
-def _xml(text: str) -> list[Call]:
-    calls, end = [], 0
-    while match := _XML_CALL.match(text, end):
-        if match.end() == end:
-            break
-        arguments = {name: _value(value) for name, value in _XML_ARGUMENT.findall(match[2])}
-        calls.append(Call(match[1], arguments))
-        end = match.end()
-    return calls if end == len(text) else []
-
-
-def _value(text: str) -> Any:
-    """A parameter in XML: JSON if it is a list, an object, a number or a truth value, else the text itself."""
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    call = Call(name, arguments)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return text if isinstance(value, str) else value
+        call.arguments_json()
+    except (ValueError, RecursionError):  # no JSON has such numbers
+        return None
+    return call
+
+
+def _functions(text: str, tools: Tools) -> list[Call]:
+    """``<function=...>``, several in a row. What a value holds is its own: any mark but ``</parameter>``."""
+    calls: list[Call] = []
+    while match := _FUNCTION.match(text):
+        text, arguments = text[match.end() :], {}
+        while parameter := _PARAMETER.match(text):
+            value, text = _value(text[parameter.end() :])
+            arguments[parameter[1]] = typed(value, parameter[1], parameters_of(tools, match[1]))
+        if not text.startswith("</function>") and text:
+            return []
+        text = text.removeprefix("</function>").lstrip()
+        calls.append(Call(match[1], arguments))
+    return [] if text else calls
+
+
+def _value(text: str) -> tuple[str, str]:
+    """A parameter's value, and what follows its end; one that is not closed ends where the next begins."""
+    value, closed, rest = text.partition("</parameter>")
+    if not closed:
+        ends = [place for mark in ("\n<parameter=", "\n</function>") if (place := text.find(mark)) >= 0]
+        end = min(ends, default=len(text))
+        value, rest = text[:end], text[end:]
+    return value.removesuffix("\n"), rest.lstrip()
+
+
+def _has(tools: Tools, name: str) -> bool:
+    return any(isinstance(tool.get("function"), dict) and tool["function"].get("name") == name for tool in tools)
+
+
+def _pairs(name: str, text: str, tools: Tools) -> list[Call]:
+    arguments, end = {}, 0
+    while end < len(text):
+        pair = _PAIR.match(text, end)
+        if pair is None:
+            return []
+        arguments[pair[1]] = typed(pair[2], pair[1], parameters_of(tools, name))
+        end = pair.end()
+    return [Call(name, arguments)]

@@ -60,7 +60,9 @@ class Backend:
         self.busy, self.waiting, self.stats = False, 0, None
         model = torch.nn.Linear(1000, 1000)
         model.device = torch.device("cpu")
-        self.engine = SimpleNamespace(model=model, runtime=Caches(), settings=SimpleNamespace(link_gbps=25.0))
+        self.engine = SimpleNamespace(
+            model=model, runtime=Caches(), settings=SimpleNamespace(link_gbps=25.0), parked_bytes=900_000_000
+        )
 
     def count(self, tokens):
         stats = self.stats = DecodeStats(prompt_tokens=1234, reused_tokens=1000)

@@ -18,7 +18,9 @@ from offload_triforce.machine.hardware import Measured
 from offload_triforce.scheduler.device import COMPUTE, D2H, DRAFT, H2D, VERIFY
 from offload_triforce.scheduler.trace import Span
 from offload_triforce.server import live
+from offload_triforce.server.line import Line
 from offload_triforce.server.live import Board, describe_answer, describe_link, describe_pass, live_router, merge
+from offload_triforce.server.metrics import Metrics
 from offload_triforce.speculation.stats import DecodeStats
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import prompt_ids, tiny_model
@@ -91,6 +93,23 @@ def test_memory_is_what_the_runtime_says(ask, state, engine):
     assert memory["device"].pop("weights") >= weights
     assert memory["device"] == needs.caches | needs.decoding
     assert memory["context"] == engine.runtime.context
+
+
+def test_parked_sessions_are_counted(ask, state, engine):
+    """Those in host memory, by what their tensors take; the one in the caches is in those."""
+    metrics = Metrics()
+    metrics.watch(Line(1), engine)
+    session = engine.session()
+    session.generate(prompt_ids(60), max_new_tokens=2)
+    assert engine.parked_bytes == 0
+    assert "parked sessions" not in ask()["memory"]["host"]
+    engine.generate(prompt_ids(60, seed=1), max_new_tokens=2)
+    parked = engine.parked_bytes
+    assert parked >= 60 * engine.runtime.full_kv_bytes(1)
+    assert ask()["memory"]["host"]["parked sessions"] == parked
+    assert f"offload_triforce_parked_session_bytes {float(parked)}" in metrics.text().decode()
+    session.close()
+    assert engine.parked_bytes == 0
 
 
 def test_the_last_pass_is_one_pass(ask, state, engine):

@@ -73,6 +73,10 @@ def test_refusals(http, body, status, said):
 def test_a_prompt_that_is_too_long_has_the_code_that_agents_know(http):
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 3000}]})
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert "the prompt is too long: " in answer.json()["error"]["message"]
+    room = http.post(CHAT, json={"messages": USER, "max_tokens": 3000}).json()["error"]
+    assert room["code"] == "context_length_exceeded"
+    assert "too long" not in room["message"], "a smaller max_tokens would do"
 
 
 def test_parameters_that_change_nothing_are_accepted(http):
@@ -85,6 +89,19 @@ def test_elsewhere(http):
     assert refusal(http, {}, "/v1/nothing")[0] in (404, 405)
     assert http.get("/v1/chat/completions").status_code in (404, 405)
     assert http.get("/health").json()["status"] == "ok"
+    assert http.head("/health").status_code == 200
+    odd = http.get("/page/live?timeline=perhaps")
+    assert odd.status_code == 400
+    assert odd.json()["error"]["param"] == "timeline"
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "a" * 24,
+        "Sec-WebSocket-Version": "13",
+    }
+    assert http.get(CHAT, headers=upgrade).status_code in (404, 405)
+    assert http.options(CHAT).status_code == 405
+    assert http.get("/..%2f..%2fetc/passwd").status_code == http.get("/%00").status_code == 404
     assert "offload_triforce_new_tokens_total" in http.get("/metrics").text
 
 
@@ -224,6 +241,7 @@ def test_big_and_slow_bodies_are_cut(engine):
         assert http.post(CHAT, content=(b"x" * 500 for _ in range(9))).status_code == 413
         where = ("127.0.0.1", int(address.rpartition(":")[2]))
         heads = {
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-Flood: 1\r\n" * 9000: b"HTTP/1.1 4",
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{": b"HTTP/1.1 408",
             b"POST /v1/chat/comp": b"",
             b"": b"",

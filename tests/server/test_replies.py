@@ -12,8 +12,12 @@ from offload_triforce.server.replies import MarkParser, Reasoning, Text, ToolCal
 from offload_triforce.server.tool_formats import Call, read_calls
 
 WEATHER = Call("weather", {"city": "Rome", "days": 2})
+PROPERTIES = {"city": {"type": "string"}, "days": {"type": "integer"}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": PROPERTIES}}}]
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
 XML = "<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n</parameter>\n</function>"
+PAIRS = "<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>"
+GLM = f"weather\n{PAIRS}\n"
 
 ANSWERS = {
     "text": ("Just <text>, { and } and <think> too.", "", "Just <text>, { and } and <think> too.", []),
@@ -24,6 +28,9 @@ ANSWERS = {
     "reasoning, call": (f"<think>Hm</think><tool_call>{CALL}</tool_call>", "Hm", "", [WEATHER]),
     "cut call": (f"<tool_call>\n{CALL}", "", "", [WEATHER]),
     "Qwen3-Coder": (f"Well.<tool_call>\n{XML}\n</tool_call>", "", "Well.", [WEATHER]),
+    "Seed-OSS": (f"<seed:think>Hm</seed:think><seed:tool_call>\n{XML}\n</seed:tool_call>", "Hm", "", [WEATHER]),
+    "GLM": (f"<think></think>\n<tool_call>{GLM}</tool_call>", "", "", [WEATHER]),
+    "GLM, nothing": ("<tool_call>weather</tool_call>", "", "", [Call("weather", {})]),
     "Mistral": (f"[TOOL_CALLS][{CALL}, {CALL}]", "", "", [WEATHER, WEATHER]),
     "Mistral, newer": ('[TOOL_CALLS]weather[ARGS]{"city": "Rome", "days": 2}', "", "", [WEATHER]),
     "Magistral": (f"[THINK]Hm[/THINK]Yes. [TOOL_CALLS][{CALL}]", "Hm", "Yes.", [WEATHER]),
@@ -34,7 +41,7 @@ ANSWERS = {
 }
 
 
-def parse(pieces, prompt_end="", tools=True):
+def parse(pieces, prompt_end="", tools=TOOLS):
     parser = MarkParser(prompt_end, tools)
     return [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
 
@@ -57,7 +64,12 @@ MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", C
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(MARKS), max_size=12), st.data(), st.booleans(), st.sampled_from(["", "<think>\n"]))
+@given(
+    st.lists(st.sampled_from(MARKS), max_size=12),
+    st.data(),
+    st.sampled_from([(), TOOLS]),
+    st.sampled_from(["", "<think>\n"]),
+)
 def test_pieces_make_no_difference(words, data, tools, prompt_end):
     answer = "".join(words)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=8)))
@@ -71,7 +83,7 @@ def test_pieces_make_no_difference(words, data, tools, prompt_end):
 
 def test_without_tools_text_is_text():
     answer = f"<tool_call>{CALL}</tool_call>"
-    assert text_of(parse([answer], tools=False), Text) == answer
+    assert text_of(parse([answer], tools=()), Text) == answer
 
 
 def test_the_prompt_may_have_begun_the_reasoning():
@@ -81,7 +93,7 @@ def test_the_prompt_may_have_begun_the_reasoning():
 
 def test_text_comes_at_once():
     """Nothing is held back that cannot become a mark."""
-    parser = MarkParser("", tools=False)
+    parser = MarkParser("", tools=())
     assert text_of(parser.feed("Hello"), Text) == "Hello"
     assert text_of(parser.feed(" you"), Text) == " you"
 

@@ -134,7 +134,7 @@ def _steps(count: int, behind: int) -> Tensor:
 
 
 def _put(room: Tensor, places: Tensor, numbers: Tensor, bits: int, taken: Tensor) -> None:
-    """Write the ``taken`` of the numbers, of so many bits each, to ``places``, which count bits. Others next to them stay.
+    """Write the ``taken`` of the numbers, of so many bits each, to ``places``, which count bits.
 
     No two numbers share a bit, so those that share a byte may be added up; bits that nobody writes become 0.
     """

@@ -66,6 +66,16 @@ def test_strided_tiles_in_places_used_before(device):
     assert not target[:, :, 76:].any()
 
 
+def test_tiles_that_follow_each_other_in_other_buffers(device):
+    """The second one goes by the bound launch: nothing of the first one's memory may be in it."""
+    steps = torch.arange(72)[:, None] % torch.tensor([1, 4, 12, 3, 2, 9, 5, 1])
+    first = (2.0**-steps).expand(2, 1, 72, 8).bfloat16().contiguous().to(device)
+    second = first.flip(0, 2, 3).contiguous()
+    second[0] = 1
+    for kv in (first, second):
+        check_identity(kv, BOTH, decodes=True)
+
+
 def test_offsets_do_not_wrap(arena):
     """Heads and parts of a tile may lie further apart than 32 bits count."""
     values = draw(2, 2, 64, 8).bfloat16()

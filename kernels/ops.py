@@ -1,4 +1,4 @@
-"""The operations of the hot path, by the best means at hand: Triton on CUDA, else torch.
+"""The operations of the hot path, by the best means at hand: Triton on CUDA, else torch or numba.
 
 Callers import this module alone. What each operation computes is said by its eager twin in ``reference``.
 """
@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta
+from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta, reference_wire
 from offload_triforce.kernels.reference import causal_mask, pack_queries, put_chunks
 from offload_triforce.kernels.reference_delta import node_step
 from offload_triforce.kernels.types import (
@@ -25,6 +25,7 @@ from offload_triforce.kernels.types import (
     NodeStep,
     TreeMask,
 )
+from offload_triforce.kernels.wire_format import WireFormat
 
 try:
     from offload_triforce.kernels import (
@@ -36,6 +37,7 @@ try:
         tile_choice,
         trial,
         verify_attention,
+        wire_codec,
     )
     from offload_triforce.kernels import chunk_scores as triton_scores
     from offload_triforce.kernels import fetch as triton_fetch
@@ -54,6 +56,7 @@ __all__ = [
     "RunningAttention",
     "RunningChoice",
     "TreeMask",
+    "WireFormat",
     "causal_mask",
     "chunk_scores",
     "commit_path",
@@ -69,6 +72,8 @@ __all__ = [
     "take_chunks",
     "tree_convolution",
     "what_stops_triton",
+    "wire_decode",
+    "wire_encode",
 ]
 
 
@@ -286,3 +291,30 @@ def int8_product(hidden: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """See ``reference.int8_product``."""
     functions = triton_product if uses_triton(hidden) else reference
     return functions.int8_product(hidden, codes, scale)
+
+
+def wire_encode(kv: Tensor, coded: Tensor, format: WireFormat) -> None:
+    """See ``reference_wire.wire_encode``."""
+    _wire_functions(kv).wire_encode(kv, coded, format)
+
+
+def wire_decode(coded: Tensor, kv: Tensor, format: WireFormat) -> None:
+    """See ``reference_wire.wire_decode``."""
+    _wire_functions(kv).wire_decode(coded, kv, format)
+
+
+def _wire_functions(kv: Tensor) -> ModuleType:
+    if uses_triton(kv):
+        return wire_codec
+    numba = None if kv.is_cuda or os.environ.get(CHOICE) == "torch" else _numba_wire()
+    return reference_wire if numba is None else numba
+
+
+@functools.cache
+def _numba_wire() -> ModuleType | None:
+    """The CPU's own coding of tiles; None where numba is not installed. Slow to load, so only when it is wanted."""
+    try:
+        from offload_triforce.kernels import cpu_wire
+    except ImportError:
+        return None
+    return cpu_wire

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.kernels import ops
-from offload_triforce.kernels.types import WireFormat
+from offload_triforce.kernels.wire_format import WireFormat
 from offload_triforce.scheduler.device import Device, Event
 
 Key = tuple[int, int]  # layer, tile
@@ -61,12 +61,12 @@ class CodedTiles:
         self._newest[key] = written
         return written
 
-    def bring(self, key: Key, place: Tensor, target: Tensor, after: Event) -> Event:
-        """Bring a tile to the device, decoded: into ``target`` [2, K, T, D]."""
-        if key in self._raw:
-            return self._device.incoming.submit(target, self.rooms[key], after=after)
+    def bring(self, source: Tensor, target: Tensor, after: Event) -> Event:
+        """Bring a tile from where it lies to the device, decoded: into ``target`` [2, K, T, D]."""
+        if source.shape == target.shape:
+            return self._device.incoming.submit(target, source, after=after)
         decode = partial(ops.wire_decode, self._coming, target, self.format)
-        return self._device.incoming.submit(self._coming, place, after=after, then=decode)
+        return self._device.incoming.submit(self._coming, source, after=after, then=decode)
 
     def put(self, key: Key, place: Tensor, kv: Tensor) -> None:
         """Store a tile from host memory, coded by the host.
@@ -81,18 +81,12 @@ class CodedTiles:
             self._room(key, kv).copy_(kv)
             self._raw.add(key)
 
-    def read(self, key: Key, place: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tile [2, K, T, D] in host memory, decoded by the host: not to be written to."""
-        if key in self._raw:
-            return self.rooms[key]
-        kv = torch.empty(self.shape, dtype=dtype)
-        ops.wire_decode(place, kv, self.format)
+    def read(self, coded: Tensor) -> Tensor:
+        """A coded tile in host memory, decoded by the host: [2, K, T, D]."""
+        form = self.format
+        kv = torch.empty(2, form.kv_heads, form.tile_tokens, form.head_dim, dtype=form.dtype)
+        ops.wire_decode(coded, kv, form)
         return kv
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of a tile."""
-        return (2, self.format.kv_heads, self.format.tile_tokens, self.format.head_dim)
 
     def _settle(self, key: Key, place: Tensor, written: _Written) -> None:
         """What has landed counts, unless the tile has been written anew since."""

@@ -43,6 +43,22 @@ def test_the_same_tokens_raw_and_coded(family, temperature):
     assert coded.stats.passes == raw.stats.passes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_on_cuda(family, temperature):
+    """And by default coded: that is what "auto" means there."""
+    found = []
+    for wire in ("raw", "coded", "auto"):
+        model = tiny_model(family, seed=1, calm=True).to("cuda", torch.bfloat16)
+        with TriForce(model, **{**SMALL, "tile": 128, "resident": 0.3}, wire=wire) as engine:
+            result = engine.generate(prompt_ids(700), max_new_tokens=200, temperature=temperature, seed=3)
+            found.append(result.token_ids)
+            ratio = engine.runtime.caches.full.stream.plan.wire_ratio
+        assert ratio == 1.0 if wire == "raw" else ratio > 1.2
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

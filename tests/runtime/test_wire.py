@@ -138,9 +138,8 @@ def test_sessions_go_on_either_way(family, saved, loaded, tmp_path):
             first = session.generate(PROMPT, **options)
             session.save(folder)
         expected = engine.generate(torch.tensor([first.prompt_ids + first.token_ids + [7, 8]]), **options).token_ids
-    with TriForce(model_of(family), **SMALL, wire=loaded) as engine:
-        with engine.load_session(folder) as session:
-            again = session.generate(torch.tensor([first.prompt_ids + first.token_ids + [7, 8]]), **options)
+    with TriForce(model_of(family), **SMALL, wire=loaded) as engine, engine.load_session(folder) as session:
+        again = session.generate(torch.tensor([first.prompt_ids + first.token_ids + [7, 8]]), **options)
     assert again.token_ids == expected
     assert again.stats.reused_tokens > 150
 
@@ -169,11 +168,11 @@ def test_no_memory_for_a_raw_tile_leaves_the_text_whole(monkeypatch):
     monkeypatch.setattr(runtime, "free_on_host", free)
     monkeypatch.setattr(wire_format, "ROOM", 0.0)
     with TriForce(model_of("llama"), **{**SMALL, "gamma": 0}, wire="coded") as engine:
-        stream, tokens = engine.stream(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=3), []
+        parts = iter(engine.stream(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=3))
+        next(parts)
+        short.append(True)
         with pytest.raises(MemoryLimitError, match="cannot be coded any smaller"):
-            for part in stream:
-                tokens += part.token_ids if hasattr(part, "token_ids") else []
-                short[:] = [True]
+            list(parts)
         held = engine.runtime.caches.length
         assert held > 170
         short.clear()

@@ -17,6 +17,7 @@ from tests.tiny import prompt_ids, tiny_model
 # All layers full, sliding ones among them, recurrent ones, one KV head for several queries.
 FAMILIES = ("llama", "gemma3", "qwen2-sliding", "qwen3.5", "qwen2")
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "prefill_chunk": 100, "gamma": 6, "draft": "ngram"}
+SMALL |= {"adaptive": False, "overlap": False}  # passes of the same tokens: in 16 bits, other blocks round otherwise
 PROMPT, NEW = prompt_ids(170), 50
 
 
@@ -92,7 +93,8 @@ def test_link_bytes_fall_by_the_rate():
     assert raw.wire_ratio == 1.0
     assert coded.raw_link_bytes == raw.link_bytes
     plan = make_plan(*_planned("qwen2", tile=128, wire="coded"))
-    assert coded.wire_ratio == pytest.approx(plan.wire_ratio) > 1.3
+    assert plan.wire_ratio > 1.3
+    assert coded.wire_ratio == pytest.approx(plan.wire_ratio)
     assert coded.link_bytes * plan.wire_ratio == pytest.approx(raw.link_bytes)
     assert coded.as_dict()["wire_ratio"] == coded.wire_ratio
 
@@ -160,22 +162,19 @@ def test_a_text_is_cut_inside_a_coded_tile():
 def test_no_memory_for_a_raw_tile_leaves_the_text_whole(monkeypatch):
     """In the middle of an answer: it is refused, and when there is memory again, the text goes on from where it was."""
     expected = answer("llama", "raw", gamma=0)[0].token_ids
-    short = []
+    made, room = [], 3 * 4  # tiles: those of the prompt, in three layers
 
     def free():
-        return 0 if short else 10**12
+        made.append(1)
+        return 10**12 if len(made) <= room else 0
 
     monkeypatch.setattr(runtime, "free_on_host", free)
     monkeypatch.setattr(wire_format, "ROOM", 0.0)
     with TriForce(model_of("llama"), **{**SMALL, "gamma": 0}, wire="coded") as engine:
-        parts = iter(engine.stream(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=3))
-        next(parts)
-        short.append(True)
-        with pytest.raises(MemoryLimitError, match="cannot be coded any smaller"):
-            list(parts)
-        held = engine.runtime.caches.length
-        assert held > 170
-        short.clear()
+        for _ in range(2):  # it can be tried again, and is refused again
+            with pytest.raises(MemoryLimitError, match="cannot be coded any smaller"):
+                engine.generate(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=3)
+        room = 10**6
         result = engine.generate(PROMPT, max_new_tokens=NEW, temperature=0.0, seed=3)
         assert result.token_ids == expected
-        assert result.stats.reused_tokens >= 169
+        assert result.stats.reused_tokens == 169, "all that the prompt needs"

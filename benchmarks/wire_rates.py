@@ -8,7 +8,7 @@ that needs more stays raw.
 Other codes are worked out from the same exponents (bfloat16, every fourth layer), with the best level that each block
 of 64 tokens could have and no fixed room: bits per exponent, so what the kernels write can be compared.
 
-    python -m benchmarks.wire_rates [--models smollm2 qwen-coder random] [--tokens 4096] [--json FILE]
+    python -m benchmarks.wire_rates [--models smollm2 qwen-coder random] [--tokens 4096] [--keep FOLDER] [--json FILE]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from offload_triforce.model.fetch import fetch_model
 from offload_triforce.runtime.session import Reading
 
 REPEATS = 5
+TOKENS = {"smollm2": 4096, "qwen-coder": 2048}
 RANDOM_SHAPE, RANDOM_TOKENS = "smollm2", 1024
 # Bits that an exponent takes so far below its block's level; all others are escapes, whose bits are under None.
 WAYS: dict[str, dict[int | None, int]] = {
@@ -46,8 +47,19 @@ WAYS: dict[str, dict[int | None, int]] = {
 }
 
 
-def keys_and_values(model: str, tokens: int) -> list[Tensor]:
-    """Of each layer, [2, K, T, D] in bfloat16."""
+def keys_and_values(model: str, tokens: int, keep: Path | None) -> list[Tensor]:
+    """Of each layer, [2, K, T, D] in bfloat16; from the folder ``keep`` if they were put there before."""
+    kept = keep and keep / f"{model}-{tokens}.pt"
+    if kept and kept.exists():
+        return torch.load(kept)
+    layers = read(model, tokens)
+    if kept:
+        torch.save(layers, kept)
+    return layers
+
+
+def read(model: str, tokens: int) -> list[Tensor]:
+    """Let the model read so many tokens."""
     if model == "random":
         net = random_model(RANDOM_SHAPE, torch.float32, torch.device("cpu"), RANDOM_TOKENS)
         ids = torch.randint(0, net.config.vocab_size, (1, RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -142,8 +154,8 @@ def speeds(kv: Tensor) -> dict[str, float]:
     return {name: form.raw_bytes / seconds / 1e9 for name, seconds in best.items()}
 
 
-def measure(model: str, tokens: int, tile_tokens: int) -> dict[str, Any]:
-    layers = keys_and_values(model, tokens)
+def measure(model: str, tokens: int, tile_tokens: int, keep: Path | None) -> dict[str, Any]:
+    layers = keys_and_values(model, tokens, keep)
     found = tiles(layers, tile_tokens)
     return {
         "tokens": layers[0].shape[2],
@@ -160,13 +172,16 @@ def measure(model: str, tokens: int, tile_tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2", "qwen-coder", "random"])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, help=f"default: {TOKENS}")
     parser.add_argument("--tile-tokens", type=int, default=512)
+    parser.add_argument("--keep", type=Path, help="a folder for keys and values, to be read again")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": describe_machine(), "models": {}}
     for model in options.models:
-        found = report["models"][model] = measure(model, options.tokens, options.tile_tokens)
+        found = report["models"][model] = measure(
+            model, options.tokens or TOKENS.get(model, RANDOM_TOKENS), options.tile_tokens, options.keep
+        )
         print(f"{model}: {found['tokens']:,} tokens, {found['layers']} layers")
         for dtype in ("bfloat16", "float16"):
             rate = found[dtype]

@@ -51,8 +51,8 @@ def wire_encode(kv: Tensor, coded: Tensor, format: WireFormat) -> None:
 
 def decode_launch(coded: Tensor, kv: Tensor, format: WireFormat) -> Launch:
     """What ``wire_decode`` launches; ``kv`` as int16."""
-    _, *begins = format.begins
-    arguments = (coded, kv, *kv.stride()[:3], *_table(coded, format), *begins, format.tile_tokens, *_shape(format))
+    # No other tensor: a repeated launch has other addresses for these two alone.
+    arguments = (coded, kv, *kv.stride()[:3], *format.begins, format.tile_tokens, *_shape(format))
     return Launch(_decode_kernel, _grid(format), arguments, {"num_warps": 4 if format.head_dim <= 256 else 8})
 
 
@@ -128,8 +128,8 @@ def _misses(codes, groups, dims, inside, DIM: tl.constexpr):
 
 @triton.jit
 def _decode_kernel(
-    coded, kv, part_stride, head_stride, token_stride, table,
-    levels_at, codes_at, rests_at, highs_at, room_at, tokens,
+    coded, kv, part_stride, head_stride, token_stride,
+    table_at, levels_at, codes_at, rests_at, highs_at, room_at, tokens,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MANTISSA: tl.constexpr,
 ):  # fmt: skip
     """Decode one region."""
@@ -149,7 +149,8 @@ def _decode_kernel(
     rests = coded + rests_at + first * GROUP * DIM + token * DIM + dims[None, :]
     highs = coded + highs_at + first * HIGH * DIM + dims
     kv += part * part_stride + head * head_stride + block * BLOCK * token_stride
-    room = coded + room_at + tl.load(table + heads * 2 * blocks + region)
+    starts = (coded + table_at).to(tl.pointer_type(tl.int32)) + 2 * heads * blocks
+    room = coded + room_at + tl.load(starts + region)
     escapes = room + (_misses(codes, groups, dims, inside, DIM) * EXTENSION + 7) // 8
 
     missed_before = tl.zeros((), tl.int32)

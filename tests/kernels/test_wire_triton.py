@@ -36,10 +36,10 @@ def test_every_value_comes_back(device, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_block_that_is_short_and_channels_that_are_no_power_of_two(device, dtype):
-    check_identity(draw(2, 2, 72, 24).to(dtype).to(device), BOTH)
+    check_identity(draw(2, 1, 72, 24).to(dtype).to(device), BOTH)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(kv=tiles(most_heads=1, most_groups=9, dims=(1, 8, 24)))
 def test_any_bits(device, kv):
     check_identity(kv.to(device), BOTH)
@@ -64,6 +64,16 @@ def test_strided_tiles_in_places_used_before(device):
     assert same_bits(target[:, :, 4:76], kv)
     assert not target[:, :, :4].any()
     assert not target[:, :, 76:].any()
+
+
+def test_tiles_that_follow_each_other_in_other_buffers(device):
+    """The second one goes by the bound launch: nothing of the first one's memory may be in it."""
+    steps = torch.arange(72)[:, None] % torch.tensor([1, 2, 12, 1, 2, 3, 2, 1])
+    first = (2.0**-steps).expand(2, 1, 72, 8).bfloat16().contiguous().to(device)
+    second = first.flip(0, 2, 3).contiguous()
+    second[0] = 1
+    for kv in (first, second):
+        check_identity(kv, BOTH, decodes=True)
 
 
 def test_offsets_do_not_wrap(arena):

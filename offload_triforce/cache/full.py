@@ -131,7 +131,7 @@ class FullCache:
 
     def _land(self) -> None:
         """What has left is from now on read from its tiles."""
-        self._leaving.wait()
+        self.landed()
         self.tail.drop_front(self._left * self.stream.plan.tile_tokens)
         self.tiles += self._left
         self._left = 0

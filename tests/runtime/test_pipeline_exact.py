@@ -299,13 +299,7 @@ def _prompt(monkeypatch):
 
 def _news(monkeypatch):
     """Tiles of new tokens are dropped from the tail, and read, before they have left it."""
-    land = FullCache._land
-
-    def mutated(self):
-        self._leaving = Leaving()
-        land(self)
-
-    monkeypatch.setattr(FullCache, "_land", mutated)
+    monkeypatch.setattr(FullCache, "landed", lambda self: setattr(self, "_leaving", Leaving()))
 
 
 def _settling(monkeypatch):

@@ -80,7 +80,7 @@ def predict_pass(plan: TilePlan, tiles: int, link: LinkSpeed, work: PassWork) ->
     A copy begins when the link is through with the one before it, its slot of the ring is free and the host has asked
     for it; the work on a tile begins when it has landed and the device is through with what came before.
     """
-    todo, takes = plan.stream_order(tiles), link.seconds(plan.tile_bytes)
+    todo, takes = plan.stream_order(tiles), link.seconds(plan.wire_bytes)
     free, landed = deque([0.0] * plan.ring), deque[float]()
     host = device = link_free = busy = waited = 0.0
 

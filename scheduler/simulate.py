@@ -147,13 +147,15 @@ def rounds(tokens: int, gamma1: int, acceptance: float) -> float:
 
 @dataclass(frozen=True)
 class RoundTime:
-    """One round of the hierarchy: drafting, then a pass. Drafting is not hidden behind the link."""
+    """One round of the hierarchy: drafting, then a pass. Steps that a pass hides cost nothing."""
 
     pass_s: float
     step_s: float  # of the retrieval level
     draft_s: float  # of the draft, per step of the retrieval level
-    steps: float  # of the retrieval level, per round
+    steps: float  # of the retrieval level, per round, that no pass hides
     tokens: float  # per round
+    hidden: float = 0.0  # steps per round beside those
+    picked: float = 0.0  # draft tokens that the pass reads
 
     @property
     def seconds(self) -> float:

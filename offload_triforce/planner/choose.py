@@ -11,12 +11,13 @@ from offload_triforce.config import Settings, replace_settings
 from offload_triforce.machine.hardware import Machine, this_machine
 from offload_triforce.machine.memory import free_on
 from offload_triforce.model.outline import ModelLayout, ModelShape
+from offload_triforce.planner.drafting import COMPARED
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.predict import (
     DRAFT_ACCEPTANCE,
     Assumed,
-    assumed_acceptance,
-    predict_target,
+    first_choice,
+    passes,
     round_time,
     step_seconds,
 )
@@ -41,7 +42,7 @@ def assume(
 ) -> Assumed:
     """The acceptance to reckon with. ``draft``: ngram, none, self, model or mtp; the rates win where they are given."""
     if retrieval is None:
-        retrieval = assumed_acceptance(settings.budget_for(context))
+        retrieval = first_choice(settings.budget_for(context), settings.rule)
     return Assumed(retrieval, DRAFT_ACCEPTANCE[draft] if drafted is None else drafted)
 
 
@@ -187,14 +188,14 @@ def _gammas(
     best, least = replace_settings(settings, {"gamma": gammas[0], "gamma1": gamma1s[0]}), math.inf
     if len(gammas) * len(gamma1s) == 1:
         return best
+    # How far it pays within gamma is found out while decoding, so the passes are those of the largest, and fewer tokens.
+    curve = passes(model, replace_settings(settings, {"gamma": max(gammas)}), context, machine)
     for gamma in gammas:
-        tried = replace_settings(settings, {"gamma": gamma})
-        passing = predict_target(model, tried, context, machine, tried.block, settings.refresh)
         for gamma1 in gamma1s:
             tried = replace_settings(settings, {"gamma": gamma, "gamma1": gamma1})
-            took = round_time(model, tried, context, machine.speeds, rates, draft, passing).ms_per_token
-            if took < 0.98 * least:  # a longer chain has to pay
-                best, least = tried, took
+            timing = round_time(model, tried, context, machine, rates, draft, curve, COMPARED)
+            if timing.ms_per_token < 0.98 * least:  # a longer chain has to pay
+                best, least = tried, timing.ms_per_token
     return best
 
 

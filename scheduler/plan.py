@@ -20,6 +20,7 @@ class TilePlan:
         ring: staging buffers on the device, each one tile.
         resident: share of all tiles that lies on the device while decoding, 0 to 1.
         late: of these resident tiles, how many come up only when the prompt has been read. They are in host memory too.
+        coded_bytes: of one tile as it lies in host memory and crosses the link, see ``codec``; 0: as it is, raw.
     """
 
     layers: int
@@ -31,6 +32,7 @@ class TilePlan:
     ring: int
     resident: float = 0.0
     late: int = 0
+    coded_bytes: int = 0
 
     @property
     def token_bytes(self) -> int:
@@ -39,8 +41,18 @@ class TilePlan:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of one tile."""
+        """Bytes of one tile on the device, raw."""
         return self.token_bytes * self.tile_tokens
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of one tile in host memory and on the link."""
+        return self.coded_bytes or self.tile_bytes
+
+    @property
+    def wire_ratio(self) -> float:
+        """Raw bytes over wire bytes; 1 where tiles are not coded."""
+        return self.tile_bytes / self.wire_bytes
 
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device while decoding.
@@ -70,8 +82,8 @@ class TilePlan:
         return ((la, t) for la in range(self.layers) for t in range(tiles) if not self.is_resident(la, t))
 
     def streamed_bytes(self, tiles: int) -> int:
-        """Bytes that a pass fetches when each layer has ``tiles`` whole tiles."""
-        return sum(1 for _ in self.stream_order(tiles)) * self.tile_bytes
+        """Wire bytes that a pass fetches when each layer has ``tiles`` whole tiles."""
+        return sum(1 for _ in self.stream_order(tiles)) * self.wire_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -86,12 +98,24 @@ class TilePlan:
     @property
     def host_bytes(self) -> int:
         """Host bytes of all other tiles, and of the late ones, at the full context."""
-        return self.layers * self.tiles * self.tile_bytes - self.resident_bytes + self.late_bytes
+        resident = int(self.layers * self.tiles * self.resident)
+        return (self.layers * self.tiles - resident + self.late) * self.wire_bytes
 
     @property
     def ring_bytes(self) -> int:
-        """Device bytes of the ring."""
-        return self.ring * self.tile_bytes
+        """Device bytes of the ring. A tile that could not be coded passes through it raw, so it holds at least one."""
+        size = self.ring * self.wire_bytes
+        return max(size, aligned(self.tile_bytes)) if self.coded_bytes else size
+
+    @property
+    def coding_bytes(self) -> int:
+        """Device bytes that coding takes: a decoded tile, and a coded one on its way in each direction."""
+        return self.tile_bytes + 2 * self.coded_bytes if self.coded_bytes else 0
+
+
+def aligned(size: int) -> int:
+    """Bytes that a tile takes in the ring beside coded ones, whose sizes are multiples of 256."""
+    return -(-size // 256) * 256
 
 
 # A tile is large enough that issuing its copy and up to three kernels from Python (see ``planner.host_work``) stays far

@@ -53,7 +53,7 @@ class PassWork:
 
     Attributes:
         gaps: work before the tiles of each layer that has some, and after the last one's: one more than those layers.
-        tile: work on one tile.
+        tile: work on one tile. decode: what is to be done before, to one that was fetched.
         issue_gap, issue_tile: the host's time to launch these; it launches ahead, and nothing starts before.
         issue_copy: what a tile that is fetched takes it beside that.
     """
@@ -63,6 +63,7 @@ class PassWork:
     issue_gap: float = 0.0
     issue_tile: float = 0.0
     issue_copy: float = 0.0
+    decode: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def predict_pass(plan: TilePlan, tiles: int, link: LinkSpeed, work: PassWork) ->
     A copy begins when the link is through with the one before it, its slot of the ring is free and the host has asked
     for it; the work on a tile begins when it has landed and the device is through with what came before.
     """
-    todo, takes = plan.stream_order(tiles), link.seconds(plan.tile_bytes)
+    todo, takes = plan.stream_order(tiles), link.seconds(plan.wire_bytes)
     free, landed = deque([0.0] * plan.ring), deque[float]()
     host = device = link_free = busy = waited = 0.0
 
@@ -103,7 +104,7 @@ def predict_pass(plan: TilePlan, tiles: int, link: LinkSpeed, work: PassWork) ->
                 continue
             arrived = landed.popleft()
             waited += max(0.0, arrived - device)
-            device = max(device, arrived) + work.tile
+            device = max(device, arrived) + work.decode + work.tile
             free.append(device)
             run_ahead()
     return PassTime(max(device, host + work.issue_gap) + work.gaps[-1], busy, waited)

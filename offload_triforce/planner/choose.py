@@ -18,6 +18,7 @@ from offload_triforce.planner.predict import (
     Assumed,
     first_choice,
     passes,
+    path_seconds,
     round_time,
     step_seconds,
 )
@@ -158,7 +159,7 @@ def _ring(
     if settings.ring is not None or not settings.overlap or settings.gamma == 0:
         return plan.ring
     step = MARGIN * step_seconds(model, settings, context, machine.speeds)
-    ring = choose_ring(plan.tile_bytes, step * machine.link_gbps * 1e9)
+    ring = choose_ring(plan.wire_bytes, step * machine.link_gbps * 1e9)
     while ring > plan.ring and not _fits(model, settings, context, machine, draft, ring=ring):
         ring //= 2
     return max(ring, plan.ring)
@@ -191,11 +192,11 @@ def _gammas(
     # How far it pays within gamma is found out while decoding, so the passes are those of the largest, and fewer tokens.
     curve = passes(model, replace_settings(settings, {"gamma": max(gammas)}), context, machine)
     for gamma in gammas:
-        for gamma1 in gamma1s:
-            tried = replace_settings(settings, {"gamma": gamma, "gamma1": gamma1})
-            timing = round_time(model, tried, context, machine, rates, draft, curve, COMPARED)
-            if timing.ms_per_token < 0.98 * least:  # a longer chain has to pay
-                best, least = tried, timing.ms_per_token
+        ways = [replace_settings(settings, {"gamma": gamma, "gamma1": gamma1}) for gamma1 in gamma1s]
+        tried = min(ways, key=lambda way: path_seconds(model, way, context, machine.speeds, rates, draft))
+        timing = round_time(model, tried, context, machine, rates, draft, curve, COMPARED)
+        if timing.ms_per_token < 0.98 * least:  # a longer path has to pay
+            best, least = tried, timing.ms_per_token
     return best
 
 

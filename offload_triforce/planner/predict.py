@@ -22,6 +22,7 @@ from offload_triforce.scheduler.simulate import (
     Speeds,
     predict_pass,
     predict_prefill,
+    rounds,
 )
 
 # Acceptance by the target of a draft token of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K
@@ -121,7 +122,9 @@ def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, re
     flops = (4 + 2 * refresh) * model.heads * plan.head_dim * plan.tile_tokens * tokens
     tile = speeds.seconds((1.5 if refresh else 1.0) * plan.tile_bytes, flops)  # scoring reads the keys again
     issue = OPERATION * (step_operations(model) / plan.layers + refresh * CHOOSING)
-    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh))
+    # Decoding reads the coded tile and writes it out, which the attention reads then: nothing is taken to be fused.
+    decode = speeds.seconds(plan.coded_bytes + plan.tile_bytes) if plan.coded_bytes else 0.0
+    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh), decode)
 
 
 def predict_target(
@@ -189,6 +192,7 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     products = chunks * speeds.seconds(written_out(model, speeds, settings.prefill_chunk))
     products += chunks * speeds.seconds(weights.layer + weights.experts, 2 * parameters * context / chunks)
     link, plan = machine.link_gbps * 1e9, make_plan(layout, settings, context)
+    ratio = plan.wire_ratio if plan is not None else 1.0
     early = (settings.resident if settings.prefill_resident is None else settings.prefill_resident) or 0.0
     states = 0.0
     if settings.hidden_states == "host":
@@ -201,8 +205,21 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
         computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
         computing.append(max(computed, states))
         leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
-        copying.append((1 + again) * leaves / link)
-    return predict_prefill(computing, copying, chunks) + (plan.late_bytes / link if plan is not None else 0.0)
+        copying.append((1 + again) * leaves / ratio / link)
+    return predict_prefill(computing, copying, chunks) + (plan.late_bytes / ratio / link if plan is not None else 0.0)
+
+
+def path_seconds(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    speeds: Speeds,
+    assumed: Assumed,
+    draft: ModelShape | None,
+) -> float:
+    """What it takes to draft a single path of ``gamma`` tokens: by it, the draft tokens of level 0 are compared."""
+    step = step_seconds(model, settings, context, speeds) + draft_seconds(draft, settings, speeds)
+    return rounds(settings.gamma, settings.gamma1, assumed.draft) * step
 
 
 def passes(model: ModelShape, settings: Settings, context: int, machine: Machine) -> PassCurve:
@@ -221,16 +238,16 @@ def round_time(
     assumed: Assumed,
     draft: ModelShape | None,
     curve: PassCurve,
-    rounds: int = WALKED,
+    walked: int = WALKED,
 ) -> RoundTime:
-    """Drafting, what of it passes hide, and the pass that verifies it. ``curve``: of ``passes``."""
+    """Drafting, what of it passes hide, and the pass that verifies it. ``curve``: of ``passes``. ``walked``: rounds."""
     if not settings.gamma:
         return RoundTime(curve.passes[0].seconds, 0.0, 0.0, 0.0, 1.0)
     plan, speeds, width = make_plan(model.layout, settings, context), machine.speeds, settings.width + settings.gamma1
     one, most = (step_seconds(model, settings, context, speeds, tokens) for tokens in (1, width))
     covered = plan.ring_bytes / (machine.link_gbps * 1e9) if plan is not None else 0.0
     costs = Costs(curve, covered, one, (most - one) / max(1, width - 1), draft_seconds(draft, settings, speeds))
-    return walk_rounds(assumed.by_rank(settings.rule), assumed.draft, settings, costs, None, rounds)
+    return walk_rounds(assumed.by_rank(settings.rule), assumed.draft, settings, costs, None, walked)
 
 
 def predict(

@@ -17,6 +17,7 @@ from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.machine.memory import free_on, free_on_host
 from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.outline import ModelLayout
+from offload_triforce.planner.wire import coded_bytes
 from offload_triforce.scheduler.plan import RING_LIMIT, SLOTS, TilePlan, choose_ring, choose_tile
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
     shape = layout.layers[layout.full[0]]
     token_bytes = layout.token_bytes(layout.full[0])
     tile = settings.tile or choose_tile(token_bytes, context, math.lcm(settings.chunk, settings.sink or 1))
-    ring = settings.ring or choose_ring(tile * token_bytes)
-    if ring * tile * token_bytes > RING_LIMIT:
+    coded = coded_bytes(layout, settings, tile * token_bytes)
+    slot = coded or tile * token_bytes
+    ring = settings.ring or choose_ring(slot)
+    if ring * slot > RING_LIMIT:
         raise InputError(
-            f"a ring of {ring} tiles of {tile} tokens takes {ring * tile * token_bytes / 1e6:,.0f} MB on the device, "
-            f"more than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT // token_bytes:,} tokens fit"
+            f"a ring of {ring} tiles of {tile} tokens takes {ring * slot / 1e6:,.0f} MB on the device, more than the "
+            f"{RING_LIMIT / 1e6:,.0f} MB that it may; at most {int(RING_LIMIT / slot * tile):,} tokens fit"
         )
     layers, tiles = len(layout.full), -(-context // tile)
     resident, early = settings.resident or 0.0, settings.prefill_resident
@@ -73,6 +76,7 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
         ring=ring,
         resident=resident,
         late=late,
+        coded_bytes=coded,
     )
 
 
@@ -149,6 +153,7 @@ def work_out(
         caches["resident tiles"] = plan.resident_bytes - plan.late_bytes
         decoding["more resident tiles"] = plan.late_bytes
         caches["ring"] = plan.ring_bytes
+        caches["tiles being coded"] = plan.coding_bytes
         keep = shape.tail_needed(settings.news)
         caches["tail"] = tail_capacity(plan, keep, block, settings.news) * token
         near = shape.near(settings.news, settings.room)

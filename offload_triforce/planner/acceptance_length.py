@@ -35,8 +35,8 @@ DRAWN = (0.9, 0.04, 0.02, 0.01)
 LEAST_PROBABILITY = 1 / 512
 SEED = 20240419
 TREES = 64  # that a mean is taken over
-# Classes are drawn like cards of a deck of so many, shuffled anew when it is through: each comes up about as often as it
-# should, however few are drawn.
+# Classes are drawn like cards of a deck of so many, shuffled anew when it is through: each comes up about as often as
+# it should, however few are drawn.
 DECK = 256
 
 

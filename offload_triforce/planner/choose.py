@@ -189,7 +189,7 @@ def _gammas(
     best, least = replace_settings(settings, {"gamma": gammas[0], "gamma1": gamma1s[0]}), math.inf
     if len(gammas) * len(gamma1s) == 1:
         return best
-    # How far it pays within gamma is found out while decoding, so the passes are those of the largest, and fewer tokens.
+    # How far it pays within gamma is found out while decoding: all passes lie on the curve of the largest.
     curve = passes(model, replace_settings(settings, {"gamma": max(gammas)}), context, machine)
     for gamma in gammas:
         ways = [replace_settings(settings, {"gamma": gamma, "gamma1": gamma1}) for gamma1 in gamma1s]

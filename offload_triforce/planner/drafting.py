@@ -1,8 +1,8 @@
 """Rounds of drafting and passing, with a clock instead of a model: how much is drafted, how much of it a pass hides.
 
-It follows the runtime piece by piece. Before a pass, the tree drafter makes steps as long as they pay (``_wanted``); the
-likeliest draft tokens are read by the pass (``_pick``); while it is under way, steps go on as long as they fit into the
-time in which it waits for tiles anyway (``DraftController.has_time``). When the verdict comes, what was drafted behind
+It follows the runtime piece by piece. Before a pass, the tree drafter makes steps as long as they pay (``_wanted``);
+the likeliest draft tokens are read by the pass (``_pick``); while it is under way, steps go on as long as they fit into
+the time in which it waits for tiles anyway (``DraftController.has_time``). When the verdict comes, what was drafted behind
 the token that the text now ends with is kept, and everything else is thrown away (``move_to``).
 """
 
@@ -70,10 +70,18 @@ class Costs:
         return self.step_1 + self.step_token * (tokens - 1)
 
 
+@dataclass(frozen=True)
+class Level0:
+    """A drafter: how often the retrieval level accepts a token of it, and in what share of steps it drafts at all."""
+
+    accepted: float
+    offers: float = 1.0
+
+
 @functools.lru_cache(maxsize=256)
 def walk_rounds(
     table: AcceptanceByRank,
-    drafted: float,
+    level0: Level0,
     settings: Settings,
     costs: Costs,
     answer: int | None = None,
@@ -82,14 +90,15 @@ def walk_rounds(
     """The mean round.
 
     Args:
-        table: acceptance of the retrieval level's candidates by the target. drafted: of level 0's tokens by it.
+        table: acceptance of the retrieval level's candidates by the target. level0: what drafts for it.
         settings: gamma, gamma1, draft_tokens, topk, width, adaptive and overlap count.
         answer: answers of so many tokens each, with their first and last rounds; else a text that goes on and on.
         rounds: that are walked through, at least.
     """
-    walk = _Walk(table, drafted, settings, costs)
+    walk = _Walk(table, level0, settings, costs)
     if answer is None:
-        found = [walk.round(settings.gamma + 1) for _ in range(rounds + FINDING)][FINDING:]
+        endless = 2 * settings.gamma + 1  # no draft token is deeper, not even of those that are drafted ahead
+        found = [walk.round(endless) for _ in range(rounds + FINDING)][FINDING:]
     else:
         found = []
         while len(found) < rounds:
@@ -117,8 +126,8 @@ class _Round:
 class _Walk:
     """A text that is gone on with, round by round."""
 
-    def __init__(self, table: AcceptanceByRank, drafted: float, settings: Settings, costs: Costs) -> None:
-        self.drafted, self.settings, self.costs = drafted, settings, costs
+    def __init__(self, table: AcceptanceByRank, level0: Level0, settings: Settings, costs: Costs) -> None:
+        self.level0, self.settings, self.costs = level0, settings, costs
         self.draws = Draws(table)
         self.growth = Growth(self.draws, settings.topk, max(1, settings.most_draft_tokens))
         self.begin()
@@ -193,14 +202,16 @@ class _Walk:
         settings, place = self.settings, leaves[0]
         room = settings.room - self.growth.held - len(leaves)
         count = max(0, min(settings.gamma1, min(deepest, settings.gamma) - 1 - place.depth, room))
+        if not self.level0.accepted or not self.draws.accepted(self.level0.offers, 1):
+            count = 0
         for leaf in leaves:
             self.growth.read(leaf)
-        for _ in range(self.draws.accepted(self.drafted, count) if self.drafted else 0):
+        for _ in range(self.draws.accepted(self.level0.accepted, count)):
             if not place.children or place.children[0].shares is not None:
                 break
             place = place.children[0]
             self.growth.read(place)
-        return len(leaves) + (count if self.drafted else 0)
+        return len(leaves) + count
 
     def _go_on(self, deepest: int, waited: float) -> int:
         """Steps while a pass is under way that waits so long for its tiles; returns how many."""

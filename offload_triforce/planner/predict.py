@@ -9,7 +9,7 @@ from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
 from offload_triforce.planner.acceptance_length import AcceptanceByRank, of_coupled, of_resampled
-from offload_triforce.planner.drafting import WALKED, Costs, PassCurve, pass_curve, walk_rounds
+from offload_triforce.planner.drafting import WALKED, Costs, Level0, PassCurve, pass_curve, walk_rounds
 from offload_triforce.planner.host_work import CHOOSING, OPERATION, REPLAYED, step_operations, tile_seconds
 from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
@@ -225,9 +225,7 @@ def path_seconds(
 def passes(model: ModelShape, settings: Settings, context: int, machine: Machine) -> PassCurve:
     """Passes that verify, by the number of their tokens."""
     refresh = settings.refresh and settings.gamma > 0
-    return pass_curve(
-        settings.block, lambda tokens: predict_target(model, settings, context, machine, tokens, refresh)
-    )
+    return pass_curve(settings.block, lambda tokens: predict_target(model, settings, context, machine, tokens, refresh))
 
 
 def round_time(
@@ -247,7 +245,7 @@ def round_time(
     one, most = (step_seconds(model, settings, context, speeds, tokens) for tokens in (1, width))
     covered = plan.ring_bytes / (machine.link_gbps * 1e9) if plan is not None else 0.0
     costs = Costs(curve, covered, one, (most - one) / max(1, width - 1), draft_seconds(draft, settings, speeds))
-    return walk_rounds(assumed.by_rank(settings.rule), assumed.draft, settings, costs, None, walked)
+    return walk_rounds(assumed.by_rank(settings.rule), Level0(assumed.draft), settings, costs, None, walked)
 
 
 def predict(
@@ -266,4 +264,6 @@ def predict(
     alone = predict_target(model, plain or settings, context, machine, 1, refresh=False)
     curve = passes(model, settings, context, machine)
     timing = round_time(model, settings, context, machine, assumed, draft, curve)
-    return Prediction(timing, curve.at(timing.picked + 1), alone, prefill_seconds(model, settings, context, machine), assumed)
+    return Prediction(
+        timing, curve.at(timing.picked + 1), alone, prefill_seconds(model, settings, context, machine), assumed
+    )

@@ -33,6 +33,7 @@ UNSEEN = 0.5
 DRAWN = (0.9, 0.04, 0.02, 0.01)
 # A candidate with a lower path probability is not drafted, beside the best one of a place: the tree drafter's own.
 LEAST_PROBABILITY = 1 / 512
+MOST_ODDS = 1e12  # of a miss, against those that were measured
 SEED = 20240419
 TREES = 64  # that a mean is taken over
 # Classes are drawn like cards of a deck of so many, shuffled anew when it is through: each comes up about as often as
@@ -68,25 +69,24 @@ class AcceptanceByRank:
         return tuple(self.shares[min(bisect_left(bounds, x), len(bounds) - 1)] for x in middles)
 
     def scaled(self, first: float) -> AcceptanceByRank:
-        """The same with the first choice taken that often: misses of all classes get rarer or more frequent alike.
+        """The same with the first choice taken that often: the odds of a miss are so many times as high in all classes.
 
-        Of these, later ranks keep their shares where the first is taken more often. Where it is taken less often, so
-        are they: with 0.81 instead of 0.89 for the first, the next three make up for 0.84 instead of 0.91 of what it
+        Of the misses, later ranks keep their shares where the first is taken more often. Where it is taken less often,
+        so are they: with 0.81 instead of 0.89 for the first, the next three make up for 0.84 instead of 0.91 of what it
         misses (``among_first`` in benchmarks/results/retrieval_cpu.json), about in proportion.
         """
-        later = min(1.0, first / self.ranks[0])
-        # A class cannot miss more than always: what it is spared by that, the others have to miss.
         low, high = 0.0, 1.0
-        while self._missed(high) < 1 - first - 1e-12 and high < 1e12:
-            low, high = high, 2 * high
+        while self._missed(high) < 1 - first and high < MOST_ODDS:
+            low, high = high, 4 * high
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self._missed(middle) < 1 - first else (low, middle)
+        later = min(1.0, first / self.ranks[0])
         return replace(self, shares=tuple(_scaled(row, high, later) for row in self.shares))
 
-    def _missed(self, factor: float) -> float:
-        """Share of places where the first choice is not taken, where misses are so many times as frequent."""
-        return sum(w * min(1.0, factor * (1 - row[0])) for w, row in zip(self.weights, self.shares, strict=True))
+    def _missed(self, odds: float) -> float:
+        """Share of places where the first choice is not taken, where the odds are so many times as high."""
+        return sum(w * _more(1 - row[0], odds) for w, row in zip(self.weights, self.shares, strict=True))
 
     def split(self, ranks: Sequence[float]) -> AcceptanceByRank:
         """The same with ``ranks`` taken that often over all places: the first as by ``scaled``, of what it misses each
@@ -99,13 +99,15 @@ class AcceptanceByRank:
         )
 
 
-def _scaled(row: tuple[float, ...], factor: float, later: float) -> tuple[float, ...]:
-    """A class whose misses are so many times as frequent, ``later`` ranks being taken so many times as often then."""
-    missed = 1 - row[0]
-    if missed <= 0:
-        return row
-    grown = min(1.0, factor * missed)
-    return (1 - grown, *(later * share * grown / missed for share in row[1:]))
+def _more(missed: float, odds: float) -> float:
+    """A probability whose odds are so many times as high."""
+    return odds * missed / (odds * missed + 1 - missed)
+
+
+def _scaled(row: tuple[float, ...], odds: float, later: float) -> tuple[float, ...]:
+    """A class that misses so much more often, ``later`` ranks being taken so many times as often then."""
+    missed = _more(1 - row[0], odds)
+    return (1 - missed, *(later * share * missed / (1 - row[0]) for share in row[1:]))
 
 
 def of_coupled() -> AcceptanceByRank:

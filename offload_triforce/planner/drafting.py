@@ -2,8 +2,8 @@
 
 It follows the runtime piece by piece. Before a pass, the tree drafter makes steps as long as they pay (``_wanted``);
 the likeliest draft tokens are read by the pass (``_pick``); while it is under way, steps go on as long as they fit into
-the time in which it waits for tiles anyway (``DraftController.has_time``). When the verdict comes, what was drafted behind
-the token that the text now ends with is kept, and everything else is thrown away (``move_to``).
+the time in which it waits for tiles anyway (``DraftController.has_time``). When the verdict comes, what was drafted
+behind the token that the text now ends with is kept, and everything else is thrown away (``move_to``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta
+from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta, reference_wire
 from offload_triforce.kernels.reference import causal_mask, pack_queries, put_chunks
 from offload_triforce.kernels.reference_delta import node_step
 from offload_triforce.kernels.types import (
@@ -25,6 +25,7 @@ from offload_triforce.kernels.types import (
     NodeStep,
     TreeMask,
 )
+from offload_triforce.kernels.wire_format import WireFormat
 
 try:
     from offload_triforce.kernels import (
@@ -54,6 +55,7 @@ __all__ = [
     "RunningAttention",
     "RunningChoice",
     "TreeMask",
+    "WireFormat",
     "causal_mask",
     "chunk_scores",
     "commit_path",
@@ -69,6 +71,8 @@ __all__ = [
     "take_chunks",
     "tree_convolution",
     "what_stops_triton",
+    "wire_decode",
+    "wire_encode",
 ]
 
 
@@ -286,3 +290,13 @@ def int8_product(hidden: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """See ``reference.int8_product``."""
     functions = triton_product if uses_triton(hidden) else reference
     return functions.int8_product(hidden, codes, scale)
+
+
+def wire_encode(kv: Tensor, coded: Tensor, format: WireFormat) -> None:
+    """See ``reference_wire.wire_encode``."""
+    reference_wire.wire_encode(kv, coded, format)
+
+
+def wire_decode(coded: Tensor, kv: Tensor, format: WireFormat) -> None:
+    """See ``reference_wire.wire_decode``."""
+    reference_wire.wire_decode(coded, kv, format)

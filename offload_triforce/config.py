@@ -156,6 +156,13 @@ class Settings:
         choices=("device", "host"),
         panel=_MEMORY,
     )
+    wire: str = _setting(
+        "auto",
+        "How the KV cache lies in host memory and crosses the link: coded (without loss, in 16-bit dtypes), raw, or "
+        "auto: coded where there is a link and it makes tiles smaller.",
+        choices=("raw", "coded", "auto"),
+        panel=_MEMORY,
+    )
     link_gbps: float | None = _setting(
         None, "Emulate a link of this speed, in GB/s; CPU only.", above=0, speed=True, panel=_MEMORY
     )

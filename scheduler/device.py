@@ -47,14 +47,29 @@ class Event(Protocol):
     def arrived(self) -> bool:
         """Whether that point has been reached already. The host does not wait."""
 
+    def reach(self) -> None:
+        """The host waits until this point."""
+
 
 class Lane(Protocol):
     """One direction of the link."""
 
     moved: int  # bytes so far
 
-    def submit(self, target: Tensor, source: Tensor, after: Event | None = None) -> Event:
-        """Queue a copy behind the lane's other copies and ``after``. The event says that it has landed."""
+    def submit(
+        self,
+        target: Tensor,
+        source: Tensor,
+        after: Event | None = None,
+        first: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Event:
+        """Queue a copy behind the lane's other copies and ``after``. The event says that it has landed.
+
+        ``first`` and ``then`` are computation on the device before the copy and after it, in the order of the lane: so
+        one buffer serves all copies of a lane, and the computation beside it does not wait. The event is after both.
+        What they read and write must stay until the event.
+        """
 
 
 class Device(Protocol):
@@ -111,6 +126,9 @@ class _CudaEvent:
     def arrived(self) -> bool:
         return self.event.query()
 
+    def reach(self) -> None:
+        self.event.synchronize()
+
 
 class _CudaMark:
     """An event of the computation that is timed."""
@@ -131,13 +149,24 @@ class CudaLane:
         self._owner, self._name = owner, name
         self._stream = torch.cuda.Stream(owner.device)
 
-    def submit(self, target: Tensor, source: Tensor, after: _CudaEvent | None = None) -> _CudaEvent:
+    def submit(
+        self,
+        target: Tensor,
+        source: Tensor,
+        after: _CudaEvent | None = None,
+        first: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> _CudaEvent:
         """Queue a copy. torch gathers a strided source on the device first, on this lane's stream."""
         if after is not None:
             self._stream.wait_event(after.event)
         size = source.numel() * source.element_size()
         with torch.cuda.stream(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
+            if first is not None:
+                first()
             target.copy_(source, non_blocking=True)
+            if then is not None:
+                then()
             landed = self._stream.record_event()
         if source.is_cuda:
             source.record_stream(self._stream)  # the allocator must not reuse it before the copy is through

@@ -60,6 +60,8 @@ class _Event:
     def arrived(self) -> bool:
         return self.done.is_set()
 
+    reach = wait
+
 
 class _Engine:
     """A thread that does one thing after the other. What has not begun when it is closed fails."""
@@ -113,28 +115,52 @@ class ThreadLane:
         self._free_at = 0.0  # when the emulated link is through with all copies so far
         self._engine = _Engine(name, owner.chaos and owner.chaos.delays(name))
 
-    def submit(self, target: Tensor, source: Tensor, after: _Event | None = None) -> _Event:
+    def submit(
+        self,
+        target: Tensor,
+        source: Tensor,
+        after: _Event | None = None,
+        first: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> _Event:
         """Queue a copy behind the lane's other copies and ``after``."""
         self.moved += source.numel() * source.element_size()
         submitted = time.perf_counter()
-        return self._engine.submit(lambda: self._copy(target, source, after, submitted))
+        return self._engine.submit(lambda: self._copy(target, source, after, submitted, first, then))
 
     def close(self) -> None:
         """Stop the thread. Copies that have not begun are dropped; waiting for one raises."""
         self._engine.close()
 
-    def _copy(self, target: Tensor, source: Tensor, after: _Event | None, ready: float) -> None:
+    def _copy(
+        self,
+        target: Tensor,
+        source: Tensor,
+        after: _Event | None,
+        ready: float,
+        first: Callable[[], None] | None,
+        then: Callable[[], None] | None,
+    ) -> None:
         if after is not None:
             after.wait()
             ready = max(ready, after.at)
         owner = self._owner
         size = source.numel() * source.element_size()
+        if first is not None:
+            first()
+            ready = max(ready, time.perf_counter())
         with owner.span(self._name, f"{size / 1e6:.2f} MB", size):
             if owner.chaos:
                 poison(target)
                 owner.chaos_delay()
             move(target, source)
             self._take_time(ready, size)
+        if first is not None and owner.chaos:
+            poison(source)  # nobody is to read it again
+        if then is not None:
+            then()
+            if owner.chaos:
+                poison(target)
 
     def _take_time(self, ready: float, size: int) -> None:
         """Sleep until a link of the given speed would be through with a copy that could begin at ``ready``.
@@ -251,5 +277,5 @@ def move(target: Tensor, source: Tensor) -> None:
 
 
 def poison(buffer: Tensor) -> None:
-    """Fill with what nobody can overlook: NaN."""
-    buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+    """Fill with what nobody can overlook: NaN, which is what bytes that are all ones are in every dtype."""
+    buffer.fill_(float("nan") if buffer.is_floating_point() else 255 if buffer.dtype == torch.uint8 else -1)

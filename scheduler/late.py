@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from offload_triforce.scheduler.device import Device
+from offload_triforce.scheduler.device import Device, Event
 
 Key = tuple[int, int]  # layer, tile
+# Brings a tile from host memory to its place on the device, after an event; the event says that it is there.
+Bring = Callable[[Key, Tensor, Event], Event]
 # Late tiles are allocated in blocks of about this size: each fits into a hole that one large slab would not fit into,
 # and it is large enough for torch's allocator to ask the driver for just as much.
 BLOCK_BYTES = 256 << 20
@@ -37,8 +39,8 @@ class LateTiles:
         self._keys, self._shape, self._dtype, self._device = list(keys), shape, dtype, device
         self._room: dict[Key, Tensor] = {}
 
-    def bring_up(self, host: Mapping[Key, Tensor], tiles: int) -> None:
-        """Bring them up from their places in ``host`` memory. Those of each layer from ``tiles`` on hold nothing yet.
+    def bring_up(self, bring: Bring, tiles: int) -> None:
+        """Let ``bring`` bring them up from host memory. Those of each layer from ``tiles`` on hold nothing yet.
 
         Those for which there is no memory left are streamed as others are: that is slower, and changes nothing else.
         """
@@ -47,11 +49,11 @@ class LateTiles:
         if not self._room:
             self._allocate()
         missing = [key for key in self._room if key[1] < tiles and key not in self.places]
-        issued, landed = self._device.record(), []
+        issued, landed, before = self._device.record(), [], self._device.incoming.moved
         for key in missing:
-            landed.append(self._device.incoming.submit(self._room[key], host[key], after=issued))
-            self.moved += self._room[key].nbytes
+            landed.append(bring(key, self._room[key], issued))
             self.places[key] = self._room[key]
+        self.moved += self._device.incoming.moved - before
         for event in landed:
             event.wait()
 

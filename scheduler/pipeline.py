@@ -12,6 +12,8 @@ from torch import Tensor
 
 from offload_triforce.scheduler.clock import Mark
 from offload_triforce.scheduler.device import Device, Event
+from offload_triforce.scheduler.plan import aligned
+from offload_triforce.scheduler.ring import Ring
 from offload_triforce.scheduler.store import TileStore
 
 
@@ -35,16 +37,19 @@ class Slack(NamedTuple):
 
 
 class TileStream:
-    """Fetches the streamed tiles of a pass into a ring of device buffers, in order, as far ahead as the ring goes.
+    """Fetches the streamed tiles of a pass into a ring on the device, in order, as far ahead as the ring goes.
 
-    ``begin`` starts a pass; then ``tiles(layer)`` is to be exhausted for each layer in turn. A slot is given
-    to the next copy when the caller asks for the tile after it. Copies run on over layer boundaries.
+    ``begin`` starts a pass; then ``tiles(layer)`` is to be exhausted for each layer in turn. A tile's place in the ring
+    is given to the next copy when the caller asks for the tile after it. A coded tile is decoded into a buffer of its
+    own when it has landed, which frees its place; one buffer is enough, since the computation decodes and attends in
+    order. Copies run on over layer boundaries.
     """
 
     def __init__(self, store: TileStore, device: Device, dtype: torch.dtype) -> None:
         self.store, self.plan, self.device = store, store.plan, device
-        shape = (self.plan.ring, 2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
-        self._ring = device.empty(shape, dtype)
+        shape = (2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
+        self._ring = Ring(device.empty((self.plan.ring_bytes,), torch.uint8))
+        self._decoded = device.empty(shape, dtype) if self.plan.coded_bytes else None
         self._tiles = 0
         self._waits: list[Callable[[], float]] = []
         # Other work in the pass: from where, to where, and how long the ring covers such a piece.
@@ -52,20 +57,20 @@ class TileStream:
         self._begun, self._fetched = 0.0, 0  # when the pass began, and bytes that it has asked for
         self._rate = 0.0  # bytes per second of the fastest pass of this text
         self._todo: Iterator[tuple[int, int]] = iter(())
-        self._flying: deque[tuple[int, Event]] = deque()  # slots in the order of the pass
-        self._free: deque[tuple[int, Event]] = deque()  # slots, and when they may be overwritten
+        self._next: tuple[int, int] | None = None  # that is to be fetched next
+        self._flying: deque[tuple[Tensor, Tensor, Event]] = deque()  # regions of the ring, as such and as tiles
 
     def begin(self, tiles: int) -> None:
         """Start a pass over ``tiles`` whole tiles per layer. What an interrupted pass left under way is awaited."""
         while self._flying:
-            self._flying.popleft()[1].wait()
+            self._flying.popleft()[2].wait()
         self._tiles = tiles
         self._waits.clear()
         self._others.clear()
         self._begun, self._fetched = time.perf_counter(), 0
         self._todo = self.store.stream_order(tiles)
-        issued = self.device.record()  # all that still reads the ring, and all that the tiles were written by
-        self._free = deque((slot, issued) for slot in range(self.plan.ring))
+        self._next = next(self._todo, None)
+        self._ring.begin(self.device.record())  # all that still reads the ring, and all that the tiles were written by
         self._run_ahead()
 
     def tiles(self, layer: int, idle: Callable[[], object] | None = None) -> Iterator[Tile]:
@@ -78,16 +83,25 @@ class TileStream:
             if self.store.is_resident(layer, index):
                 yield Tile(index, self.store.place(layer, index))
                 continue
-            slot, landed = self._flying.popleft()
+            region, kv, landed = self._flying.popleft()
             if idle is not None and not landed.arrived():
                 self.device.finish()
                 began = self.device.mark()  # tiles that are queued before it are no part of it
                 idle()
                 self._others.append((began, self.device.mark(), self._longest()))
             self._waits.append(self.device.await_landing(landed))
-            yield Tile(index, self._ring[slot])
-            self._free.append((slot, self.device.release(self._ring[slot])))
-            self._run_ahead()
+            if kv.dtype == torch.uint8:
+                self.device.launch(f"decode layer {layer}, tile {index}", self.store.decode, kv, self._decoded)
+                self._give_back(region)
+                yield Tile(index, self._decoded)
+            else:
+                yield Tile(index, kv)
+                self._give_back(region)
+
+    def _give_back(self, region: Tensor) -> None:
+        """The computation is through with what lies there: the next copies may come."""
+        self._ring.give_back(self.device.release(region))
+        self._run_ahead()
 
     def forget_speed(self) -> None:
         """What the link does is measured anew: what ran before may have run under other conditions."""
@@ -105,9 +119,23 @@ class TileStream:
         return self.plan.ring_bytes / self._rate if self._rate else 0.0
 
     def _run_ahead(self) -> None:
-        """Submit copies into all free slots. Their order is that of the pass, so no copy waits behind a later one."""
-        while self._free and (key := next(self._todo, None)) is not None:
-            slot, free = self._free.popleft()
-            landed = self.device.incoming.submit(self._ring[slot], self.store.place(*key), after=free)
-            self._fetched += self.plan.tile_bytes
-            self._flying.append((slot, landed))
+        """Submit copies as far as the ring has room. Their order is that of the pass: none waits behind a later one."""
+        while self._next is not None:
+            source = self.store.source(*self._next)
+            room = self._ring.take(aligned(source.nbytes) if self.plan.coded_bytes else source.nbytes)
+            if room is None:
+                return
+            region, free = room
+            kv = like(region, source)
+            landed = self.device.incoming.submit(kv, source, after=free)
+            self._fetched += source.nbytes
+            self.store.saved += self.plan.tile_bytes - source.nbytes
+            self._flying.append((region, kv, landed))
+            self._next = next(self._todo, None)
+
+
+def like(memory: Tensor, tile: Tensor) -> Tensor:
+    """The bytes (n,) at the beginning of ``memory`` in a tile's shape and dtype; coded tiles are bytes themselves."""
+    if tile.shape == memory.shape:
+        return memory
+    return memory[: tile.nbytes].view(tile.dtype).view(tile.shape)

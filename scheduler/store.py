@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from offload_triforce.kernels import ops
+from offload_triforce.kernels.wire_format import WireFormat
+from offload_triforce.scheduler.codec import CodedTiles
 from offload_triforce.scheduler.device import Device, Event
 from offload_triforce.scheduler.late import LateTiles
 from offload_triforce.scheduler.pinning import Pinner, Progress, cuda_pin, cuda_unpin
@@ -26,21 +29,46 @@ class Leaving:
         self._copies.append((start, landed))
 
     def wait(self, end: int | None = None) -> None:
-        """Let the computation from now on come after the copies of tokens before ``end``, or after all of them."""
+        """Let the computation from now on come after the copies of tokens before ``end``, or after all of them.
+
+        Raises:
+            MemoryLimitError: a coded tile does not fit, and there is no memory for it raw. It can be tried again.
+        """
         while self._copies and (end is None or self._copies[0][0] < end):
-            self._copies.popleft()[1].wait()
+            self._copies[0][1].wait()
+            self._copies.popleft()
+
+    def forget(self) -> None:
+        """What is on its way is not wanted any more; the host waits until the sources are free."""
+        copies, self._copies = self._copies, deque()
+        for _, landed in copies:
+            landed.reach()
 
 
 class TileStore:
     """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones.
 
-    Late ones are resident only from ``bring_up`` to ``give_up``. They have their place in host memory like those that
+    In host memory they lie coded, where the plan says so (see ``codec``), and on the device raw. Late ones are resident only from ``bring_up`` to ``give_up``. They have their place in host memory like those that
     are streamed, and everything that is written to them goes there as well.
+
+    Attributes:
+        saved: bytes that coding has kept off the link so far, both directions.
     """
 
-    def __init__(self, plan: TilePlan, dtype: torch.dtype, device: Device, pinning: Progress | None = None) -> None:
-        """``pinning``: told how far the pinning is, which goes on in the background (CUDA only)."""
+    def __init__(
+        self,
+        plan: TilePlan,
+        dtype: torch.dtype,
+        device: Device,
+        pinning: Progress | None = None,
+        free: Callable[[], int] | None = None,
+    ) -> None:
+        """``pinning``: told how far the pinning is, which goes on in the background (CUDA only).
+
+        ``free``: bytes of host memory that may still be taken, for tiles that cannot be coded.
+        """
         self.plan = plan
+        self.saved = 0
         self._device = device
         shape = (2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
         resident = plan.resident_tiles()
@@ -49,19 +77,36 @@ class TileStore:
         self._resident = device.empty((len(early), *shape), dtype)
         self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(early)}
         self._early = frozenset(early)
+        form, place, kind = None, shape, dtype
+        if plan.coded_bytes:
+            form = WireFormat(plan.kv_heads, plan.tile_tokens, plan.head_dim, dtype)
+            place, kind = (form.bytes,), torch.uint8
         slabs = []
         for layer in range(plan.layers):  # one slab each
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
-            slabs.append(device.host_empty((len(streamed), *shape), dtype))
+            slabs.append(device.host_empty((len(streamed), *place), kind))
             self._places.update({(layer, tile): slabs[-1][i] for i, tile in enumerate(streamed)})
         self._pinner: Pinner | None = None
+        pin = None
         if self._resident.is_cuda:
             pin = partial(cuda_pin, device=self._resident.device)
             self._pinner = Pinner(slabs, pin, cuda_unpin, pinning or (lambda done, total: None))
+        self._codec = None if form is None else CodedTiles(form, device, pin, free)
 
     def place(self, layer: int, tile: int) -> Tensor:
-        """Where this tile lies, [2, K, tile_tokens, D]: on the device if resident, else in host memory."""
-        return self.late.places.get((layer, tile), self._places[layer, tile])
+        """Where this tile lies: on the device if resident, [2, K, tile_tokens, D]; else in host memory: ``source``."""
+        return self.late.places[layer, tile] if (layer, tile) in self.late.places else self.source(layer, tile)
+
+    def source(self, layer: int, tile: int) -> Tensor:
+        """What a copy of this tile reads: bytes (n,) where it lies coded in host memory, else [2, K, tile_tokens, D]."""
+        place = self._places[layer, tile]
+        if self._codec is None or (layer, tile) in self._early:
+            return place
+        return self._codec.source((layer, tile), place)
+
+    def decode(self, coded: Tensor, kv: Tensor) -> None:
+        """Decode a coded tile, bytes (n,) on the device, into ``kv`` [2, K, tile_tokens, D]."""
+        ops.wire_decode(coded, kv, self._codec.format)
 
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device now."""
@@ -73,7 +118,7 @@ class TileStore:
 
     def bring_up(self, tiles: int) -> None:
         """Make the late tiles resident; of each layer, ``tiles`` have been written. The computation waits for them."""
-        self.late.bring_up(self._places, tiles)
+        self.late.bring_up(self._bring, tiles)
 
     def give_up(self) -> None:
         """Give the late tiles' memory on the device back; what they hold stays in host memory."""
@@ -81,6 +126,8 @@ class TileStore:
 
     def write(self, layer: int, tile: int, kv: Tensor) -> Event:
         """Store a whole tile [2, K, tile_tokens, D] from the device. ``kv`` must stay as it is until the event.
+
+        Where tiles are coded, the host waits for the event too: only then does it know whether this one fits.
 
         Raises:
             MemoryLimitError: its place could not be pinned.
@@ -92,22 +139,41 @@ class TileStore:
         self.late.write((layer, tile), kv)
         if self._pinner:
             self._pinner.wait(layer)
+        if self._codec is not None:
+            self.saved += self.plan.tile_bytes - self.plan.wire_bytes
+            return self._codec.send((layer, tile), place, kv)
         return self._device.outgoing.submit(place, kv, after=self._device.record())
+
+    def _bring(self, key: tuple[int, int], target: Tensor, after: Event) -> Event:
+        """Bring a tile from host memory to the device, raw."""
+        source = self.source(*key)
+        self.saved += self.plan.tile_bytes - source.nbytes
+        if self._codec is not None:
+            return self._codec.bring(source, target, after)
+        return self._device.incoming.submit(target, source, after=after)
 
     def fetch(self, layer: int, tile: int) -> Tensor:
         """This tile on the device, [2, K, tile_tokens, D]: not to be written to. For single ones, outside of a pass."""
-        place = self.place(layer, tile)
         if self.is_resident(layer, tile):
-            return place
-        arrived = self._device.empty(tuple(place.shape), place.dtype)
-        self._device.incoming.submit(arrived, place, after=self._device.record()).wait()
+            return self.place(layer, tile)
+        arrived = self._device.empty(tuple(self._resident.shape[1:]), self._resident.dtype)
+        self._bring((layer, tile), arrived, self._device.record()).wait()
         return arrived
+
+    def read(self, layer: int, tile: int) -> Tensor:
+        """This tile, [2, K, tile_tokens, D], for the host: raw, on the device if resident. Not to be written to."""
+        place = self.place(layer, tile)
+        return self._codec.read(place) if place.dtype == torch.uint8 else place
 
     def put(self, layer: int, tile: int, kv: Tensor) -> None:
         """Store a whole tile [2, K, tile_tokens, D] from host memory, while nothing is on its way to its place."""
         if self._pinner:
             self._pinner.wait(layer)
-        self._places[layer, tile].copy_(kv)
+        place = self._places[layer, tile]
+        if self._codec is None or (layer, tile) in self._early:
+            place.copy_(kv)
+        else:
+            self._codec.put((layer, tile), place, kv)
 
     def wait_pinned(self) -> None:
         """Return once all host memory is pinned. For measurements; ``write`` waits for what it needs."""
@@ -118,3 +184,5 @@ class TileStore:
         """Unpin. The device must have been closed before."""
         if self._pinner:
             self._pinner.close()
+            for room in self._codec.rooms.values() if self._codec is not None else ():
+                cuda_unpin(room)

@@ -91,12 +91,16 @@ class Subject:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes that a pass has to fetch: the KV of all tokens in whole tiles, less what is resident."""
+        """Wire bytes that a pass has to fetch: the KV of all tokens in whole tiles, less what is resident."""
         full = self.runtime.caches.full
-        plan = full.stream.plan
-        everything = full.tiled * sum(self.layout.token_bytes(layer) for layer in self.layout.full)
-        resident = sum(1 for layer, tile in plan.resident_tiles() if tile < full.tiles)
-        return everything - resident * plan.tile_bytes
+        store = full.stream.store
+        return sum(store.source(*key).nbytes for key in store.stream_order(full.tiles))
+
+    @property
+    def raw_pass_bytes(self) -> int:
+        """The same before coding."""
+        full = self.runtime.caches.full
+        return sum(1 for _ in full.stream.store.stream_order(full.tiles)) * full.stream.plan.tile_bytes
 
     def close(self) -> None:
         """Stop the copies and give the caches back."""

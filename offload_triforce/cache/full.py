@@ -145,8 +145,10 @@ class FullCache:
     def load(self, layer: int, kv: Tensor) -> None:
         """Bring one layer's committed tokens to the device, into ``kv`` [2, K, length, D]. Layers in order."""
         tile = self.stream.plan.tile_tokens
+        device = self.stream.device
         for part in self.stream.tiles(layer):
-            kv[:, :, part.index * tile : (part.index + 1) * tile] = part.kv
+            device.launch(f"layer {layer}, tile {part.index}", kv.narrow(2, part.index * tile, tile).copy_, part.kv)
+        device.finish()
         kv[:, :, self.tiled :] = self.tail.settled[layer]
 
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving:
@@ -193,7 +195,7 @@ class FullCache:
         plan, store, parts = self.stream.plan, self.stream.store, []
         for index in range(start // plan.tile_tokens, min(self.tiles, -(-stop // plan.tile_tokens))):
             first = index * plan.tile_tokens
-            parts.append(store.place(layer, index)[:, :, max(0, start - first) : stop - first].cpu())
+            parts.append(store.read(layer, index)[:, :, max(0, start - first) : stop - first].cpu())
         if stop > self.tiled or not parts:
             parts.append(self.tail.settled[layer][:, :, max(0, start - self.tiled) : max(0, stop - self.tiled)].cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -218,6 +220,14 @@ class FullCache:
         self._settle()
         self.stream.device.catch_up()
 
+    def landed(self) -> None:
+        """What is on its way has landed, and can be read. Nothing else is changed.
+
+        Raises:
+            MemoryLimitError: see ``Leaving.wait``.
+        """
+        self._leaving.wait()
+
     def _settle(self) -> None:
         """Nothing is pending, and nothing on its way."""
         self.tail.commit(0)
@@ -225,7 +235,7 @@ class FullCache:
 
     def reset(self) -> None:
         """Forget everything, and make room on the device for a prefill."""
-        self._leaving.wait()
+        self._leaving.forget()
         self.stream.store.give_up()
         self.stream.forget_speed()
         self.tiles = self._left = 0
@@ -238,8 +248,9 @@ class FullCache:
     def restore(self, snapshot: Snapshot) -> None:
         """See ``CacheLayers``. The tiles must hold what they held then: the same text may have gone on since.
 
-        Tiles still on their way from the tail need not be awaited: what they become is written again, after them.
+        What tiles on their way become is written again.
         """
+        self._leaving.forget()
         self._left = 0
         self.tiles = int(snapshot["tiles"])
         self.tail.restore({"kv": snapshot["tail"]})
@@ -248,7 +259,7 @@ class FullCache:
 
     def read(self, layer: int) -> Tensor:
         """All committed tokens of one layer as one tensor [2, K, length, D] on the device. For tests and tools."""
-        parts: Iterable[Tensor] = (self.stream.store.place(layer, i) for i in range(self.tiles))
+        parts: Iterable[Tensor] = (self.stream.store.read(layer, i) for i in range(self.tiles))
         tail = self.tail.settled[layer]
         return torch.cat([part.to(tail.device) for part in parts] + [tail], dim=2)
 

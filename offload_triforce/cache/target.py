@@ -92,7 +92,12 @@ class TargetCaches:
             self._sync(tokens)
 
     def commit(self, kept: Sequence[int]) -> None:
-        """The target accepts these of its pending tokens (their numbers, ascending). What is drafted stays."""
+        """The target accepts these of its pending tokens (their numbers, ascending). What is drafted stays.
+
+        Raises:
+            MemoryLimitError: a tile has no room in host memory. Nothing has changed then.
+        """
+        self._land()
         refreshed = self.length
         with self._changing():
             for cache in self._committing():
@@ -119,6 +124,11 @@ class TargetCaches:
     def _drafting(self) -> list[GrowingBuffer | PendingNodes]:
         nodes = [] if self.recurrent is None else [self.recurrent.drafts]
         return [*self.drafts(), *nodes]
+
+    def _land(self) -> None:
+        """Before a change: what could go wrong with tiles on their way does so here, where nothing is half done."""
+        if self.full is not None:
+            self.full.landed()
 
     def _committing(self) -> list[FullCache | WindowCache | RecurrentCache | HiddenWindow]:
         return [cache for cache in (self.full, self.window, self.recurrent, self.hidden) if cache is not None]
@@ -151,6 +161,7 @@ class TargetCaches:
 
     def drop_pending(self) -> None:
         """Forget what nobody has judged, on both levels."""
+        self._land()
         with self._changing():
             for cache in self._committing():
                 cache.commit(0)

@@ -48,7 +48,9 @@ def opening(engine: TriForce) -> str:
     plan, gbps = runtime.plan, runtime.settings.link_gbps
     if plan is None:
         return f"{line} on the device: every layer has a sliding window"
-    line += f" ({_size(plan.host_bytes + plan.resident_bytes)}) in host memory"
+    line += f" ({_size(plan.layers * plan.tiles * plan.tile_bytes)}) in host memory"
+    if plan.coded_bytes:
+        line += f", coded {plan.wire_ratio:.2f}x smaller"
     if not cuda and gbps is None:
         return line
     behind = "" if cuda else f" behind an emulated link of {gbps:g} GB/s"
@@ -82,10 +84,17 @@ def summary(stats: DecodeStats, link: bool) -> list[str]:
     ]
     if link:
         lines.append(
-            f"link: {stats.link_bytes_per_token / 1e6:.1f} MB/token; the full KV cache has "
+            f"link: {stats.link_bytes_per_token / 1e6:.1f} MB/token{_before_coding(stats)}; the full KV cache has "
             f"{stats.full_kv_bytes / 1e6:.1f} MB" + (f", {saved:.1f}x as much" if saved else "")
         )
     return lines
+
+
+def _before_coding(stats: DecodeStats) -> str:
+    """What would have crossed the link raw, where it was coded."""
+    if stats.raw_link_bytes == stats.link_bytes:
+        return ""
+    return f" ({stats.raw_link_bytes / stats.new_tokens / 1e6:.1f} MB before coding, {stats.wire_ratio:.2f}x)"
 
 
 def percent(rate: float | None) -> str:

@@ -14,10 +14,10 @@ import torch
 from offload_triforce.cache.sizes import RetrievalShape, tail_capacity, window_room
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
+from offload_triforce.kernels.wire_format import GROUP, MANTISSA, WireFormat
 from offload_triforce.machine.memory import free_on, free_on_host
 from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.outline import ModelLayout
-from offload_triforce.planner.wire import coded_bytes
 from offload_triforce.scheduler.plan import RING_LIMIT, SLOTS, TilePlan, choose_ring, choose_tile
 
 if TYPE_CHECKING:
@@ -48,20 +48,20 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
     """The tiles of a model at a context of that many tokens; None if all its layers have a sliding window.
 
     Raises:
-        InputError: the ring that the settings ask for is larger than it may be.
+        InputError: the ring that the settings ask for is larger than it may be, or tiles cannot be coded as they ask.
     """
     if not layout.full:
         return None
     shape = layout.layers[layout.full[0]]
     token_bytes = layout.token_bytes(layout.full[0])
     tile = settings.tile or choose_tile(token_bytes, context, math.lcm(settings.chunk, settings.sink or 1))
-    coded = coded_bytes(layout, settings, tile * token_bytes)
-    slot = coded or tile * token_bytes
-    ring = settings.ring or choose_ring(slot)
-    if ring * slot > RING_LIMIT:
+    coded = coded_bytes(layout, settings, tile)
+    wire = coded or tile * token_bytes
+    ring = settings.ring or choose_ring(wire)
+    if ring * wire > RING_LIMIT:
         raise InputError(
-            f"a ring of {ring} tiles of {tile} tokens takes {ring * slot / 1e6:,.0f} MB on the device, more than the "
-            f"{RING_LIMIT / 1e6:,.0f} MB that it may; at most {int(RING_LIMIT / slot * tile):,} tokens fit"
+            f"a ring of {ring} tiles of {tile} tokens takes {ring * wire / 1e6:,.0f} MB on the device, "
+            f"more than the {RING_LIMIT / 1e6:,.0f} MB that it may; at most {RING_LIMIT * tile // wire:,} tokens fit"
         )
     layers, tiles = len(layout.full), -(-context // tile)
     resident, early = settings.resident or 0.0, settings.prefill_resident
@@ -78,6 +78,31 @@ def make_plan(layout: ModelLayout, settings: Settings, context: int) -> TilePlan
         late=late,
         coded_bytes=coded,
     )
+
+
+def coded_bytes(layout: ModelLayout, settings: Settings, tile: int) -> int:
+    """Bytes of a tile of so many tokens as it lies in host memory and crosses the link, coded; 0: it does so raw.
+
+    Raises:
+        InputError: the settings ask for coded tiles, and there is no code for such.
+    """
+    if settings.wire == "raw":
+        return 0
+    shape, asked = layout.layers[layout.full[0]], settings.wire == "coded"
+    if not WireFormat.serves(tile, layout.dtype):
+        if not asked:
+            return 0
+        if layout.dtype not in MANTISSA:
+            raise InputError(
+                f"wire='coded' is for keys and values in bfloat16 or float16, and this model computes them in "
+                f"{str(layout.dtype)[6:]}; load it in one of those, or take wire 'raw'"
+            )
+        raise InputError(
+            f"wire='coded' takes tiles of a multiple of {GROUP} tokens, not {tile}; {-(-tile // GROUP) * GROUP} would do"
+        )
+    form = WireFormat(shape.kv_heads, tile, shape.head_dim, layout.dtype)
+    has_link = layout.device.type != "cpu" or settings.link_gbps is not None
+    return form.bytes if asked or (has_link and form.bytes < form.raw_bytes) else 0
 
 
 def make_shape(settings: Settings, context: int) -> RetrievalShape:
@@ -153,7 +178,7 @@ def work_out(
         caches["resident tiles"] = plan.resident_bytes - plan.late_bytes
         decoding["more resident tiles"] = plan.late_bytes
         caches["ring"] = plan.ring_bytes
-        caches["tiles being coded"] = plan.coding_bytes
+        caches["coding"] = plan.coding_bytes
         keep = shape.tail_needed(settings.news)
         caches["tail"] = tail_capacity(plan, keep, block, settings.news) * token
         near = shape.near(settings.news, settings.room)

@@ -19,6 +19,7 @@ from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.graphs.steps import make_graphs
 from offload_triforce.kernels import ops
+from offload_triforce.machine.memory import free_on_host
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress
 from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan, make_shape, work_out
@@ -109,7 +110,7 @@ class Runtime:
         block, news, drafts = settings.block, settings.news, settings.room
         full = retrieval = window = recurrent = None
         if plan is not None:
-            store = TileStore(plan, layout.dtype, self.device, pinning)
+            store = TileStore(plan, layout.dtype, self.device, pinning, free_on_host)
             self._open.append(store)
             stream = TileStream(store, self.device, layout.dtype)
             full = FullCache(stream, shape.tail_needed(news), block, news, **where)
@@ -147,8 +148,14 @@ class Runtime:
 
     @property
     def link_bytes(self) -> int:
-        """Bytes that have crossed the link so far, both directions."""
+        """Wire bytes that have crossed the link so far, both directions."""
         return self.device.incoming.moved + self.device.outgoing.moved
+
+    @property
+    def raw_link_bytes(self) -> int:
+        """What would have crossed it without coding."""
+        saved = 0 if self.caches.full is None else self.caches.full.stream.store.saved
+        return self.link_bytes + saved
 
     def full_kv_bytes(self, tokens: int) -> int:
         """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window, others a state."""

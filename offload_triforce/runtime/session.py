@@ -253,13 +253,14 @@ class Session:
         stats.prefill_s = resumed - started
         stats.resident_link_bytes = runtime.brought_up - up
         stats.prefill_link_bytes = runtime.link_bytes - crossed - stats.resident_link_bytes
-        crossed = runtime.link_bytes
+        crossed, raw = runtime.link_bytes, runtime.raw_link_bytes
         target, tree_drafter = runtime.levels(drafters, rule, stats, ended)
         for tokens in decode(target, tree_drafter, rule, text, limit, stats, stop):
             now = time.perf_counter()
             stats.ttft_s = stats.ttft_s or now - started
             stats.decode_s += now - resumed
             stats.link_bytes = runtime.link_bytes - crossed
+            stats.raw_link_bytes = runtime.raw_link_bytes - raw
             stats.full_kv_bytes = runtime.full_kv_bytes(len(text) - 1)  # the newest token has no KV yet
             yield tokens
             resumed = time.perf_counter()  # the reader's own time does not count

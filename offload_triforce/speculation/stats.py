@@ -37,6 +37,7 @@ class DecodeStats:
     ``reused_tokens``: of the prompt, held from before and not read again.
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
+    ``link_bytes`` are wire bytes, ``raw_link_bytes`` what they were before coding, both while decoding.
     ``resident_link_bytes``: brought up for resident tiles, once, between the prefill and the first pass.
     ``ranks``: places at which the target took level 1's first choice, its second, third, fourth, or none of these.
     ``by_drafter``: the draft tokens of level 0, by who made them: ngram, model, mtp.
@@ -53,6 +54,7 @@ class DecodeStats:
     ranks: list[int] = field(default_factory=lambda: [0] * (RANKS + 1))
     by_drafter: dict[str, Acceptance] = field(default_factory=dict)
     link_bytes: int = 0
+    raw_link_bytes: int = 0
     prefill_link_bytes: int = 0
     resident_link_bytes: int = 0
     full_kv_bytes: int = 0
@@ -115,6 +117,11 @@ class DecodeStats:
         return self.link_bytes / self.new_tokens if self.new_tokens else 0.0
 
     @property
+    def wire_ratio(self) -> float:
+        """Raw bytes over wire bytes, of what crossed the link while decoding; 1 if nothing did."""
+        return self.raw_link_bytes / self.link_bytes if self.link_bytes else 1.0
+
+    @property
     def ms_per_token(self) -> float:
         """Decoding time (prefill apart) per new token."""
         return 1e3 * self.decode_s / self.new_tokens if self.new_tokens else 0.0
@@ -140,6 +147,8 @@ class DecodeStats:
                 for name, one in self.by_drafter.items()
             },
             "link_bytes": self.link_bytes,
+            "raw_link_bytes": self.raw_link_bytes,
+            "wire_ratio": self.wire_ratio,
             "link_bytes_per_token": self.link_bytes_per_token,
             "prefill_link_bytes": self.prefill_link_bytes,
             "resident_link_bytes": self.resident_link_bytes,

@@ -86,6 +86,9 @@ class _Done:
     def wait(self):
         pass
 
+    def reach(self):
+        pass
+
     def arrived(self):
         return True
 
@@ -95,16 +98,27 @@ class EagerLane:
         self.moved = 0
         self.submitted = []  # (target, source) of every copy
         self.after = []  # what each of them comes after
+        self.beside = []  # what is computed before and after each
 
-    def submit(self, target, source, after=None):
+    def submit(self, target, source, after=None, first=None, then=None):
         self.moved += source.nbytes
         self.submitted.append((target, source))
         self.after.append(after)
-        return self._start(target, source)
+        self.beside.append((first, then))
+        return self._start()
 
-    def _start(self, target, source):
-        target.copy_(source)
+    def _start(self):
+        self._copy(-1)
         return _Done()
+
+    def _copy(self, number):
+        """With what is computed before and after it."""
+        (target, source), (first, then) = self.submitted[number], self.beside[number]
+        if first is not None:
+            first()
+        target.copy_(source)
+        if then is not None:
+            then()
 
 
 class LateLane(EagerLane):
@@ -112,15 +126,14 @@ class LateLane(EagerLane):
         super().__init__()
         self.started = 0
 
-    def _start(self, target, source):
+    def _start(self):
         return _Late(self, len(self.submitted))
 
     def catch_up(self, count):
         while self.started < count:
-            target, source = self.submitted[self.started]
             if (after := self.after[self.started]) is not None:
                 after.wait()
-            target.copy_(source)
+            self._copy(self.started)
             self.started += 1
 
 
@@ -130,6 +143,8 @@ class _Late:
 
     def wait(self):
         self.lane.catch_up(self.count)
+
+    reach = wait
 
     def arrived(self):
         return False

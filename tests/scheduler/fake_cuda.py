@@ -11,10 +11,13 @@ import random
 
 import torch
 
+from offload_triforce.kernels import ops
 from offload_triforce.scheduler.device import CudaDevice
 
 
 class FakeEvent:
+    cuda = None
+
     def __init__(self, **_):
         self.over = False
 
@@ -22,7 +25,10 @@ class FakeEvent:
         return 1.0
 
     def synchronize(self):
-        """Whoever looks at a time has looked at what comes after it."""
+        """Whoever looks at a time has looked at what comes after it; whoever waits for a copy has not."""
+        if self.cuda is not None:
+            self.cuda.synchronizations += 1
+            self.cuda.drain()
 
 
 class FakeStream:
@@ -32,6 +38,7 @@ class FakeStream:
 
     def record_event(self, event=None):
         event = event or FakeEvent()
+        event.cuda = self.cuda
         self.queue.append((None, lambda: setattr(event, "over", True)))
         return event
 
@@ -58,7 +65,20 @@ class FakeCuda:
             self.active.queue.append((None, lambda: real_copy(target, source)))
             return target
 
+        def on_stream(kernel):
+            """What Triton launches on the current stream."""
+
+            def launch(*args):
+                if self.active is self.default:
+                    kernel(*args)
+                else:
+                    self.active.queue.append((None, lambda: kernel(*args)))
+
+            return launch
+
         monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        monkeypatch.setattr(ops, "wire_encode", on_stream(ops.wire_encode))
+        monkeypatch.setattr(ops, "wire_decode", on_stream(ops.wire_decode))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self))
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.active)
@@ -77,7 +97,9 @@ class FakeCuda:
             ready = [s for s in self.streams if s.queue and (s.queue[0][0] is None or s.queue[0][0].over)]
             assert ready, "streams wait for each other for ever"
             _, work = self.chance.choice(ready).queue.pop(0)
+            before, self.active = self.active, self.default  # what a kernel does is no work of a stream's own
             work()
+            self.active = before
 
 
 class FakeCudaDevice(CudaDevice):
@@ -88,7 +110,7 @@ class FakeCudaDevice(CudaDevice):
         self.cuda = cuda
 
     def empty(self, shape, dtype):
-        return torch.full(shape, float("nan"), dtype=dtype)
+        return torch.full(shape, 255 if dtype == torch.uint8 else float("nan"), dtype=dtype)
 
     def launch(self, name, work, *args):
         self.cuda.default.queue.append((None, lambda: work(*args)))

@@ -11,26 +11,32 @@ from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.store import TileStore
 from offload_triforce.scheduler.trace import Trace
 from tests.scheduler.fake_cuda import FakeCuda, FakeCudaDevice
-from tests.scheduler.test_chaos import EXPECTED, run
+from tests.scheduler.test_chaos import EXPECTED, KINDS, run
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(30))
-def test_right_in_every_order(monkeypatch, seed):
+def test_right_in_every_order(monkeypatch, seed, kind):
     cuda = FakeCuda(monkeypatch, seed)
-    assert run(FakeCudaDevice(cuda)) == EXPECTED
+    assert run(FakeCudaDevice(cuda), kind) == EXPECTED[kind]
 
 
 def _copies_do_not_wait(monkeypatch):
     submit = CudaLane.submit
-    monkeypatch.setattr(CudaLane, "submit", lambda self, target, source, after=None: submit(self, target, source))
+
+
+    def mutated(self, target, source, after=None, **beside):
+        return submit(self, target, source, **beside)
+
+    monkeypatch.setattr(CudaLane, "submit", mutated)
 
 
 def _events_recorded_before_the_copy(monkeypatch):
     submit = CudaLane.submit
 
-    def mutated(self, target, source, after=None):
+    def mutated(self, target, source, after=None, **beside):
         landed = self._stream.record_event()
-        copy = submit(self, target, source, after)
+        copy = submit(self, target, source, after, **beside)
         copy.event = landed
         return copy
 
@@ -46,13 +52,14 @@ def _releases_mean_nothing(monkeypatch):
     monkeypatch.setattr(CudaDevice, "release", mutated)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mutation", [_copies_do_not_wait, _events_recorded_before_the_copy, _releases_mean_nothing])
-def test_a_missing_event_shows(monkeypatch, mutation):
+def test_a_missing_event_shows(monkeypatch, mutation, kind):
     mutation(monkeypatch)
 
     def wrong(seed):
         with monkeypatch.context() as patch:
-            return run(FakeCudaDevice(FakeCuda(patch, seed))) != EXPECTED
+            return run(FakeCudaDevice(FakeCuda(patch, seed)), kind) != EXPECTED[kind]
 
     assert any(wrong(seed) for seed in range(20))
 
@@ -92,5 +99,5 @@ def test_trace_spans(monkeypatch):
 @pytest.mark.gpu
 def test_right_on_cuda():
     device = CudaDevice(torch.device("cuda"), Trace())
-    assert run(device, "cuda") == EXPECTED
+    assert run(device, where="cuda") == EXPECTED["raw"]
     assert {span.track for span in device.trace.spans()} == {"compute", "host to device", "device to host"}

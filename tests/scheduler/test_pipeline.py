@@ -13,6 +13,7 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.store import Leaving, TileStore
+from tests.coded_tiles import coded, wild
 from tests.scheduler.devices import DEVICES, LateDevice
 
 
@@ -164,11 +165,11 @@ def test_leaving_waits_for_the_copies_of_the_first_tokens():
 
 
 class _OddStore(TileStore):
-    """One of its tiles has the wrong shape."""
+    """One of its tiles cannot be read."""
 
-    def place(self, layer, tile):
-        place = super().place(layer, tile)
-        return place[:, :, :2] if (layer, tile) == (1, 2) else place
+    def source(self, layer, tile):
+        source = super().source(layer, tile)
+        return source.to("meta") if (layer, tile) == (1, 2) else source
 
 
 @pytest.mark.timeout(20)
@@ -211,7 +212,7 @@ def test_a_pass_allocates_nothing():
     with Pipeline(make_plan(ring=2, resident=0.4)) as pipe, _Counting() as counting:
         pipe.stream.begin(4)
         assert sum(1 for layer in range(3) for _ in pipe.stream.tiles(layer)) == 12
-    assert set(counting.seen) <= {"select"}
+    assert set(counting.seen) <= {"select", "slice", "view", "detach"}, "views all"
 
 
 class Clock:

@@ -32,7 +32,7 @@ from offload_triforce.machine.measure import free_memory, link_ceiling
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import max_positions
 from offload_triforce.planner.acceptance_length import of_coupled
-from offload_triforce.planner.drafting import Costs, Level0, pass_curve, walk_rounds
+from offload_triforce.planner.rounds import Costs, Level0, pass_curve, walk_rounds
 from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice

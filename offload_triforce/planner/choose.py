@@ -11,7 +11,6 @@ from offload_triforce.config import Settings, replace_settings
 from offload_triforce.machine.hardware import Machine, this_machine
 from offload_triforce.machine.memory import free_on
 from offload_triforce.model.outline import ModelLayout, ModelShape
-from offload_triforce.planner.drafting import COMPARED
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.predict import (
     DRAFT_ACCEPTANCE,
@@ -22,6 +21,7 @@ from offload_triforce.planner.predict import (
     round_time,
     step_seconds,
 )
+from offload_triforce.planner.rounds import COMPARED
 from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.plan import TilePlan, choose_ring
 

@@ -9,8 +9,8 @@ from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
 from offload_triforce.planner.acceptance_length import AcceptanceByRank, of_coupled, of_resampled
-from offload_triforce.planner.drafting import WALKED, Costs, Level0, PassCurve, pass_curve, walk_rounds
 from offload_triforce.planner.host_work import CHOOSING, OPERATION, REPLAYED, step_operations, tile_seconds
+from offload_triforce.planner.rounds import WALKED, Costs, Level0, PassCurve, pass_curve, walk_rounds
 from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan

@@ -9,7 +9,7 @@ import torch
 
 from offload_triforce.config import Settings
 from offload_triforce.planner.acceptance_length import of_coupled
-from offload_triforce.planner.drafting import Costs, Level0, PassCurve, pass_curve, walk_rounds
+from offload_triforce.planner.rounds import Costs, Level0, PassCurve, pass_curve, walk_rounds
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.scheduler.simulate import PassTime, chain, rounds
 from offload_triforce.speculation import hierarchy

@@ -155,7 +155,9 @@ def test_two_phases_by_hand():
     used, settings = found.used, found.settings
     prefill = CONTEXT * 8 * 128 * 4 + 32768 * (4096 * 2 + 2 * 128 * 2) + 1024 * 2 * (3 * 14336 + 8 * 4096)
     assert sum(used.prefill.values()) == prefill
-    assert used.plan.late_bytes == pytest.approx(prefill - 0.06e9, rel=0.02), "a pass has activations and logits"
+    taken = sum(used.decoding.values()) - used.plan.late_bytes
+    assert taken < 0.25e9, "a pass has activations and logits"
+    assert used.plan.late_bytes == pytest.approx(prefill - taken, rel=0.03)
     assert settings.resident >= 0.43
     assert settings.resident - settings.prefill_resident == pytest.approx(used.plan.late_bytes / 17.18e9, abs=0.002)
     assert used.vram_bytes == max(used.prefill_bytes, used.decoding_bytes) < found.question.machine.memory

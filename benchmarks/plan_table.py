@@ -96,7 +96,7 @@ def replaced(page: str, tables: dict[str, str]) -> str:
     for name, made in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
         before, found, rest = page.partition(begin)
-        old, closed, after = rest.partition(end)
+        _, closed, after = rest.partition(end)
         if not found or not closed:
             raise ValueError(f"{PAGE.name} has no table between {begin!r} and {end!r}")
         page = f"{before}{begin}\n\n{made}\n\n{end}{after}"

@@ -203,8 +203,10 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     full = set(layout.full)
     for index, shape in enumerate(layout.layers):
         computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
-        computing.append(max(computed, states))
         leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
+        if ratio > 1:  # tiles are read and written once more, coded on their way out and decoded on their way back
+            computed += (1 + again) * speeds.seconds(leaves * (1 + 1 / ratio))
+        computing.append(max(computed, states))
         copying.append((1 + again) * leaves / ratio / link)
     return predict_prefill(computing, copying, chunks) + (plan.late_bytes / ratio / link if plan is not None else 0.0)
 

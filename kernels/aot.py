@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
         name: of the kernel. parameters: what it was built for.
         registers, local: per thread, the latter in bytes. shared: bytes per block. warps: of a block.
         loop: the instructions of its main loop; None where no loop has matrix instructions, or nothing disassembles.
+        longest: instructions of its longest loop; 0 where there is none, or nothing disassembles.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Compiled(NamedTuple):
     shared: int
     warps: int
     loop: machine_code.Loop | None
+    longest: int
 
     def line(self, cc: int) -> str:
         """As one line of JSON."""
         fields: dict[str, Any] = {"cc": cc, "name": self.name, **self.parameters, "registers": self.registers}
-        fields |= {"local": self.local, "shared": self.shared, "warps": self.warps}
+        fields |= {"local": self.local, "shared": self.shared, "warps": self.warps, "longest": self.longest}
         if self.loop is not None:
             per_matrix = round(self.loop.total / self.loop.matrix, 2)
             fields |= {"matrix": self.loop.matrix, "per_matrix": per_matrix, "barriers": self.loop.barriers}
@@ -62,10 +64,12 @@ def build(launch: Launch, cc: int, parameters: dict[str, Any] | None = None) -> 
     """Compile one launch, and look at what came out."""
     binary = compile_launch(launch, cc)
     code = binary.asm["cubin"]
-    loop = machine_code.main_loop(code) if machine_code.disassembler() else None
+    loops = machine_code.loops(code) if machine_code.disassembler() else []
     name = f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
     shared, warps = binary.metadata.shared, binary.metadata.num_warps
-    return Compiled(name, parameters or {}, *machine_code.resources(code), shared, warps, loop)
+    longest = max((loop.total for loop in loops), default=0)
+    resources = machine_code.resources(code)
+    return Compiled(name, parameters or {}, *resources, shared, warps, machine_code.main_loop(loops), longest)
 
 
 def compile_launch(launch: Launch, cc: int) -> Any:

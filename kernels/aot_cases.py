@@ -19,6 +19,7 @@ from offload_triforce.kernels import (
     kv_codec,
     packed_attention,
     verify_attention,
+    wire_codec,
 )
 from offload_triforce.kernels.attention_state import SplitAttention
 from offload_triforce.kernels.launch import Launch
@@ -33,6 +34,7 @@ from offload_triforce.kernels.types import (
     NodeStep,
     TreeMask,
 )
+from offload_triforce.kernels.wire_format import BLOCK, WireFormat
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIMS = (64, 80, 96, 128, 192, 256, 512)
@@ -64,6 +66,7 @@ def cases(extent: str) -> Iterator[Case]:
         _fetch_cases,
         _recurrent_cases,
         _int8_cases,
+        _wire_cases,
     )
     return itertools.chain.from_iterable(make(extent) for make in makers)
 
@@ -284,3 +287,20 @@ def _int8_cases(extent: str) -> Iterator[Case]:
         codes, output = empty(rows, columns, dtype=torch.int8), empty(tokens, rows, dtype=dtype)
         launch = int8_product.product(empty(tokens, columns, dtype=dtype), codes, empty(rows), output)
         yield Case(launch, {"dtype": name_of(dtype), "tokens": tokens, "words": rows, "hidden": columns})
+
+
+def wire(dtype: torch.dtype, dim: int, heads: int = HEADS, tokens: int = 4096) -> tuple[Launch, Launch, Launch]:
+    """Both launches of encoding a tile, and that of decoding it."""
+    format = WireFormat(heads, tokens, dim, dtype)
+    kv, coded = empty(2, heads, tokens, dim, dtype=torch.int16), empty(format.bytes, dtype=torch.uint8)
+    scratch = empty(format.regions, BLOCK * dim, dtype=torch.uint8)
+    return *wire_codec.encode_launches(kv, coded, format, scratch), wire_codec.decode_launch(coded, kv, format)
+
+
+def _wire_cases(extent: str) -> Iterator[Case]:
+    found = dict.fromkeys([(torch.bfloat16, 128)])
+    if extent in ("usual", "every"):
+        found |= dict.fromkeys((dtype, dim) for dtype in DTYPES[:2] for dim in DIMS)
+    for dtype, dim in found:
+        for launch in wire(dtype, dim):
+            yield Case(launch, {"dtype": name_of(dtype), "dim": dim})

@@ -104,7 +104,7 @@ def loops(binary: bytes) -> list[Loop]:
     return found
 
 
-def main_loop(binary: bytes) -> Loop | None:
-    """The loop with the most matrix instructions; None if no loop has any."""
-    best = max(loops(binary), key=lambda loop: loop.matrix, default=None)
+def main_loop(found: list[Loop]) -> Loop | None:
+    """Of a kernel's loops, the one with the most matrix instructions; None if no loop has any."""
+    best = max(found, key=lambda loop: loop.matrix, default=None)
     return best if best is not None and best.matrix else None

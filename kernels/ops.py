@@ -1,4 +1,4 @@
-"""The operations of the hot path, by the best means at hand: Triton on CUDA, else torch.
+"""The operations of the hot path, by the best means at hand: Triton on CUDA, else torch or numba.
 
 Callers import this module alone. What each operation computes is said by its eager twin in ``reference``.
 """
@@ -37,6 +37,7 @@ try:
         tile_choice,
         trial,
         verify_attention,
+        wire_codec,
     )
     from offload_triforce.kernels import chunk_scores as triton_scores
     from offload_triforce.kernels import fetch as triton_fetch
@@ -294,9 +295,26 @@ def int8_product(hidden: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def wire_encode(kv: Tensor, coded: Tensor, format: WireFormat) -> None:
     """See ``reference_wire.wire_encode``."""
-    reference_wire.wire_encode(kv, coded, format)
+    _wire_functions(kv).wire_encode(kv, coded, format)
 
 
 def wire_decode(coded: Tensor, kv: Tensor, format: WireFormat) -> None:
     """See ``reference_wire.wire_decode``."""
-    reference_wire.wire_decode(coded, kv, format)
+    _wire_functions(kv).wire_decode(coded, kv, format)
+
+
+def _wire_functions(kv: Tensor) -> ModuleType:
+    if uses_triton(kv):
+        return wire_codec
+    numba = None if kv.is_cuda or os.environ.get(CHOICE) == "torch" else _numba_wire()
+    return reference_wire if numba is None else numba
+
+
+@functools.cache
+def _numba_wire() -> ModuleType | None:
+    """The CPU's own coding of tiles; None where numba is not installed. Slow to load, so only when it is wanted."""
+    try:
+        from offload_triforce.kernels import cpu_wire
+    except ImportError:
+        return None
+    return cpu_wire

@@ -154,7 +154,7 @@ def _decode_kernel(
 
     missed_before = tl.zeros((), tl.int32)
     escaped_before = tl.zeros((), tl.int32)
-    for group in range(0, groups):
+    for group in range(groups):
         at = codes + group * 2 * DIM + dims
         low = tl.load(at, mask=inside, other=0).to(tl.int32)[None, :] >> token & 1
         high = tl.load(at + DIM, mask=inside, other=0).to(tl.int32)[None, :] >> token & 1
@@ -201,14 +201,14 @@ def _code_kernel(
     kv += part * part_stride + head * head_stride + block * BLOCK * token_stride
 
     top = tl.zeros([BLOCK_DIM], tl.int32)
-    for group in range(0, groups):
+    for group in range(groups):
         exponent = _exponents(kv, token + group * GROUP, token_stride, dims[None, :], there, MANTISSA)
         top = tl.maximum(top, tl.max(exponent, 0))
     lower = tl.zeros([BLOCK_DIM], tl.int32)
     most = tl.zeros([BLOCK_DIM], tl.int32)
-    for tried in range(0, LEVELS):
+    for tried in range(LEVELS):
         hits = tl.zeros([BLOCK_DIM], tl.int32)
-        for group in range(0, groups):
+        for group in range(groups):
             exponent = _exponents(kv, token + group * GROUP, token_stride, dims[None, :], there, MANTISSA)
             below = top[None, :] - tried - exponent
             hits += tl.sum(((below >= 0) & (below < NEAR)).to(tl.int32), 0)
@@ -222,7 +222,7 @@ def _code_kernel(
     highs = coded + highs_at + first * HIGH * DIM + dims
     misses = tl.zeros((), tl.int32)
     escapes = tl.zeros((), tl.int32)
-    for group in range(0, groups):
+    for group in range(groups):
         at = kv + (token + group * GROUP).to(tl.int64) * token_stride + dims[None, :]
         bits = tl.load(at, mask=there, other=0).to(tl.int32) & 0xFFFF
         rest = (bits >> 15) << MANTISSA | bits & ((1 << MANTISSA) - 1)
@@ -277,7 +277,7 @@ def _extend_kernel(
         scratch += region * BLOCK * DIM
         missed_before = tl.zeros((), tl.int32)
         escaped_before = tl.zeros((), tl.int32)
-        for group in range(0, groups):
+        for group in range(groups):
             exponent = _exponents(kv, token + group * GROUP, token_stride, dims[None, :], there, MANTISSA)
             below = level - exponent
             missed = ((below < 0) | (below >= NEAR)) & there
@@ -289,8 +289,8 @@ def _extend_kernel(
             tl.store(escapes + rank, exponent.to(tl.uint8), mask=escaped)
         tl.debug_barrier()  # what follows reads what all threads have written
         eighth = tl.arange(0, 8)[None, :]
-        for some in range(0, misses, 8 * BLOCK_DIM):
-            packed = some // 8 + dims  # of eight extensions, three bytes
+        for done in range(0, misses, 8 * BLOCK_DIM):
+            packed = done // 8 + dims  # of eight extensions, three bytes
             rank = packed[:, None] * 8 + eighth
             extension = tl.load(scratch + rank, mask=rank < misses, other=0).to(tl.int32)
             word = tl.sum(extension << (eighth * EXTENSION), 1)

@@ -48,8 +48,9 @@ class Leaving:
 class TileStore:
     """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones.
 
-    In host memory they lie coded, where the plan says so (see ``codec``), and on the device raw. Late ones are resident only from ``bring_up`` to ``give_up``. They have their place in host memory like those that
-    are streamed, and everything that is written to them goes there as well.
+    In host memory they lie coded, where the plan says so (see ``codec``), and on the device raw. Late ones are resident
+    only from ``bring_up`` to ``give_up``. They have their place in host memory like those that are streamed, and
+    everything that is written to them goes there as well.
 
     Attributes:
         saved: bytes that coding has kept off the link so far, both directions.
@@ -98,7 +99,7 @@ class TileStore:
         return self.late.places[layer, tile] if (layer, tile) in self.late.places else self.source(layer, tile)
 
     def source(self, layer: int, tile: int) -> Tensor:
-        """What a copy of this tile reads: bytes (n,) where it lies coded in host memory, else [2, K, tile_tokens, D]."""
+        """What a copy of this tile reads: bytes (n,) if it lies coded in host memory, else [2, K, tile_tokens, D]."""
         place = self._places[layer, tile]
         if self._codec is None or (layer, tile) in self._early:
             return place

@@ -14,7 +14,8 @@ import torch
 from offload_triforce.cache.sizes import RetrievalShape, tail_capacity, window_room
 from offload_triforce.config import Settings
 from offload_triforce.errors import InputError, MemoryLimitError
-from offload_triforce.kernels.wire_format import GROUP, MANTISSA, WireFormat
+from offload_triforce.kernels import wire_format
+from offload_triforce.kernels.wire_format import WireFormat
 from offload_triforce.machine.memory import free_on, free_on_host
 from offload_triforce.model.known import PlainConfig
 from offload_triforce.model.outline import ModelLayout
@@ -92,13 +93,15 @@ def coded_bytes(layout: ModelLayout, settings: Settings, tile: int) -> int:
     if not WireFormat.serves(tile, layout.dtype):
         if not asked:
             return 0
-        if layout.dtype not in MANTISSA:
+        if layout.dtype not in wire_format.MANTISSA:
             raise InputError(
                 f"wire='coded' is for keys and values in bfloat16 or float16, and this model computes them in "
                 f"{str(layout.dtype)[6:]}; load it in one of those, or take wire 'raw'"
             )
+        group = wire_format.GROUP
         raise InputError(
-            f"wire='coded' takes tiles of a multiple of {GROUP} tokens, not {tile}; {-(-tile // GROUP) * GROUP} would do"
+            f"wire='coded' takes tiles of a multiple of {group} tokens, not {tile}; "
+            f"{-(-tile // group) * group} would do"
         )
     form = WireFormat(shape.kv_heads, tile, shape.head_dim, layout.dtype)
     has_link = layout.device.type != "cpu" or settings.link_gbps is not None

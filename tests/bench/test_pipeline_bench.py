@@ -44,12 +44,24 @@ def test_bytes_of_a_pass(resident):
     subject.close()
 
 
+def test_coded_bytes_of_a_pass():
+    """Hand-counted: 3 layers of 3 tiles of 128 tokens, 2 bytes a number, and what a coded tile takes."""
+    subject = pipeline.make_subject("tiny", 512, Settings(tile=128), "bfloat16")
+    plan = subject.runtime.caches.full.stream.plan
+    assert subject.raw_pass_bytes == 9 * 128 * 2 * 2 * 16 * 2
+    assert subject.pass_bytes == 9 * plan.wire_bytes < subject.raw_pass_bytes / 1.3
+    before = subject.device.incoming.moved
+    subject.verify()
+    assert subject.device.incoming.moved - before == subject.pass_bytes
+    subject.close()
+
+
 def test_of_a_hybrid_only_what_attends_crosses_the_link(monkeypatch):
     """Hand-counted: 2 of 8 layers, K and V, 2 heads of 256, 4 bytes; 3 tiles of 128 tokens."""
     values = {**shapes.SHAPES["hybrid-1b"][1], **TINY, "head_dim": 256, "num_hidden_layers": 8}
     values["layer_types"] = values["layer_types"][:8]
     monkeypatch.setitem(shapes.SHAPES, "tiny", (shapes.SHAPES["hybrid-1b"][0], values))
-    report = pipeline.bench_pipeline(["tiny"], Settings(tile=128), 512, 13, 2, [0.5])
+    report = pipeline.bench_pipeline(["tiny"], Settings(tile=128), 512, 13, 2, [0.5], dtypes=["float32"])
     (row,) = report["results"]
     assert row["pass_bytes"] == 2 * 3 * 128 * 2 * 2 * 256 * 4
     assert row["bytes_over_needed"] == 1.0
@@ -76,8 +88,10 @@ def test_bench_pipeline_json():
     result = call("bench", "pipeline", "--tokens", "600", "--repeats", "2", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert len(report["results"]) == 3
+    assert [row["dtype"] for row in report["results"]] == ["float32"] * 3 + ["bfloat16"] * 3
     for row in report["results"]:
+        assert row["wire_ratio"] == pytest.approx(row["raw_pass_bytes"] / row["pass_bytes"])
+        assert row["wire_ratio"] > 1.3 if row["dtype"] == "bfloat16" else row["wire_ratio"] == 1.0
         assert row["bytes_over_needed"] == 1.0
         assert row["pass_over_link"] >= 1.0
         assert row["link_s"] == pytest.approx(row["pass_bytes"] / row["gbps"] / 1e9)
@@ -97,6 +111,8 @@ def test_bench_pipeline_table():
         (["bench", "pipeline", "--model", "gpt-9"], "unknown model 'gpt-9'; known are tiny"),
         (["bench", "pipeline", "--link-gbps", "0"], "must be greater than 0"),
         (["bench", "pipeline", "--tile", "7"], "tile must be a multiple of the chunk"),
+        (["bench", "pipeline", "--dtype", "int8"], "--dtype must be float32 or bfloat16, not 'int8'"),
+        (["bench", "pipeline", "--dtype", "float32", "--wire", "coded"], "this model computes them in float32"),
         (["trace", "--model", "gpt-9"], "unknown model"),
         (["trace", "--out", "/no/such/folder/t.json"], "the folder of /no/such/folder/t.json does not exist"),
         (["trace", "--link-gbps", "-1"], "must be greater than 0"),

@@ -13,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from offload_triforce.kernels import machine_code, tiling  # noqa: E402
+from offload_triforce.kernels import machine_code, tiling, wire_format  # noqa: E402
 from tests.without_interpreter import run_compiling  # noqa: E402
 
 # What a block may have on RTX 30, 40 and 50 cards, and a multiprocessor (of which 1 KB per block is CUDA's own). The
@@ -59,6 +59,7 @@ def test_kernels_compile_and_fit(cc, extent):
         "kv_codec._decode_kernel",
         "packed_attention._update_kernel",
         "verify_attention._update_kernel",
+        *(f"wire_codec._{kind}_kernel" for kind in ("code", "decode", "extend")),
     }
     assert all(kernel["cc"] == cc and kernel["shared"] <= SHARED_MEMORY for kernel in kernels)
     updates = named(kernels, "verify_attention._update_kernel")
@@ -109,6 +110,17 @@ def test_as_many_blocks_fit_a_multiprocessor_as_the_splits_are_made_for(cc, exte
             taken = -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"]
             assert taken * resident <= REGISTERS, kernel
             assert (kernel["shared"] + 1024) * resident <= OF_MULTIPROCESSOR, kernel
+
+
+@needs_disassembler
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("cc", "extent"), TARGETS)
+def test_decoding_a_tile_is_cheap(cc, extent):
+    """Instructions per value: half of a coded tile's time on the link is some 800 of them on an RTX 3090."""
+    for kernel in named(kernels_for(cc, extent), "wire_codec._decode_kernel"):
+        if kernel["dim"] in (64, 128, 256):
+            values = wire_format.GROUP * kernel["dim"]  # of a step of the loop
+            assert kernel["longest"] * kernel["warps"] * 32 / values <= (140 if kernel["dtype"] == "bfloat16" else 180)
 
 
 def test_the_interpreter_does_not_compile():

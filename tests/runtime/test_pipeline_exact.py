@@ -19,6 +19,7 @@ from offload_triforce.model.prefill import _LayerView
 from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
+from offload_triforce.scheduler import codec
 from offload_triforce.scheduler.device import CudaDevice
 from offload_triforce.scheduler.emulated import Chaos, EmulatedDevice, ThreadLane
 from offload_triforce.scheduler.pipeline import TileStream
@@ -172,9 +173,43 @@ def test_cuda(dtype):
         assert_same(logits(model, layout, CudaDevice(torch.device("cuda"))), expected)
 
 
+# In bf16, tiles of a multiple of 8 tokens: coded or raw.
+CODED, UNCODED = (Settings(**{**vars(SETTINGS), "tile": 8, "wire": wire}) for wire in ("coded", "raw"))
+
+
+def coded_case(name, where="cpu"):
+    """A model in bf16, and what the simplest path over raw tiles gives."""
+    model = MODELS[name]().to(where, torch.bfloat16)
+    layout = probe(model)
+    return model, layout, logits(model, layout, EagerDevice(where), settings=UNCODED)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ring": 1}, {"resident": 0.7, "prefill_resident": 0.2}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_coded_tiles_change_no_bit(name, changes, monkeypatch):
+    """Under chaos; where some tiles do not fit and go raw; and while the retrieval level drafts ahead."""
+    model, layout, expected = coded_case(name)
+    settings = Settings(**{**vars(CODED), **changes})
+    assert_same(logits(model, layout, LateDevice(), settings=settings), expected)
+    for seed in range(3):
+        assert_same(logits(model, layout, chaotic(seed), settings=settings), expected)
+    assert_same(logits(model, layout, chaotic(7, longest_ms=0.5), settings=settings, ahead=True), expected)
+    monkeypatch.setattr(codec, "fits", lambda place: int(place.long().sum()) % 3 > 0)
+    assert_same(logits(model, layout, chaotic(8), settings=settings), expected)
+
+
 @pytest.mark.gpu
-def test_cuda_waits_for_nothing_in_a_pass(monkeypatch):
-    model = tiny_model("llama").to("cuda")
+@pytest.mark.parametrize("name", MODELS)
+def test_coded_tiles_change_no_bit_on_cuda(name):
+    model, layout, expected = coded_case(name, "cuda")
+    for _ in range(5):
+        assert_same(logits(model, layout, CudaDevice(torch.device("cuda")), settings=CODED), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [SETTINGS, CODED], ids=["raw", "coded"])
+def test_cuda_waits_for_nothing_in_a_pass(monkeypatch, settings):
+    model = tiny_model("llama").to("cuda", torch.float32 if settings is SETTINGS else torch.bfloat16)
     score = TargetLevel.score
 
     def watched(self, nodes, idle):
@@ -185,7 +220,7 @@ def test_cuda_waits_for_nothing_in_a_pass(monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(TargetLevel, "score", watched)
-    logits(model, probe(model), CudaDevice(torch.device("cuda")))
+    logits(model, probe(model), CudaDevice(torch.device("cuda")), settings=settings)
 
 
 @pytest.mark.xdist_group("smollm2")
@@ -207,8 +242,8 @@ def _arrival(monkeypatch):
 
     class Flying(deque):
         def popleft(self):
-            slot, _ = super().popleft()
-            return slot, SimpleNamespace(wait=lambda: None, arrived=lambda: True)
+            *where, _ = super().popleft()
+            return *where, SimpleNamespace(wait=lambda: None, arrived=lambda: True)
 
     begin = TileStream.begin
 
@@ -223,8 +258,8 @@ def _slot(monkeypatch):
     """A tile is copied into a slot that is still being read."""
     submit = ThreadLane.submit
 
-    def mutated(self, target, source, after=None):
-        return submit(self, target, source, None if self is self._owner.incoming else after)
+    def mutated(self, target, source, after=None, first=None, then=None):
+        return submit(self, target, source, None if self is self._owner.incoming else after, first, then)
 
     monkeypatch.setattr(ThreadLane, "submit", mutated)
 
@@ -272,18 +307,34 @@ def _news(monkeypatch):
     monkeypatch.setattr(FullCache, "_land", mutated)
 
 
+def _settling(monkeypatch):
+    """Coded tiles are read without a look at whether they fit. (Here, none does.)"""
+    monkeypatch.setattr(codec, "fits", lambda place: False)
+    monkeypatch.setattr(codec.CodedTiles, "_settle", lambda self, key, place, written: None)
+    encode = ops.wire_encode
+
+    def broken(kv, coded, format):
+        encode(kv, coded, format)
+        coded[16:].zero_()
+
+    monkeypatch.setattr(ops, "wire_encode", broken)
+
+
 WAITS = [_arrival, _slot, _attention, _source, _prompt, _news]
-CASES = [(name, wait) for name in MODELS for wait in WAITS] + [("hybrid", _source_behind_a_recurrent_layer)]
+CASES = [(name, wait, "raw") for name in MODELS for wait in WAITS]
+CASES += [("hybrid", _source_behind_a_recurrent_layer, "raw")]
+CASES += [("llama", wait, "coded") for wait in (*WAITS, _settling)]
 
 
-@pytest.mark.parametrize(("name", "wait"), CASES, ids=lambda part: getattr(part, "__name__", part).strip("_"))
-def test_a_missing_wait_shows(name, wait, monkeypatch):
-    model, layout, expected = prepared(MODELS[name]())
+@pytest.mark.parametrize(("name", "wait", "wire"), CASES, ids=lambda part: getattr(part, "__name__", part).strip("_"))
+def test_a_missing_wait_shows(name, wait, wire, monkeypatch):
+    model, layout, expected = coded_case(name) if wire == "coded" else prepared(MODELS[name]())
+    settings = CODED if wire == "coded" else SETTINGS
     wait(monkeypatch)
 
     def wrong(device):
         try:
-            actual = logits(model, layout, device)
+            actual = logits(model, layout, device, settings=settings)
         except RuntimeError:
             return True
         return not torch.equal(actual[0], expected[0])

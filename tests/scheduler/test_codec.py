@@ -139,8 +139,8 @@ def test_without_host_memory_for_a_raw_tile_it_can_be_tried_again():
     free[0] = 10**6
     leaving.wait()
     assert same(store.read(0, 0), kv)
+    free[0] = 0
     with pytest.raises(MemoryLimitError, match="free some memory"):
-        free[0] = 0
         store.put(0, 1, kv)
 
 

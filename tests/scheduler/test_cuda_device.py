@@ -24,7 +24,6 @@ def test_right_in_every_order(monkeypatch, seed, kind):
 def _copies_do_not_wait(monkeypatch):
     submit = CudaLane.submit
 
-
     def mutated(self, target, source, after=None, **beside):
         return submit(self, target, source, **beside)
 
@@ -97,7 +96,8 @@ def test_trace_spans(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_right_on_cuda():
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_on_cuda(kind):
     device = CudaDevice(torch.device("cuda"), Trace())
-    assert run(device, where="cuda") == EXPECTED["raw"]
+    assert run(device, kind, "cuda") == EXPECTED[kind]
     assert {span.track for span in device.trace.spans()} == {"compute", "host to device", "device to host"}

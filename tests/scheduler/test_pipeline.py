@@ -13,7 +13,6 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.store import Leaving, TileStore
-from tests.coded_tiles import coded, wild
 from tests.scheduler.devices import DEVICES, LateDevice
 
 

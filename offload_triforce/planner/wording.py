@@ -191,6 +191,7 @@ def _options(found: PlanReport) -> list[str]:
         del given["prefill_resident"]
     given["hidden_states"] = "host" if settings.hidden_states == "host" else None
     given["embeddings"] = settings.embeddings
+    given["wire"] = settings.wire if settings.wire != Settings.wire else None
     given["prefill_chunk"] = None if settings.prefill_chunk == Settings.prefill_chunk else settings.prefill_chunk
     given |= {"quantize": asked.model.quantize, "quantize_head": asked.model.quantize_head}
     dtype = str(asked.model.layout.dtype)[6:]

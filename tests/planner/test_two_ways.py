@@ -86,7 +86,7 @@ class TestWhatToDo:
         assert found.pays_from is None
 
     def test_a_short_text_that_fits_the_card_needs_no_such_runtime(self):
-        found = make_report(ask(context=16384))
+        found = make_report(ask(context=6144))
         said = verdict(found)
         assert (found.way, found.settings.gamma) == ("plain", 0)
         assert found.ms_per_token == found.prediction.plain_ms < 1.1 * found.prediction.round.ms_per_token

@@ -53,7 +53,7 @@ class PassWork:
 
     Attributes:
         gaps: work before the tiles of each layer that has some, and after the last one's: one more than those layers.
-        tile: work on one tile.
+        tile: work on one tile. decode: what is to be done before, to one that was fetched.
         issue_gap, issue_tile: the host's time to launch these; it launches ahead, and nothing starts before.
         issue_copy: what a tile that is fetched takes it beside that.
     """
@@ -63,6 +63,7 @@ class PassWork:
     issue_gap: float = 0.0
     issue_tile: float = 0.0
     issue_copy: float = 0.0
+    decode: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def predict_pass(plan: TilePlan, tiles: int, link: LinkSpeed, work: PassWork) ->
                 continue
             arrived = landed.popleft()
             waited += max(0.0, arrived - device)
-            device = max(device, arrived) + work.tile
+            device = max(device, arrived) + work.decode + work.tile
             free.append(device)
             run_ahead()
     return PassTime(max(device, host + work.issue_gap) + work.gaps[-1], busy, waited)
@@ -147,13 +148,15 @@ def rounds(tokens: int, gamma1: int, acceptance: float) -> float:
 
 @dataclass(frozen=True)
 class RoundTime:
-    """One round of the hierarchy: drafting, then a pass. Drafting is not hidden behind the link."""
+    """One round of the hierarchy: drafting, then a pass. Steps that a pass hides cost nothing."""
 
     pass_s: float
     step_s: float  # of the retrieval level
     draft_s: float  # of the draft, per step of the retrieval level
-    steps: float  # of the retrieval level, per round
+    steps: float  # of the retrieval level, per round, that no pass hides
     tokens: float  # per round
+    hidden: float = 0.0  # steps per round beside those
+    picked: float = 0.0  # draft tokens that the pass reads
 
     @property
     def seconds(self) -> float:

@@ -3,8 +3,8 @@
 Predicted is time. The model is told what the computation takes (a pass with all tiles on the device, piece by piece; an
 answer likewise, for steps of the retrieval level and for what else a round takes) and what the link gives. Then it
 walks the plan that the pipeline executes. How many passes and steps an answer takes depends on the text: a prediction
-is made once from the numbers that the run itself counted, and once, for chains of draft tokens, from their acceptance
-alone.
+is made once from the numbers that the run itself counted, and once from acceptance alone, as ``plan`` makes it: how
+often the target took level 1's first choice, its second and so on, and how often that took a token of level 0.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from offload_triforce.machine.describe import describe_machine
 from offload_triforce.machine.measure import free_memory, link_ceiling
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import max_positions
+from offload_triforce.planner.acceptance_length import of_coupled
+from offload_triforce.planner.rounds import Costs, Level0, pass_curve, walk_rounds
 from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.plan import TILE_BYTES, TilePlan
-from offload_triforce.scheduler.simulate import LinkSpeed, RoundTime, chain, predict_pass, rounds
+from offload_triforce.scheduler.simulate import LinkSpeed, PassTime, RoundTime, predict_pass
 from offload_triforce.speculation.stats import DecodeStats
 
 # Emulated links: a pass of QUERIES tokens takes so many times as long as its computation.
@@ -192,13 +194,15 @@ def _answers(
         work, step = works.of(run.draft_tokens / run.passes + 1), step_like(run, free, works.step_token)
         passing = predict_pass(plan, tiles, LinkSpeed(gbps), work).seconds + rest
         told = from_counts(run, passing, step)
+        costs = _costs(plan, tiles, LinkSpeed(gbps), works, rest, step - works.step_token * _width(run))
         row = {"gbps": gbps, "way": way, "tokens_per_pass": run.tokens_per_pass}
         row |= {"steps_per_pass": run.steps / run.passes, "hidden_steps_per_pass": run.steps_ahead / run.passes}
         row |= _compared("ms_per_token", told.ms_per_token, run.ms_per_token)
-        if way == "triforce":
-            settings = site.settings(way, linked=True)
-            alone = from_rates(run, settings, passing, step).ms_per_token
-            row |= {"predicted_from_rates": alone, "ratio_from_rates": alone / run.ms_per_token}
+        if run.steps:
+            alone = from_rates(run, site.settings(way, linked=True), costs, site.case.new_tokens)
+            row |= {"predicted_from_rates": alone.ms_per_token, "tokens_per_pass_from_rates": alone.tokens}
+            row |= {"steps_per_pass_from_rates": alone.steps + alone.hidden, "ranks": run.ranks}
+            row |= {"ratio_from_rates": alone.ms_per_token / run.ms_per_token}
         rows.append(row)
     return rows
 
@@ -217,14 +221,32 @@ def from_counts(run: DecodeStats, pass_s: float, step_s: float) -> RoundTime:
     return RoundTime(pass_s, step_s, 0.0, steps, run.new_tokens / run.passes)
 
 
-def from_rates(run: DecodeStats, settings: Settings, pass_s: float, step_s: float) -> RoundTime:
-    """The same from nothing but the acceptance of draft tokens, as ``plan`` does it.
+def from_rates(run: DecodeStats, settings: Settings, costs: Costs, new_tokens: int) -> RoundTime:
+    """The same from nothing but acceptance, as ``plan`` does it, for answers of so many tokens.
 
-    Drafting by level 0: in ``gamma1`` of a step, whether it drafted them or not.
+    Level 0 drafts ``gamma1`` tokens in as many steps as make up for all that it has drafted.
     """
-    asked = run.steps * settings.gamma1
-    steps = rounds(settings.gamma, settings.gamma1, run.draft.accepted / asked if asked else 0.0)
-    return RoundTime(pass_s, step_s, 0.0, steps, chain(run.retrieval.rate or 0.0, settings.gamma))
+    places, asked = sum(run.ranks), run.steps * settings.gamma1
+    table = of_coupled().split([count / places for count in run.ranks[:-1]]) if places else of_coupled()
+    level0 = Level0(run.draft.rate or 0.0, min(1.0, run.draft.proposed / asked) if asked else 0.0)
+    return walk_rounds(table, level0, settings, costs, new_tokens)
+
+
+def _width(run: DecodeStats) -> float:
+    """Tokens of a step beside its first one."""
+    return run.step_tokens / run.steps - 1 if run.steps else 0.0
+
+
+def _costs(plan: TilePlan, tiles: int, link: LinkSpeed, works: Works, rest: float, step_1: float) -> Costs:
+    """What rounds are made of, with ``rest`` seconds of each that are neither steps nor pass."""
+
+    def passing(tokens: int) -> PassTime:
+        told = predict_pass(plan, tiles, link, works.of(tokens))
+        return PassTime(told.seconds + rest, told.link, told.waited)
+
+    curve, size = pass_curve(works.most, passing), plan.streamed_bytes(tiles)
+    covered = plan.ring_bytes / size * (curve.passes[0].seconds - rest) if size else 0.0
+    return Costs(curve, covered, max(0.0, step_1), works.step_token)
 
 
 def _answer(site: Site, way: str, gbps: float | None) -> tuple[DecodeStats, TilePlan, int]:

@@ -249,6 +249,7 @@ def _figures(answers: list[Answer], draft_cost: float) -> dict[str, Any]:
         "new_tokens": new,
         "passes": passes,
         "acceptance": {n: sum(a.accepted for a in c) / judged[n] if judged[n] else None for n, c in levels.items()},
+        "ranks": [sum(counts) for counts in zip(*(s.ranks for s in stats), strict=True)],
         "link_bytes_per_token": sum(s.link_bytes for s in stats) / new,
         "steps_per_pass": sum(s.steps for s in stats) / passes,
         "steps_ahead_per_pass": sum(s.steps_ahead for s in stats) / passes,

@@ -27,6 +27,11 @@ class Works:
         self._seen = {n: measure_work(subject, n, tiles) for n in (1, QUERIES, 5 * QUERIES, block) if n <= block}
         self.step_token = _step_token(subject) if block > 1 else 0.0
 
+    @property
+    def most(self) -> int:
+        """Tokens of the widest pass that was measured."""
+        return max(self._seen)
+
     def of(self, tokens: float) -> PassWork:
         """Straight lines between what was measured."""
         sizes = sorted(self._seen)

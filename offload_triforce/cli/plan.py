@@ -58,11 +58,15 @@ EXAMPLES = examples(
     "offload-triforce plan --list",
 )
 Share = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of draft tokens accepted; else assumed.")]
+First = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Share of places where the target takes level 1's first choice; else assumed."),
+]
 
 
 @guarded
 @takes_settings(
-    "budget", "gamma", "gamma1", "tile", "ring", "resident", "prefill_resident", "hidden_states", "embeddings"
+    "budget", "gamma", "gamma1", "tile", "ring", "resident", "prefill_resident", "hidden_states", "embeddings", "wire"
 )
 def plan(
     *,
@@ -80,7 +84,7 @@ def plan(
     quantize_head: QuantizeHead = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: weights and KV cache.")] = "bfloat16",
     draft: Annotated[str, typer.Option(help="A small model, likewise; or auto, ngram, mtp, self, none.")] = "auto",
-    acceptance: Share = None,
+    acceptance: First = None,
     draft_acceptance: Share = None,
     as_json: AsJson = False,
     known: Annotated[
@@ -225,7 +229,8 @@ def _times(found: PlanReport) -> Table:
             "through the hierarchy, ms per token": f"{drafts.round.ms_per_token:.0f}",
             "tokens per pass": f"{drafts.round.tokens:.1f}",
             "one pass, s (of which on the link)": f"{drafts.passing.seconds:.3f} ({drafts.passing.link:.3f})",
-            "drafting per pass, s": f"{drafts.round.seconds - drafts.round.pass_s:.3f}",
+            "drafting per pass, s (and hidden by it)": f"{drafts.round.seconds - drafts.round.pass_s:.3f} "
+            f"({drafts.round.hidden * (drafts.round.step_s + drafts.round.draft_s):.3f})",
         }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -15,11 +15,13 @@ from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
 from offload_triforce.planner.predict import (
     DRAFT_ACCEPTANCE,
     Assumed,
-    assumed_acceptance,
-    predict_target,
+    first_choice,
+    passes,
+    path_seconds,
     round_time,
     step_seconds,
 )
+from offload_triforce.planner.rounds import COMPARED
 from offload_triforce.planner.sizes import make_plan
 from offload_triforce.scheduler.plan import TilePlan, choose_ring
 
@@ -41,7 +43,7 @@ def assume(
 ) -> Assumed:
     """The acceptance to reckon with. ``draft``: ngram, none, self, model or mtp; the rates win where they are given."""
     if retrieval is None:
-        retrieval = assumed_acceptance(settings.budget_for(context))
+        retrieval = first_choice(settings.budget_for(context), settings.rule)
     return Assumed(retrieval, DRAFT_ACCEPTANCE[draft] if drafted is None else drafted)
 
 
@@ -164,7 +166,7 @@ def _ring(
     if settings.ring is not None or not settings.overlap or settings.gamma == 0:
         return plan.ring
     step = MARGIN * step_seconds(model, settings, context, machine.speeds)
-    ring = choose_ring(plan.tile_bytes, step * machine.link_gbps * 1e9)
+    ring = choose_ring(plan.wire_bytes, step * machine.link_gbps * 1e9)
     while ring > plan.ring and not _fits(model, settings, context, machine, draft, ring=ring):
         ring //= 2
     return max(ring, plan.ring)
@@ -194,14 +196,14 @@ def _gammas(
     best, least = replace_settings(settings, {"gamma": gammas[0], "gamma1": gamma1s[0]}), math.inf
     if len(gammas) * len(gamma1s) == 1:
         return best
+    # How far it pays within gamma is found out while decoding: all passes lie on the curve of the largest.
+    curve = passes(model, replace_settings(settings, {"gamma": max(gammas)}), context, machine)
     for gamma in gammas:
-        tried = replace_settings(settings, {"gamma": gamma})
-        passing = predict_target(model, tried, context, machine, tried.block, settings.refresh)
-        for gamma1 in gamma1s:
-            tried = replace_settings(settings, {"gamma": gamma, "gamma1": gamma1})
-            took = round_time(model, tried, context, machine.speeds, rates, draft, passing).ms_per_token
-            if took < 0.98 * least:  # a longer chain has to pay
-                best, least = tried, took
+        ways = [replace_settings(settings, {"gamma": gamma, "gamma1": gamma1}) for gamma1 in gamma1s]
+        tried = min(ways, key=lambda way: path_seconds(model, way, context, machine.speeds, rates, draft))
+        timing = round_time(model, tried, context, machine, rates, draft, curve, COMPARED)
+        if timing.ms_per_token < 0.98 * least:  # a longer path has to pay
+            best, least = tried, timing.ms_per_token
     return best
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
 from offload_triforce.model.outline import LayerShape, ModelShape, RecurrentShape
+from offload_triforce.planner.acceptance_length import AcceptanceByRank, of_coupled, of_resampled
 from offload_triforce.planner.host_work import CHOOSING, OPERATION, REPLAYED, step_operations, tile_seconds
+from offload_triforce.planner.rounds import WALKED, Costs, Level0, PassCurve, pass_curve, walk_rounds
 from offload_triforce.planner.sizes import group_tokens, make_plan, make_shape
 from offload_triforce.planner.unpacking import unpacked_numbers
 from offload_triforce.scheduler.plan import TilePlan
@@ -18,7 +20,6 @@ from offload_triforce.scheduler.simulate import (
     PassWork,
     RoundTime,
     Speeds,
-    chain,
     predict_pass,
     predict_prefill,
     rounds,
@@ -27,6 +28,9 @@ from offload_triforce.scheduler.simulate import (
 # Acceptance by the target of a draft token of the retrieval level, by budget: measured on Qwen2.5-Coder-1.5B, 24K
 # tokens of Python source, T=0.6, chunks of 8, chosen anew every 16 tokens. Never assumed better than at the largest.
 ACCEPTANCE = ((1024, 0.886), (2048, 0.912), (4096, 0.944))
+# The rule "coupled" misses so many times as often as the rule above, which resamples: between 1.02 and 1.30 at three
+# budgets and two temperatures (``among_first`` against ``acceptance`` in benchmarks/results/retrieval_cpu.json).
+COUPLED_MISSES = 1.2
 # Acceptance by the retrieval level of a token that a drafter is asked for. Look-up in the text often has none to offer:
 # TriForce's chains take 10.2 steps for 12 tokens where the text is drawn (benchmarks/results/speculation_cpu.json, 10
 # cells; 8.2 where it is greedy, which is 0.35). The others are assumptions: a small model of the same family, an MTP
@@ -36,10 +40,14 @@ DRAFT_ACCEPTANCE = {"ngram": 0.15, "none": 0.0, "self": 0.8, "model": 0.6, "mtp"
 
 @dataclass(frozen=True)
 class Assumed:
-    """Acceptance of a draft token: the retrieval level's by the target, the drafter's by the retrieval level."""
+    """How often the target takes the retrieval level's first choice, and the retrieval level the drafter's token."""
 
     retrieval: float
     draft: float
+
+    def by_rank(self, rule: str) -> AcceptanceByRank:
+        """With the later choices: as measured, in proportion to what the first misses. ``rule``: of acceptance."""
+        return (of_coupled() if rule == "coupled" else of_resampled()).scaled(self.retrieval)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ def assumed_acceptance(budget: int) -> float:
         return points[-1][1]
     (x0, y0), (x1, y1) = (points[1], points[2]) if x >= points[1][0] else (points[0], points[1])
     return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def first_choice(budget: int, rule: str) -> float:
+    """How often the target takes the retrieval level's first choice, by an acceptance rule."""
+    return 1 - (1 - assumed_acceptance(budget)) * (COUPLED_MISSES if rule == "coupled" else 1.0)
 
 
 def layer_seconds(model: ModelShape, speeds: Speeds, tokens: int) -> float:
@@ -109,7 +122,9 @@ def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, re
     flops = (4 + 2 * refresh) * model.heads * plan.head_dim * plan.tile_tokens * tokens
     tile = speeds.seconds((1.5 if refresh else 1.0) * plan.tile_bytes, flops)  # scoring reads the keys again
     issue = OPERATION * (step_operations(model) / plan.layers + refresh * CHOOSING)
-    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh))
+    # Decoding reads the coded tile and writes it out, which the attention reads then: nothing is taken to be fused.
+    decode = speeds.seconds(plan.coded_bytes + plan.tile_bytes) if plan.coded_bytes else 0.0
+    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh), decode)
 
 
 def predict_target(
@@ -144,10 +159,13 @@ def resident_step(
     return max(seconds, step_operations(model) * launch)
 
 
-def step_seconds(model: ModelShape, settings: Settings, context: int, speeds: Speeds) -> float:
-    """A step of the retrieval level: the weights and the retrieval cache are read once."""
+def step_seconds(
+    model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int | None = None
+) -> float:
+    """A step of the retrieval level: the weights and the retrieval cache are read once. ``tokens``: None for most."""
     launch = REPLAYED if settings.graphs else OPERATION
-    return resident_step(model, settings, context, speeds, settings.width + settings.gamma1, launch)
+    tokens = settings.width + settings.gamma1 if tokens is None else tokens
+    return resident_step(model, settings, context, speeds, tokens, launch)
 
 
 def draft_seconds(draft: ModelShape | None, settings: Settings, speeds: Speeds) -> float:
@@ -174,6 +192,7 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     products = chunks * speeds.seconds(written_out(model, speeds, settings.prefill_chunk))
     products += chunks * speeds.seconds(weights.layer + weights.experts, 2 * parameters * context / chunks)
     link, plan = machine.link_gbps * 1e9, make_plan(layout, settings, context)
+    ratio = plan.wire_ratio if plan is not None else 1.0
     early = (settings.resident if settings.prefill_resident is None else settings.prefill_resident) or 0.0
     states = 0.0
     if settings.hidden_states == "host":
@@ -184,30 +203,51 @@ def prefill_seconds(model: ModelShape, settings: Settings, context: int, machine
     full = set(layout.full)
     for index, shape in enumerate(layout.layers):
         computed = products + speeds.seconds(0, mixing_flops(model, shape, context, layout.reach(index, context // 2)))
-        computing.append(max(computed, states))
         leaves = context * layout.token_bytes(index) * (1 - early) if index in full else 0
-        copying.append((1 + again) * leaves / link)
-    return predict_prefill(computing, copying, chunks) + (plan.late_bytes / link if plan is not None else 0.0)
+        if ratio > 1:  # tiles are read and written once more, coded on their way out and decoded on their way back
+            computed += (1 + again) * speeds.seconds(leaves * (1 + 1 / ratio))
+        computing.append(max(computed, states))
+        copying.append((1 + again) * leaves / ratio / link)
+    return predict_prefill(computing, copying, chunks) + (plan.late_bytes / ratio / link if plan is not None else 0.0)
 
 
-def round_time(
+def path_seconds(
     model: ModelShape,
     settings: Settings,
     context: int,
     speeds: Speeds,
     assumed: Assumed,
     draft: ModelShape | None,
-    passing: PassTime,
+) -> float:
+    """What it takes to draft a single path of ``gamma`` tokens: by it, the draft tokens of level 0 are compared."""
+    step = step_seconds(model, settings, context, speeds) + draft_seconds(draft, settings, speeds)
+    return rounds(settings.gamma, settings.gamma1, assumed.draft) * step
+
+
+def passes(model: ModelShape, settings: Settings, context: int, machine: Machine) -> PassCurve:
+    """Passes that verify, by the number of their tokens."""
+    refresh = settings.refresh and settings.gamma > 0
+    return pass_curve(settings.block, lambda tokens: predict_target(model, settings, context, machine, tokens, refresh))
+
+
+def round_time(
+    model: ModelShape,
+    settings: Settings,
+    context: int,
+    machine: Machine,
+    assumed: Assumed,
+    draft: ModelShape | None,
+    curve: PassCurve,
+    walked: int = WALKED,
 ) -> RoundTime:
-    """Drafting and the pass that verifies it."""
-    drafted = settings.gamma > 0
-    return RoundTime(
-        passing.seconds,
-        step_seconds(model, settings, context, speeds) if drafted else 0.0,
-        draft_seconds(draft, settings, speeds) if drafted else 0.0,
-        rounds(settings.gamma, settings.gamma1, assumed.draft),
-        chain(assumed.retrieval, settings.gamma),
-    )
+    """Drafting, what of it passes hide, and the pass that verifies it. ``curve``: of ``passes``. ``walked``: rounds."""
+    if not settings.gamma:
+        return RoundTime(curve.passes[0].seconds, 0.0, 0.0, 0.0, 1.0)
+    plan, speeds, width = make_plan(model.layout, settings, context), machine.speeds, settings.width + settings.gamma1
+    one, most = (step_seconds(model, settings, context, speeds, tokens) for tokens in (1, width))
+    covered = plan.ring_bytes / (machine.link_gbps * 1e9) if plan is not None else 0.0
+    costs = Costs(curve, covered, one, (most - one) / max(1, width - 1), draft_seconds(draft, settings, speeds))
+    return walk_rounds(assumed.by_rank(settings.rule), Level0(assumed.draft), settings, costs, None, walked)
 
 
 def predict(
@@ -224,6 +264,8 @@ def predict(
     ``plain``: settings of plain decoding, where they are others. The prefill takes about as long either way.
     """
     alone = predict_target(model, plain or settings, context, machine, 1, refresh=False)
-    passing = predict_target(model, settings, context, machine, settings.block, settings.refresh and settings.gamma > 0)
-    timing = round_time(model, settings, context, machine.speeds, assumed, draft, passing)
-    return Prediction(timing, passing, alone, prefill_seconds(model, settings, context, machine), assumed)
+    curve = passes(model, settings, context, machine)
+    timing = round_time(model, settings, context, machine, assumed, draft, curve)
+    return Prediction(
+        timing, curve.at(timing.picked + 1), alone, prefill_seconds(model, settings, context, machine), assumed
+    )

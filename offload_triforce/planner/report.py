@@ -109,7 +109,9 @@ def make_report(question: PlanQuery) -> PlanReport:
         None if chosen.missing else told,
         _pays_from(question) if way == "plain" and "gamma" not in question.fixed else None,
         None if chosen.missing or chosen.on_card else _packed_fits(question),
-        _assumptions(question, None if hierarchy is plain or hierarchy.missing or chosen.used.plan is None else told),
+        _assumptions(
+            question, hierarchy, None if hierarchy is plain or hierarchy.missing or chosen.used.plan is None else told
+        ),
     )
 
 
@@ -192,19 +194,31 @@ def _packed_fits(question: PlanQuery) -> str | None:
     return None
 
 
-def _assumptions(question: PlanQuery, told: Prediction | None) -> list[str]:
-    """Of the machine, and of drafting where that is predicted."""
+def _assumptions(question: PlanQuery, hierarchy: Way, told: Prediction | None) -> list[str]:
+    """Of the machine, and of drafting where that is predicted: each that the figures stand on."""
     said = list(question.machine.said)
     if told is None:
         return said
-    rates = told.assumed
-    given = ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
-    if question.retrieval is not None:
-        given = " (as given)"
-    return [
-        *said,
-        f"the target accepts {rates.retrieval:.1%} of the retrieval level's draft tokens{given}",
-        f"the retrieval level accepts {rates.draft:.0%} of the draft's tokens ({question.draft_kind})",
-        "one path of draft tokens at a time: branches, and drafting that passes hide, are left out; both help",
-        "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out",
-    ]
+    rates, settings = told.assumed, hierarchy.settings
+    ranks = rates.by_rank(settings.rule).ranks[: settings.topk]
+    source = ", from Qwen2.5-Coder-1.5B on 24K tokens of source code; yours will differ"
+    first = f"the target takes the retrieval level's first choice in {rates.retrieval:.1%} of places"
+    said.append(first + (" (as given)" if question.retrieval is not None else source))
+    if settings.topk > 1:
+        said.append(
+            f"it takes one of the first {len(ranks)} in {sum(ranks):.1%}; how sure the retrieval level is differs from "
+            "place to place as on SmolLM2, and independently"
+        )
+    said.append(f"the retrieval level accepts {rates.draft:.0%} of the draft's tokens ({question.draft_kind})")
+    if told.round.hidden:
+        said.append(
+            f"{told.round.hidden:.0f} of {told.round.steps + told.round.hidden:.0f} drafting steps per pass cost "
+            "nothing: they are made while it waits for tiles. What its verdict rules out is lost"
+        )
+    plan = hierarchy.used.plan
+    if plan is not None and plan.coded_bytes:
+        said.append(
+            f"coded tiles take {plan.wire_bytes / plan.tile_bytes:.0%} of their bytes in host memory and on the link, "
+            "and none has to go raw; decoding reads and writes each once more"
+        )
+    return [*said, "times of kernels from bandwidth and TFLOPS alone; sampling and tokenising are left out"]

@@ -10,6 +10,7 @@ from offload_triforce.config import Settings
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.model.outline import ModelShape
 from offload_triforce.model.weights import note_on_unpacking
+from offload_triforce.planner.acceptance_length import mean_acceptance_length
 from offload_triforce.planner.fit import unpacked_bytes
 from offload_triforce.planner.query import AutoDraft
 from offload_triforce.planner.report import PlanReport
@@ -159,6 +160,7 @@ def as_dict(found: PlanReport) -> dict[str, Any]:
     which to take, and all sizes are of that one.
     """
     asked, told, drafts, used = found.question, found.prediction, found.drafting, found.used
+    table = drafts and drafts.assumed.by_rank(found.hierarchy.settings.rule)
     return {
         "fits": not found.missing,
         "verdict": verdict(found),
@@ -182,7 +184,12 @@ def as_dict(found: PlanReport) -> dict[str, Any]:
         "pass_s": drafts and drafts.passing.seconds,
         "pass_link_s": drafts and drafts.passing.link,
         "step_ms": drafts and 1e3 * drafts.round.step_s,
-        "steps_per_pass": drafts and drafts.round.steps,
+        "steps_per_pass": drafts and drafts.round.steps + drafts.round.hidden,
+        "hidden_steps_per_pass": drafts and drafts.round.hidden,
+        "draft_tokens_per_pass": drafts and drafts.round.picked,
+        "acceptance_by_rank": drafts and list(table.ranks),
+        "tokens_per_pass_undelayed": drafts and _undelayed(found),
+        "wire_ratio": used.plan.wire_ratio if used.plan is not None else None,
         "missing": found.missing,
         "suggestions": found.suggestions,
         "settings": {name: value for name, value in vars(found.settings).items() if name != "link_gbps"},
@@ -199,6 +206,13 @@ def as_dict(found: PlanReport) -> dict[str, Any]:
     }
 
 
+def _undelayed(found: PlanReport) -> float:
+    """Tokens per pass if drafting took no time: of the best tree that there may be."""
+    settings = found.hierarchy.settings
+    table = found.drafting.assumed.by_rank(settings.rule)
+    return mean_acceptance_length(table, settings.most_draft_tokens, settings.topk, settings.gamma)
+
+
 def _options(found: PlanReport) -> list[str]:
     """The settings as options of ``generate``."""
     asked, settings = found.question, found.settings
@@ -209,6 +223,7 @@ def _options(found: PlanReport) -> list[str]:
         del given["prefill_resident"]
     given["hidden_states"] = "host" if settings.hidden_states == "host" else None
     given["embeddings"] = settings.embeddings
+    given["wire"] = settings.wire if settings.wire != Settings.wire else None
     given["prefill_chunk"] = None if settings.prefill_chunk == Settings.prefill_chunk else settings.prefill_chunk
     given |= {"quantize": asked.model.quantize, "quantize_head": asked.model.quantize_head}
     dtype = str(asked.model.layout.dtype)[6:]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 INTERRUPTED = "interrupted"
+RANKS = 4  # choices that are told apart
 
 
 @dataclass
@@ -37,6 +39,7 @@ class DecodeStats:
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
     ``link_bytes`` are wire bytes, ``raw_link_bytes`` what they were before coding, both while decoding.
     ``resident_link_bytes``: brought up for resident tiles, once, between the prefill and the first pass.
+    ``ranks``: places at which the target took level 1's first choice, its second, third, fourth, or none of these.
     ``by_drafter``: the draft tokens of level 0, by who made them: ngram, model, mtp.
     ``target_only``: logits processors that drafts were made without.
     ``ending``: why the answer ended, if it was not interrupted; None until it has.
@@ -48,6 +51,7 @@ class DecodeStats:
     passes: int = 0
     draft: Acceptance = field(default_factory=Acceptance)
     retrieval: Acceptance = field(default_factory=Acceptance)
+    ranks: list[int] = field(default_factory=lambda: [0] * (RANKS + 1))
     by_drafter: dict[str, Acceptance] = field(default_factory=dict)
     link_bytes: int = 0
     raw_link_bytes: int = 0
@@ -84,6 +88,11 @@ class DecodeStats:
         """A drafter's draft tokens have been judged by the retrieval level."""
         self.draft.add(proposed, accepted)
         self.by_drafter.setdefault(drafter, Acceptance()).add(proposed, accepted)
+
+    def add_choice(self, choices: Sequence[int], taken: int) -> None:
+        """Where level 1 had these ``choices``, best first, the target took that token."""
+        best = choices[:RANKS]
+        self.ranks[best.index(taken) if taken in best else RANKS] += 1
 
     def add_pass(self, drafted: int, accepted: int, rejected: bool, new_tokens: int) -> None:
         """A pass read so many draft tokens, accepted some along a path, and brought new tokens.
@@ -132,6 +141,7 @@ class DecodeStats:
             "tokens_per_pass": self.tokens_per_pass,
             "acceptance": {"draft": self.draft.rate, "retrieval": self.retrieval.rate},
             "proposed": {"draft": self.draft.proposed, "retrieval": self.retrieval.proposed},
+            "ranks": list(self.ranks),
             "by_drafter": {
                 name: {"proposed": one.proposed, "judged": one.judged, "accepted": one.accepted}
                 for name, one in self.by_drafter.items()

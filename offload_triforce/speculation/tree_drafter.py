@@ -123,6 +123,7 @@ class TreeDrafter:
         """The target took token ``taken`` after a node of the tree."""
         if node.candidates is not None:
             self.acceptance.learn(node.candidates, taken)
+            self.stats.add_choice(node.candidates.tokens, taken)
 
     def move_to(self, node: Node, token: int) -> None:
         """The text now ends with ``token`` after a node of the tree: keep what was drafted to follow that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 from offload_triforce import cli
 from offload_triforce.bench.prediction import bench_prediction, from_counts, from_rates, step_like
 from offload_triforce.config import Settings
-from offload_triforce.scheduler.simulate import chain, rounds
+from offload_triforce.planner.rounds import Costs, PassCurve
+from offload_triforce.scheduler.simulate import PassTime, chain, rounds
 from offload_triforce.speculation.stats import Acceptance, DecodeStats
 from tests.byte_tokenizer import save_tiny_llama
 
@@ -25,6 +27,7 @@ def no_gpu():
 
 RUN = DecodeStats(new_tokens=40, passes=10, steps=90, steps_ahead=20)
 RUN.draft, RUN.retrieval = Acceptance(100, 60, 45), Acceptance(120, 38, 30)
+RUN.ranks = [32, 4, 2, 1, 1]
 
 
 def test_wider_steps_take_longer():
@@ -41,9 +44,18 @@ def test_rounds_from_counts():
 
 
 def test_rounds_from_acceptance():
-    """Of 180 tokens that the drafter was asked for, 45 were accepted; of the retrieval level's, 30 of 38 judged."""
-    told = from_rates(RUN, Settings.triforce(), 2.0, 0.1)
-    assert (told.steps, told.tokens) == (rounds(12, 2, 0.25), chain(30 / 38, 12))
+    """The first choice was taken in 32 of 40 places. Level 0 drafts in 100 / 180 of the steps, and 0.75 of it is right
+    as long as nothing before is wrong: alone among the steps, that would be 12 / 1.73."""
+    costs = Costs(PassCurve((1, 13), (PassTime(2.0, 1.0, 1.0),) * 2), 1.0, 0.1, 0.0)
+    told = from_rates(RUN, Settings.triforce(), costs, 4000)
+    assert told.tokens == pytest.approx(chain(0.8, 12), rel=0.06)
+    assert rounds(12, 2, 0.75) < told.steps < rounds(12, 2, 0.0)
+    assert told.step_s == pytest.approx(0.1)
+    few = replace(RUN, ranks=[20, 10, 5, 2, 3])
+    assert from_rates(few, Settings.triforce(), costs, 4000).tokens == pytest.approx(chain(0.5, 12), rel=0.06)
+    tree = from_rates(few, Settings(), costs, 4000)
+    assert tree.tokens > 1.5 * chain(0.5, 12), "second choices are there as well"
+    assert tree.hidden > 0
 
 
 def test_report(tmp_path):
@@ -62,9 +74,13 @@ def test_report(tmp_path):
     for row in report["passes"] + report["answers"]:
         assert row["ratio"] == pytest.approx(row["predicted"] / row["measured"])
         assert row["predicted"] > 0
-    plain, triforce, _ = report["answers"]
+    plain, triforce, best = report["answers"]
     assert plain["tokens_per_pass"] == 1.0
-    assert triforce["predicted_from_rates"] > 0
+    assert "predicted_from_rates" not in plain
+    for row in (triforce, best):
+        assert row["ratio_from_rates"] == pytest.approx(row["predicted_from_rates"] / row["measured"])
+        assert row["predicted_from_rates"] > 0
+        assert 0 < sum(row["ranks"]) <= 8
     assert "triforce, per token" in result.stdout
 
 

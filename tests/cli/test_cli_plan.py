@@ -173,8 +173,19 @@ def test_a_folder_with_a_head_and_one_that_lost_it(tmp_path):
 @pytest.mark.parametrize("draft", ["none", "self"])
 def test_other_drafts_and_given_rates(draft):
     report = json.loads(plan("--draft", draft, "--acceptance", "0.5", "--gamma", "8", "--json").stdout)
-    assert report["tokens_per_pass"] == pytest.approx((1 - 0.5**9) / 0.5)
+    assert report["acceptance_by_rank"][0] == pytest.approx(0.5)
+    assert (1 - 0.5**9) / 0.5 < report["tokens_per_pass"] <= 1.1 * report["tokens_per_pass_undelayed"] < 9
     assert report["settings"]["gamma"] == 8
+    assert 0 <= report["hidden_steps_per_pass"] < report["steps_per_pass"]
+
+
+def test_the_wire_is_chosen_told_and_handed_on():
+    auto, raw = (json.loads(plan(*args, "--gamma", "8", "--json").stdout) for args in ([], ["--wire", "raw"]))
+    assert auto["wire_ratio"] > 1.38 > 1 == raw["wire_ratio"]
+    assert auto["host"]["tiles of the full cache"] < 0.75 * raw["host"]["tiles of the full cache"]
+    assert auto["pass_link_s"] < 0.75 * raw["pass_link_s"]
+    assert "--wire raw" in raw["command"]
+    assert "--wire" not in auto["command"]
 
 
 def test_the_options_are_those_of_generate():

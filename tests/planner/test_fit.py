@@ -103,7 +103,7 @@ def by_hand(name, budget):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_model_on_every_card_by_hand(name):
     """Totals to 1 %; what is missing is what the card has less than that."""
-    settings = Settings(budget=4096, tile=None, hidden_states="device", embeddings="device")
+    settings = Settings(budget=4096, wire="raw", tile=None, hidden_states="device", embeddings="device")
     used = footprint(shape(name), settings, CONTEXT)
     expected = by_hand(name, 4096)
     assert used.vram_bytes == pytest.approx(expected, rel=0.01)
@@ -124,13 +124,13 @@ def test_all_models_are_there():
 
 def test_what_lies_in_host_memory_by_hand():
     """A million tokens of Qwen2.5-7B-1M: hidden states of 3,584 and a table of 152,064 rows, all in 16 bits."""
-    settings, context = Settings(budget=4096, hidden_states="host"), 1 << 20
+    settings, context = Settings(budget=4096, wire="raw", hidden_states="host"), 1 << 20
     used = footprint(shape("Qwen2.5-7B-1M"), settings, context)
     table = 152064 * 3584 * 2
     assert used.host["hidden states of the prompt"] == 32768 * 3584 * 2
     assert used.host["input embeddings"] == table
     assert used.prefill["hidden states"] == 3 * 1024 * 3584 * 2
-    other = footprint(shape("Qwen2.5-7B-1M"), Settings(budget=4096, embeddings="device"), context)
+    other = footprint(shape("Qwen2.5-7B-1M"), Settings(budget=4096, wire="raw", embeddings="device"), context)
     assert other.vram_bytes - used.vram_bytes == table + (32768 - 3 * 1024) * 3584 * 2
     assert used.host_bytes - other.host_bytes == table + 32768 * 3584 * 2
 
@@ -151,11 +151,13 @@ def test_embeddings_that_are_the_outputs_too_stay_on_the_card():
 
 def test_two_phases_by_hand():
     """Llama-3.1-8B at 128K: what the prefill held, 0.97 GB, is given to tiles of a cache of 17.2 GB."""
-    found = make_report(PlanQuery(shape("Llama-3.1-8B"), CONTEXT, of_card(find_card("RTX 4090")), Settings()))
+    found = make_report(PlanQuery(shape("Llama-3.1-8B"), CONTEXT, of_card(find_card("RTX 4090")), Settings(wire="raw")))
     used, settings = found.used, found.settings
     prefill = CONTEXT * 8 * 128 * 4 + 32768 * (4096 * 2 + 2 * 128 * 2) + 1024 * 2 * (3 * 14336 + 8 * 4096)
     assert sum(used.prefill.values()) == prefill
-    assert used.plan.late_bytes == pytest.approx(prefill - 0.06e9, rel=0.02), "a pass has activations and logits"
+    taken = sum(used.decoding.values()) - used.plan.late_bytes
+    assert taken < 0.25e9, "a pass has activations and logits"
+    assert used.plan.late_bytes == pytest.approx(prefill - taken, rel=0.03)
     assert settings.resident >= 0.43
     assert settings.resident - settings.prefill_resident == pytest.approx(used.plan.late_bytes / 17.18e9, abs=0.002)
     assert used.vram_bytes == max(used.prefill_bytes, used.decoding_bytes) < found.question.machine.memory
@@ -182,7 +184,7 @@ def test_planned_bytes_are_those_that_a_runtime_allocates(family, context, way):
         if caches.full is not None:
             stream = caches.full.stream
             host = sum(tile.nbytes for tile in stream.store._places.values()) - stream.store._resident.nbytes
-            parts = (stream.store._resident, stream._ring, caches.full.tail.kv)
+            parts = (stream.store._resident, stream._ring._memory, caches.full.tail.kv)
             retrieval = caches.retrieval
             parts += (retrieval.kv, retrieval.chosen, retrieval.scores, retrieval.held)
             parts += tuple(retrieval.store.coded)
@@ -205,7 +207,7 @@ def test_planned_bytes_are_those_that_a_runtime_allocates(family, context, way):
 def test_a_draft_model_takes_its_weights_and_its_cache():
     small = shape("Llama-3.1-8B")
     target = shape("Llama-3.1-8B")
-    settings = Settings(draft_cache=512)
+    settings = Settings(draft_cache=512, wire="raw")
     bare = footprint(target, settings, CONTEXT).vram_bytes
     other = find_shape("llama-3.1-8b")
     assert footprint(target, settings, CONTEXT, other).vram_bytes - bare == small.weights.total + 512 * 131072

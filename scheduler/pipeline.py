@@ -43,7 +43,13 @@ class TileStream:
 
     def __init__(self, store: TileStore, device: Device, dtype: torch.dtype) -> None:
         self.store, self.plan, self.device = store, store.plan, device
-        shape = (self.plan.ring, 2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
+        shape = (
+            0 if device.unified else self.plan.ring,
+            2,
+            self.plan.kv_heads,
+            self.plan.tile_tokens,
+            self.plan.head_dim,
+        )
         self._ring = device.empty(shape, dtype)
         self._tiles = 0
         self._waits: list[Callable[[], float]] = []

@@ -35,7 +35,8 @@ class TileStore:
     """The tiles of all layers: host memory (pinned for CUDA), and a slab on the device for the resident ones.
 
     Late ones are resident only from ``bring_up`` to ``give_up``. They have their place in host memory like those that
-    are streamed, and everything that is written to them goes there as well.
+    are streamed, and everything that is written to them goes there as well. Where the device's memory is host memory,
+    every tile is resident where it lies.
     """
 
     def __init__(self, plan: TilePlan, dtype: torch.dtype, device: Device, pinning: Progress | None = None) -> None:
@@ -43,7 +44,7 @@ class TileStore:
         self.plan = plan
         self._device = device
         shape = (2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
-        resident = plan.resident_tiles()
+        resident = [] if device.unified else plan.resident_tiles()
         self.late = LateTiles([key for key in resident if plan.is_late(*key)], shape, dtype, device)
         early = [key for key in resident if not plan.is_late(*key)]
         self._resident = device.empty((len(early), *shape), dtype)
@@ -65,7 +66,7 @@ class TileStore:
 
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device now."""
-        return (layer, tile) in self._early or (layer, tile) in self.late.places
+        return self._device.unified or (layer, tile) in self._early or (layer, tile) in self.late.places
 
     def stream_order(self, tiles: int) -> Iterator[tuple[int, int]]:
         """The (layer, tile) that a pass fetches now, in order, when each layer has ``tiles`` whole tiles."""
@@ -86,7 +87,7 @@ class TileStore:
             MemoryLimitError: its place could not be pinned.
         """
         place = self._places[layer, tile]
-        if (layer, tile) in self._early:
+        if self._device.unified or (layer, tile) in self._early:
             place.copy_(kv)
             return self._device.record()
         self.late.write((layer, tile), kv)

@@ -20,6 +20,7 @@ from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.host import HostDevice
 
 CONTEXTS = {"qwen-coder": (6000, 24_000)}
 SHORT = (2000, 6000)  # of all other models
@@ -74,7 +75,7 @@ class Stage:
         """What copies, with its link."""
         device = self.engine.layout.device
         if device.type != "cuda":
-            return EmulatedDevice(self.gbps)
+            return HostDevice() if self.gbps is None else EmulatedDevice(self.gbps)
         return BallastDevice(device, self.gbps, self.h2d, self.d2h) if self.h2d else CudaDevice(device)
 
     @property

@@ -25,6 +25,7 @@ from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan
 from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
 from offload_triforce.scheduler.device import CudaDevice, Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.host import HostDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.states import HostStates
@@ -63,7 +64,8 @@ class Runtime:
             model, layout: the target. settings: how to run.
             context: most tokens of prompt and answer together.
             pinning: told (bytes pinned, bytes in all).
-            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
+            device: what copies, instead of the model's own device, on a CPU with an emulated link of
+                ``settings.link_gbps``. It is
                 closed with this runtime, or where this fails: it may hold pinned memory.
             keep_hidden: the newest hidden states, which a drafter reads (``cache/hidden.py``).
 
@@ -200,7 +202,9 @@ def _check_kernels(device: torch.device) -> None:
 
 
 def _make_device(device: torch.device, gbps: float | None) -> Device:
-    return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
+    if device.type == "cuda":
+        return CudaDevice(device)
+    return HostDevice() if gbps is None else EmulatedDevice(gbps)
 
 
 def _close(resources: list[Device | TileStore | HostStates]) -> None:

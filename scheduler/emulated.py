@@ -1,9 +1,10 @@
 """A device for machines without CUDA: threads as copy engines, a link as fast as one says, and chaos on demand.
 
 Without chaos it is how this library runs on a CPU that is to have a link (``host`` is how it runs without one): the
-computation is the caller's own thread, and copies go on beside it. With ``Chaos`` it is a test bench for the order of things: the computation, too, runs on a thread of its
-own as it does on CUDA, every copy and every launch is late by a random time, and buffers are full of NaN from
-their release until a copy has landed in them. A wait that is missing somewhere then gives wrong numbers.
+computation is the caller's own thread, and copies go on beside it. With ``Chaos`` it is a test bench for the order of
+things: the computation, too, runs on a thread of its own as it does on CUDA, every copy and every launch is late by a
+random time, and buffers are full of NaN from their release until a copy has landed in them. A wait that is missing
+somewhere then gives wrong numbers.
 """
 
 from __future__ import annotations

@@ -53,8 +53,14 @@ class TileStore:
         slabs = []
         for layer in range(plan.layers):  # one slab each
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
-            slabs.append(device.host_empty((len(streamed), *shape), dtype))
-            self._places.update({(layer, tile): slabs[-1][i] for i, tile in enumerate(streamed)})
+            if device.unified:  # one tile's tokens behind the other's, see ``together``
+                slabs.append(device.host_empty((2, plan.kv_heads, plan.tiles * plan.tile_tokens, plan.head_dim), dtype))
+                tiles = slabs[-1].unflatten(2, (plan.tiles, plan.tile_tokens)).movedim(2, 0)
+            else:
+                tiles = device.host_empty((len(streamed), *shape), dtype)
+                slabs.append(tiles)
+            self._places.update({(layer, tile): tiles[i] for i, tile in enumerate(streamed)})
+        self._slabs = slabs
         self._pinner: Pinner | None = None
         if self._resident.is_cuda:
             pin = partial(cuda_pin, device=self._resident.device)
@@ -63,6 +69,10 @@ class TileStore:
     def place(self, layer: int, tile: int) -> Tensor:
         """Where this tile lies, [2, K, tile_tokens, D]: on the device if resident, else in host memory."""
         return self.late.places.get((layer, tile), self._places[layer, tile])
+
+    def together(self, layer: int, tiles: int) -> Tensor:
+        """The first tiles of a layer as one, [2, K, tiles * tile_tokens, D]. For unified memory alone."""
+        return self._slabs[layer][:, :, : tiles * self.plan.tile_tokens]
 
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device now."""

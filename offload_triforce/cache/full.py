@@ -146,7 +146,7 @@ class FullCache:
         """Bring one layer's committed tokens to the device, into ``kv`` [2, K, length, D]. Layers in order."""
         tile = self.stream.plan.tile_tokens
         for part in self.stream.tiles(layer):
-            kv[:, :, part.index * tile : (part.index + 1) * tile] = part.kv
+            kv[:, :, part.index * tile :][:, :, : part.kv.shape[2]] = part.kv
         kv[:, :, self.tiled :] = self.tail.settled[layer]
 
     def fill(self, layer: int, kv: Tensor, queries: Tensor, params: ops.AttentionParams) -> Leaving:

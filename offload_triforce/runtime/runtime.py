@@ -32,7 +32,9 @@ from offload_triforce.scheduler.states import HostStates
 from offload_triforce.scheduler.store import TileStore
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
+from offload_triforce.speculation.direct import MOST, DirectDrafter
 from offload_triforce.speculation.draft_selector import Drafter, DraftSelector
+from offload_triforce.speculation.ngram import NgramDrafter
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
 
@@ -156,9 +158,9 @@ class Runtime:
         """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window, others a state."""
         return sum(self.layout.held_bytes(layer, tokens) for layer in range(len(self.layout.layers)))
 
-    def target(self, refresh: Choosing) -> TargetLevel:
-        """Level 2 over these caches."""
-        return TargetLevel(self.model, self.caches, refresh)
+    def target(self, refresh: Choosing, rests: Callable[[], bool] = lambda: False) -> TargetLevel:
+        """Level 2 over these caches. ``rests``: see ``TargetLevel``."""
+        return TargetLevel(self.model, self.caches, refresh, rests)
 
     def levels(
         self, drafters: Sequence[Drafter], rule: AcceptanceRule, stats: DecodeStats, ended: Callable[[int], bool]
@@ -180,12 +182,18 @@ class Runtime:
             rule,
             limits,
             AcceptanceModel(rule.prior),
-            DraftController(costs),
+            DraftController(costs, lean=self.device.unified),
             ended,
             stats,
             self.device,
+            self._direct(drafters, stats),
         )
-        return self.target(choosing(settings)), tree_drafter
+        return self.target(choosing(settings), lambda: tree_drafter.steps_rest), tree_drafter
+
+    def _direct(self, drafters: Sequence[Drafter], stats: DecodeStats) -> DirectDrafter:
+        """Who drafts where level 1 does not pay: look-up, which costs nothing."""
+        free = [drafter for drafter in drafters if isinstance(drafter, NgramDrafter)]
+        return DirectDrafter(DraftSelector(free, MOST, self.settings.adaptive), stats)
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""

@@ -43,6 +43,7 @@ class HostDevice:
     """The host computes, on the caller's own thread, and attends to tiles where they lie in its memory."""
 
     unified = True
+    gbps = None  # there is no link
 
     def __init__(self, trace: Trace | None = None) -> None:
         self.trace = trace

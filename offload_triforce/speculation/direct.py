@@ -18,9 +18,10 @@ from offload_triforce.speculation.tree import TokenTree
 
 # Most draft tokens of level 0 in a pass of its own.
 MOST = 16
-# Rounds of the past that count, and those after which a tree is judged: kernels are compiled in the first ones.
+# Rounds of the past that count.
 ROUNDS = 16
-TRIAL = 6
+# Rounds after which trees are judged: at first, as kernels are compiled in those, and where level 1 is tried again.
+FIRST, TRIAL = 6, 2
 # New tokens before level 1 is tried; after each try that failed, so many times as many.
 REST, LONGER = 32, 4
 
@@ -95,7 +96,10 @@ class WayChooser:
         self._tree.append((new_tokens, cost))
         without = min(_pace(self._bare), least_pass) if self._bare else least_pass
         tokens, costs = zip(*self._tree, strict=True)  # the median: graphs are captured in the first rounds
-        if len(costs) >= TRIAL and statistics.median(costs) * len(costs) / sum(tokens) > without:
+        if (
+            len(costs) >= (TRIAL if self._bare else FIRST)
+            and statistics.median(costs) * len(costs) / sum(tokens) > without
+        ):
             self._go_lean()
 
     def _go_lean(self) -> None:

@@ -167,6 +167,8 @@ class Runtime:
     ) -> tuple[TargetLevel, TreeDrafter]:
         """Level 2, and level 1 with its drafters, for one text."""
         settings, costs = self.settings, make_costs(self.settings.draft_cost)
+        # Look-up costs nothing, so that it may draft for the target itself. Whoever names a model wants it to be tried.
+        free = [drafter for drafter in drafters if isinstance(drafter, NgramDrafter)]
         limits = Limits(
             depth=settings.gamma,
             nodes=settings.most_draft_tokens,
@@ -182,18 +184,13 @@ class Runtime:
             rule,
             limits,
             AcceptanceModel(rule.prior),
-            DraftController(costs, lean=self.device.unified),
+            DraftController(costs, lean=self.device.unified and len(free) == len(drafters)),
             ended,
             stats,
             self.device,
-            self._direct(drafters, stats),
+            DirectDrafter(DraftSelector(free, MOST, settings.adaptive), stats),
         )
         return self.target(choosing(settings), lambda: tree_drafter.steps_rest), tree_drafter
-
-    def _direct(self, drafters: Sequence[Drafter], stats: DecodeStats) -> DirectDrafter:
-        """Who drafts where level 1 does not pay: look-up, which costs nothing."""
-        free = [drafter for drafter in drafters if isinstance(drafter, NgramDrafter)]
-        return DirectDrafter(DraftSelector(free, MOST, self.settings.adaptive), stats)
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""

@@ -14,6 +14,7 @@ from offload_triforce.engine import TriForce
 from offload_triforce.errors import InputError
 from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import check_source, find_source
+from offload_triforce.planner.nodes import MULTIPLES, grown
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Reading, Session
 from offload_triforce.scheduler.emulated import EmulatedDevice
@@ -112,6 +113,7 @@ def make_ways(settings: Settings, reference: Settings, head_dim: int, levers: bo
 
     All get the memory of ``reference``.
     """
+    settings = grown(settings, MULTIPLES[-1])  # the cost of a step is a card's, where passes have time for them
     ways = {"triforce": reference, "ours": settings}
     for lever, names in LEVERS.items() if levers else ():
         for name, base, other in ((f"only {lever}", reference, settings), (f"no {lever}", settings, reference)):

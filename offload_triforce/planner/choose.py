@@ -12,6 +12,7 @@ from offload_triforce.machine.hardware import Machine, this_machine
 from offload_triforce.machine.memory import free_on
 from offload_triforce.model.outline import ModelLayout, ModelShape
 from offload_triforce.planner.fit import DEVICE_OVERHEAD, footprint, missing
+from offload_triforce.planner.nodes import choose_nodes
 from offload_triforce.planner.predict import (
     DRAFT_ACCEPTANCE,
     Assumed,
@@ -77,6 +78,8 @@ def choose_settings(
     settings = _gammas(model, settings, context, machine, fixed, draft, draft_kind, rates)
     again = {name: getattr(given, name) for name in ("prefill_chunk", "budget")}  # fewer draft tokens leave more room
     settings = _sizes(model, replace_settings(settings, again), context, machine, fixed, draft)
+    if not {"draft_tokens", "width"} & set(fixed):
+        settings = choose_nodes(model, settings, context, machine, draft)
     plan = make_plan(model.layout, settings, context)
     settings = replace_settings(settings, {"tile": plan.tile_tokens})
     if settings.ring is None and "resident" not in fixed:

@@ -61,6 +61,13 @@ class _Step(NamedTuple):
 
 # A candidate with a lower path probability than this is not drafted, beside the best one of a place.
 LEAST_PROBABILITY = 1 / 512
+# Steps of more than SMALL tokens read multiples of SIZES: so few sizes that each can be captured as a CUDA graph.
+SMALL, SIZES = 8, 4
+
+
+def step_size(tokens: int) -> int:
+    """The largest size of a step that is no more than so many tokens."""
+    return tokens if tokens <= SMALL else tokens // SIZES * SIZES
 
 
 class TreeDrafter:
@@ -201,6 +208,7 @@ class TreeDrafter:
         began = self._clock.mark()
         tree, text = self._tree, self._text
         drafted = self._ask_draft(leaves)
+        leaves = leaves[: max(1, step_size(len(leaves) + len(drafted)) - len(drafted))]
         asked = self._clock.mark()
         line = [leaves[0]]
         for draft_token in drafted:

@@ -47,7 +47,7 @@ def check_identity(kv, codecs, decodes=None):
 def every_value(dtype, dim):
     """All 65,536 bit patterns, next to their likes: [2, K, T, D]."""
     tokens = min(1 << 12, (1 << 15) // dim)
-    return from_bits(torch.arange(1 << 16), dtype).view(2, -1, dim, tokens).transpose(2, 3)
+    return from_bits(torch.arange(1 << 16), dtype).view(2, -1, dim, tokens).transpose(2, 3).contiguous()
 
 
 @st.composite

@@ -173,7 +173,8 @@ def test_cuda(dtype):
         assert_same(logits(model, layout, CudaDevice(torch.device("cuda"))), expected)
 
 
-# In bf16, tiles of a multiple of 8 tokens: coded or raw.
+# In bf16, tiles of a multiple of 8 tokens, coded or raw. One leaves with the first commit, and the third pass reads it.
+CODED_PROMPT = prompt_ids(54)[0]
 CODED, UNCODED = (Settings(**{**vars(SETTINGS), "tile": 8, "wire": wire}) for wire in ("coded", "raw"))
 
 
@@ -181,7 +182,7 @@ def coded_case(name, where="cpu"):
     """A model in bf16, and what the simplest path over raw tiles gives."""
     model = MODELS[name]().to(where, torch.bfloat16)
     layout = probe(model)
-    return model, layout, logits(model, layout, EagerDevice(where), settings=UNCODED)
+    return model, layout, logits(model, layout, EagerDevice(where), CODED_PROMPT, settings=UNCODED)
 
 
 @pytest.mark.parametrize("changes", [{}, {"ring": 1}, {"resident": 0.7, "prefill_resident": 0.2}], ids=str)
@@ -190,13 +191,14 @@ def test_coded_tiles_change_no_bit(name, changes, monkeypatch):
     """Under chaos; where some tiles do not fit and go raw; and while the retrieval level drafts ahead."""
     model, layout, expected = coded_case(name)
     settings = Settings(**{**vars(CODED), **changes})
-    assert_same(logits(model, layout, LateDevice(), settings=settings), expected)
+    run = partial(logits, model, layout, prompt=CODED_PROMPT, settings=settings)
+    assert_same(run(LateDevice()), expected)
     for seed in range(3):
-        assert_same(logits(model, layout, chaotic(seed), settings=settings), expected)
+        assert_same(run(chaotic(seed)), expected)
     if not changes:  # with few tiles on their way, there may be no time to draft in
-        assert_same(logits(model, layout, chaotic(7, longest_ms=0.5), settings=settings, ahead=True), expected)
+        assert_same(run(chaotic(7, longest_ms=0.5), ahead=True), expected)
     monkeypatch.setattr(codec, "fits", lambda place: int(place.long().sum()) % 3 > 0)
-    assert_same(logits(model, layout, chaotic(8), settings=settings), expected)
+    assert_same(run(chaotic(8)), expected)
 
 
 @pytest.mark.gpu
@@ -204,7 +206,8 @@ def test_coded_tiles_change_no_bit(name, changes, monkeypatch):
 def test_coded_tiles_change_no_bit_on_cuda(name):
     model, layout, expected = coded_case(name, "cuda")
     for _ in range(5):
-        assert_same(logits(model, layout, CudaDevice(torch.device("cuda")), settings=CODED), expected)
+        device = CudaDevice(torch.device("cuda"))
+        assert_same(logits(model, layout, device, CODED_PROMPT, settings=CODED), expected)
 
 
 @pytest.mark.gpu
@@ -324,12 +327,12 @@ CASES += [("llama", wait, "coded") for wait in (*WAITS, _settling)]
 @pytest.mark.parametrize(("name", "wait", "wire"), CASES, ids=lambda part: getattr(part, "__name__", part).strip("_"))
 def test_a_missing_wait_shows(name, wait, wire, monkeypatch):
     model, layout, expected = coded_case(name) if wire == "coded" else prepared(MODELS[name]())
-    settings = CODED if wire == "coded" else SETTINGS
+    settings, prompt = (CODED, CODED_PROMPT) if wire == "coded" else (SETTINGS, None)
     wait(monkeypatch)
 
     def wrong(device):
         try:
-            actual = logits(model, layout, device, settings=settings)
+            actual = logits(model, layout, device, prompt, settings=settings)
         except RuntimeError:
             return True
         return not torch.equal(actual[0], expected[0])

@@ -74,7 +74,7 @@ except StorageError as error:
 check_same(open_text(folder, IDENTITY, text.shape), text)
 print("as it was")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert "File too large" in done.stdout, done.stderr
     assert "as it was" in done.stdout
 

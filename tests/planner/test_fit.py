@@ -158,7 +158,7 @@ def test_two_phases_by_hand():
     taken = sum(used.decoding.values()) - used.plan.late_bytes
     assert taken < 0.25e9, "a pass has activations and logits"
     assert used.plan.late_bytes == pytest.approx(prefill - taken, rel=0.03)
-    assert settings.resident >= 0.43
+    assert settings.resident >= 0.4
     assert settings.resident - settings.prefill_resident == pytest.approx(used.plan.late_bytes / 17.18e9, abs=0.002)
     assert used.vram_bytes == max(used.prefill_bytes, used.decoding_bytes) < found.question.machine.memory
     assert used.prefill_bytes == pytest.approx(used.decoding_bytes, rel=0.002), "neither leaves anything unused"

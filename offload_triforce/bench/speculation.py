@@ -113,7 +113,8 @@ def make_ways(settings: Settings, reference: Settings, head_dim: int, levers: bo
 
     All get the memory of ``reference``.
     """
-    settings = grown(settings, MULTIPLES[-1])  # the cost of a step is a card's, where passes have time for them
+    if not levers:  # a tree of fixed size, as some levers leave it, would always fill that room
+        settings = grown(settings, MULTIPLES[-1])  # costs are a card's whose passes wait for the link
     ways = {"triforce": reference, "ours": settings}
     for lever, names in LEVERS.items() if levers else ():
         for name, base, other in ((f"only {lever}", reference, settings), (f"no {lever}", settings, reference)):

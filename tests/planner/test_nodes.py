@@ -49,7 +49,7 @@ def test_none_where_they_take_the_place_of_many_tiles():
 
 
 def test_none_where_the_card_is_slower_than_the_link(llama):
-    slow = replace(CARD.speeds, flops=CARD.speeds.flops / 40)
+    slow = replace(CARD.speeds, tflops=CARD.speeds.tflops / 100)
     assert choose_nodes(llama, BASE, CONTEXT, replace(CARD, speeds=slow)) == BASE
 
 

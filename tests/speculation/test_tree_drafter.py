@@ -21,7 +21,7 @@ from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter, step_size
 
 WORDS = 12
 FLAT = ((0.7,) * 16, (0.2,) * 16, (0.05,) * 16)
@@ -108,6 +108,19 @@ def test_the_likeliest_are_picked():
     assert len(block) == 8
     assert left
     assert max(node.path_probability for node in left) <= min(node.path_probability for node in block)
+
+
+def test_wide_steps_have_few_sizes():
+    """Each size is captured as a graph of its own. Nothing is lost: the likeliest are read, the others stay leaves."""
+    sizes = set()
+    for nodes in range(20, 60, 3):
+        tree_drafter, level = grower(nodes=nodes, adaptive=False, width=nodes // 2, depth=9, room=400)
+        tree_drafter.propose(text(), 20)
+        sizes |= set(level.asked)
+        read = [node.path_probability for node in tree_drafter._tree.draft_tokens if node.candidates is not None]
+        assert len(read) + 1 == len(level.read)
+    assert max(sizes) > 8
+    assert all(step_size(size) == size for size in sizes)
 
 
 def test_a_dear_step_is_not_made():

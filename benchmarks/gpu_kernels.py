@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offload_triforce.cache.chunks import make_store
 from offload_triforce.kernels import ops
+from offload_triforce.kernels.wire_format import WireFormat
 from offload_triforce.machine.measure import seconds, synchronize
 from offload_triforce.scheduler.plan import TilePlan
 
@@ -107,6 +108,26 @@ def _works(bench: Bench, tiles: Tensor, nodes: int) -> Iterator[tuple[str, int, 
         attention.finish()
 
     yield "packed attention", 1, attend_packed
+    if nodes == NODES[0] and WireFormat.serves(plan.tile_tokens, bench.dtype):
+        yield from _coding(bench, tiles)
+
+
+def _coding(bench: Bench, tiles: Tensor) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Tiles on their way to host memory and back: of random values, which are coded like a model's."""
+    form = WireFormat(bench.plan.kv_heads, bench.plan.tile_tokens, bench.plan.head_dim, bench.dtype)
+    coded = torch.empty(len(tiles), form.bytes, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(tiles[0])
+
+    def encode() -> None:
+        for tile, place in zip(tiles, coded, strict=True):
+            ops.wire_encode(tile, place, form)
+
+    def decode() -> None:
+        for place in coded:
+            ops.wire_decode(place, target, form)
+
+    yield "coding of a tile", len(tiles), encode
+    yield "decoding of a tile", len(tiles), decode
 
 
 def _choice(bench: Bench, chunks: int) -> ops.ChunkSelection:

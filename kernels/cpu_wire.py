@@ -240,13 +240,14 @@ def _decode_regions(first, last, levels, codes, rests, highs, starts, room, kv, 
 @njit(nogil=True, cache=True)
 def _decode_near(low, high, level, rests, highs, row, target, group, mantissa):
     """Decode a group of 8 tokens as if it had no misses."""
+    widest = np.uint16(0x7FFF >> mantissa)
     for token in range(GROUP):
         number = group * GROUP + token
         for d in range(level.shape[0]):
             shift = np.uint8(token)
             code = (low[d] >> shift & np.uint8(1)) | (high[d] >> shift & np.uint8(1)) << np.uint8(1)
             rest = np.uint16(rests[number, d])
-            exponent = np.uint16(np.uint8(level[d] - code))
+            exponent = np.uint16(np.uint8(level[d] - code)) & widest  # of a miss, below 0 maybe: not into the sign
             if highs.size:
                 for plane in range(highs.shape[2]):
                     rest |= np.uint16((highs[row, group, plane, d] >> shift & 1) << (8 + plane))

@@ -119,7 +119,8 @@ def _from_order(values: Tensor, shape: torch.Size) -> Tensor:
 def _planes(values: Tensor, bits: int) -> Tensor:
     """[2, K, T, D] of so many bits as planes, uint8 [2, K, T / 8, bits, D]: bit t of a byte is of the t-th token."""
     values = values.unflatten(2, (-1, 1, GROUP))
-    return ((values >> _steps(bits, 1) & 1) << _steps(GROUP, 0)).sum(4).to(torch.uint8)
+    steps = (_steps(bits, 1).to(values.device), _steps(GROUP, 0).to(values.device))
+    return ((values >> steps[0] & 1) << steps[1]).sum(4).to(torch.uint8)
 
 
 def _values(planes: Tensor) -> Tensor:

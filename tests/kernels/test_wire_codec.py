@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from offload_triforce.kernels import ops, reference_wire
-from offload_triforce.kernels.wire_format import BLOCK, WireFormat, parts
+from offload_triforce.kernels.wire_format import BLOCK, MANTISSA, WireFormat, parts
 from tests.kernels.wire_tiles import (
     HALVES,
     around_a_full_room,
@@ -45,10 +45,20 @@ def test_odd_sizes(dtype, tokens, dim):
     check_identity(torch.ones(2, 1, tokens, dim, dtype=dtype), CPU, decodes=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tiles())
 def test_any_bits(kv):
     check_identity(kv, CPU)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_large_number_among_the_smallest(dtype):
+    """A miss whose code would take the exponent below 0 leaves its sign as it is."""
+    bits = torch.zeros(2, 1, 64, 64, dtype=torch.int32)
+    bits[:, :, 1::2, :4] = torch.tensor([1, 1 << MANTISSA[dtype], 2 << MANTISSA[dtype], 5])
+    bits[:, :, 3, :4] = torch.tensor([0x3C00, 0x7BFF, 0x7C00, 0x3C01])
+    bits[:, :, 5, :4] = bits[:, :, 3, :4] | 0x8000
+    check_identity(from_bits(bits, dtype), CPU, decodes=True)
 
 
 def test_a_tile_without_order_does_not_fit():

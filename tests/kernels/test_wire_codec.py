@@ -52,12 +52,11 @@ def test_any_bits(kv):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_large_number_among_the_smallest(dtype):
+def test_larger_numbers_among_the_smallest(dtype):
     """A miss whose code would take the exponent below 0 leaves its sign as it is."""
-    bits = torch.zeros(2, 1, 64, 64, dtype=torch.int32)
-    bits[:, :, 1::2, :4] = torch.tensor([1, 1 << MANTISSA[dtype], 2 << MANTISSA[dtype], 5])
-    bits[:, :, 3, :4] = torch.tensor([0x3C00, 0x7BFF, 0x7C00, 0x3C01])
-    bits[:, :, 5, :4] = bits[:, :, 3, :4] | 0x8000
+    bits = torch.zeros(2, 1, 64, 64, dtype=torch.int32)  # whose level is 0
+    bits[:, :, 3, :2] = torch.tensor([3, 4]) << MANTISSA[dtype]
+    bits[:, :, 5, :2] = bits[:, :, 3, :2] | 0x8000
     check_identity(from_bits(bits, dtype), CPU, decodes=True)
 
 

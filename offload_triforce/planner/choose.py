@@ -204,6 +204,8 @@ def _gammas(
     for gamma in gammas:
         ways = [replace_settings(settings, {"gamma": gamma, "gamma1": gamma1}) for gamma1 in gamma1s]
         tried = min(ways, key=lambda way: path_seconds(model, way, context, machine.speeds, rates, draft))
+        if gamma > gammas[0] and not _fits(model, tried, context, machine, draft):
+            break  # longer ones take more room still
         timing = round_time(model, tried, context, machine, rates, draft, curve, COMPARED)
         if timing.ms_per_token < 0.98 * least:  # a longer path has to pay
             best, least = tried, timing.ms_per_token

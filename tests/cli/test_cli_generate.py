@@ -119,7 +119,12 @@ def test_settings_file_and_options_that_win_over_it(model, book, tmp_path):
     path.write_text(json.dumps({"budget": 96, "tile": 64, "draft_cache": 64, "gamma": 0}))
     args = ["--model", model, "--prompt-file", book, "--max-new-tokens", "10", "--config", str(path), "--json"]
     assert json.loads(generate(*args).stdout)["tokens_per_pass"] == 1
-    assert json.loads(generate(*args, "--gamma", "6", "--draft", "none").stdout)["proposed"]["retrieval"] > 0
+    assert (
+        json.loads(generate(*args, "--gamma", "6", "--draft", "none", "--draft-cost", "0.1").stdout)["proposed"][
+            "retrieval"
+        ]
+        > 0
+    )
 
 
 def test_stop_string_and_standard_input(model, book):

@@ -149,7 +149,7 @@ def test_rounds_are_those_of_the_real_tree_drafter(first, drafted, given, chosen
     assert told.tokens == pytest.approx(stats.tokens_per_pass, rel=0.1)
     assert told.steps == pytest.approx((stats.steps - stats.steps_ahead) / stats.passes, rel=0.15)
     assert told.hidden == pytest.approx(stats.steps_ahead / stats.passes, rel=0.2)
-    assert told.picked == pytest.approx(stats.draft_tokens / stats.passes, rel=0.15)
+    assert told.picked == pytest.approx(stats.draft_tokens / stats.passes, rel=0.2)
     assert told.ms_per_token == pytest.approx(1e3 * took / stats.new_tokens, rel=0.1)
 
 

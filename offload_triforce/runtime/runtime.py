@@ -27,16 +27,13 @@ from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan
 from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
 from offload_triforce.scheduler.device import CudaDevice, Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
-from offload_triforce.scheduler.host import HostDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.states import HostStates
 from offload_triforce.scheduler.store import TileStore
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
-from offload_triforce.speculation.direct import MOST, DirectDrafter
 from offload_triforce.speculation.draft_selector import Drafter, DraftSelector
-from offload_triforce.speculation.ngram import NgramDrafter
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
 
@@ -68,8 +65,7 @@ class Runtime:
             model, layout: the target. settings: how to run.
             context: most tokens of prompt and answer together.
             pinning: told (bytes pinned, bytes in all).
-            device: what copies, instead of the model's own device, on a CPU with an emulated link of
-                ``settings.link_gbps``. It is
+            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
                 closed with this runtime, or where this fails: it may hold pinned memory.
             keep_hidden: the newest hidden states, which a drafter reads (``cache/hidden.py``).
 
@@ -96,7 +92,7 @@ class Runtime:
         self.needs = work_out(model, layout, settings, shape, plan, context)
         check_memory(self.needs, layout.device, context)
         if device is None:
-            device = _make_device(layout.device, settings.link_gbps, coded=plan is not None and plan.coded_bytes > 0)
+            device = _make_device(layout.device, settings.link_gbps)
             self._open.append(device)
         self.device = device
         try:
@@ -167,17 +163,15 @@ class Runtime:
         """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window, others a state."""
         return sum(self.layout.held_bytes(layer, tokens) for layer in range(len(self.layout.layers)))
 
-    def target(self, refresh: Choosing, rests: Callable[[], bool] = lambda: False) -> TargetLevel:
-        """Level 2 over these caches. ``rests``: see ``TargetLevel``."""
-        return TargetLevel(self.model, self.caches, refresh, rests)
+    def target(self, refresh: Choosing) -> TargetLevel:
+        """Level 2 over these caches."""
+        return TargetLevel(self.model, self.caches, refresh)
 
     def levels(
         self, drafters: Sequence[Drafter], rule: AcceptanceRule, stats: DecodeStats, ended: Callable[[int], bool]
     ) -> tuple[TargetLevel, TreeDrafter]:
         """Level 2, and level 1 with its drafters, for one text."""
         settings, costs = self.settings, make_costs(self.settings.draft_cost)
-        # Look-up costs nothing, so that it may draft for the target itself. Whoever names a model wants it to be tried.
-        free = [drafter for drafter in drafters if isinstance(drafter, NgramDrafter)]
         limits = Limits(
             depth=settings.gamma,
             nodes=settings.most_draft_tokens,
@@ -193,13 +187,12 @@ class Runtime:
             rule,
             limits,
             AcceptanceModel(rule.prior),
-            DraftController(costs, lean=self.device.unified and len(free) == len(drafters)),
+            DraftController(costs),
             ended,
             stats,
             self.device,
-            DirectDrafter(DraftSelector(free, MOST, settings.adaptive), stats),
         )
-        return self.target(choosing(settings), lambda: tree_drafter.steps_rest), tree_drafter
+        return self.target(choosing(settings)), tree_drafter
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""
@@ -215,10 +208,8 @@ def _check_kernels(device: torch.device) -> None:
         raise InputError(f"Triton's kernels do not run here ({found.reason}); {found.remedy}")
 
 
-def _make_device(device: torch.device, gbps: float | None, coded: bool) -> Device:
-    if device.type == "cuda":
-        return CudaDevice(device)
-    return HostDevice() if gbps is None and not coded else EmulatedDevice(gbps)  # coded tiles have a way to go
+def _make_device(device: torch.device, gbps: float | None) -> Device:
+    return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
 
 
 def _close(resources: list[Device | TileStore | HostStates]) -> None:

@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 
 from offload_triforce.scheduler.pipeline import Slack
-from offload_triforce.speculation.direct import WayChooser
 from offload_triforce.speculation.latency import LatencyFit
 from offload_triforce.speculation.tree import Candidates
 
@@ -71,9 +70,6 @@ class Costs(Protocol):
     def of_step(self, tokens: int) -> float:
         """What a step of that many tokens costs."""
 
-    def of_pass(self, nodes: int) -> float:
-        """What a pass over that many nodes costs."""
-
     def mean(self, rounds: Sequence[float]) -> float:
         """What a round costs, by those that have been."""
 
@@ -109,12 +105,8 @@ class MeasuredCosts:
         return seconds
 
     def of_step(self, tokens: int) -> float:
-        """See ``Costs``. The first one has to be made to tell."""
-        return self.steps.at(tokens) if self.steps else 0.0
-
-    def of_pass(self, nodes: int) -> float:
         """See ``Costs``."""
-        return self.passes.at(nodes) if self.passes else 0.0
+        return self.steps.at(tokens)
 
     def mean(self, rounds: Sequence[float]) -> float:
         """See ``Costs``. The first rounds are no measure: kernels are compiled and graphs captured in them."""
@@ -158,10 +150,6 @@ class GivenCosts:
         """See ``Costs``."""
         return self.draft_cost
 
-    def of_pass(self, nodes: int) -> float:
-        """See ``Costs``."""
-        return 1.0
-
     def mean(self, rounds: Sequence[float]) -> float:
         """See ``Costs``."""
         return statistics.fmean(rounds)
@@ -183,10 +171,8 @@ def make_costs(draft_cost: float | None) -> Costs:
 class DraftController:
     """How far drafting pays: tokens per unit of cost in the last rounds, and what another step would cost."""
 
-    def __init__(self, costs: Costs, lean: bool = False) -> None:
-        """``lean``: level 1 rests until a trial says that it pays. Costs that are given are nothing to try."""
+    def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._way = WayChooser(lean) if costs.timed else None
         self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
         self._spent = self._hidden = 0.0
         self._stepped = False
@@ -204,28 +190,8 @@ class DraftController:
 
     def round(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
         """A pass over that many nodes ended a round, which brought that many tokens. ``slack``: of that pass."""
-        cost = self._spent + self.costs.verified(nodes, seconds, slack)
-        self._rounds.append((new_tokens, cost))
-        if self._way is not None:
-            self._way.round(new_tokens, cost, self.costs.of_pass(1))
+        self._rounds.append((new_tokens, self._spent + self.costs.verified(nodes, seconds, slack)))
         self._spent = self._hidden = 0.0
-
-    def begin(self) -> None:
-        """A round begins: it is decided whether level 1 is tried again."""
-        if self._way is not None:
-            self._way.begin()
-
-    @property
-    def lean(self) -> bool:
-        """Whether level 1 rests, as its steps do not pay."""
-        return self._way is not None and self._way.lean
-
-    def too_dear(self) -> bool:
-        """Whether the first step of a trial says that no tree can pay. Level 1 then rests."""
-        if self._way is None or not self._stepped:
-            return False
-        per_token = self.costs.of_pass(2) - self.costs.of_pass(1)
-        return self._way.too_dear(self.costs.of_step(1), per_token)
 
     def has_time(self, tokens: int) -> bool:
         """Whether a step of that many tokens would still be hidden by the pass that is under way."""

@@ -13,7 +13,6 @@ from offload_triforce.scheduler.clock import Clock, Mark
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import AcceptanceRule, DraftToken, place_after
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController
-from offload_triforce.speculation.direct import DirectDrafter
 from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
@@ -84,18 +83,13 @@ class TreeDrafter:
         ended: Callable[[int], bool],
         stats: DecodeStats,
         clock: Clock,
-        direct: DirectDrafter | None = None,
     ) -> None:
-        """``ended``: is there nothing to say after this token? ``clock``: what steps are timed by.
-
-        ``direct``: who drafts where steps do not pay; None if nobody.
-        """
+        """``ended``: is there nothing to say after this token? ``clock``: what steps are timed by."""
         self.level, self.selector, self.rule, self.limits = level, selector, rule, limits
         self.acceptance, self.controller, self.ended, self.stats = acceptance, controller, ended, stats
-        self._clock, self._direct = clock, direct
+        self._clock = clock
         self._untold: list[_Step] = []  # whose times nobody has asked for yet: that may mean waiting
         self._tree: TokenTree | None = None
-        self._directly = False  # whether it was drafted without the level
         self._text: TokenText | None = None
         self._deepest = self._most = 0  # how deep draft tokens may go for now, and how many there may be
 
@@ -104,13 +98,9 @@ class TreeDrafter:
 
         ``limit``: tokens that may follow.
         """
-        self._text, self._deepest, self._most = text, min(limit, self.limits.depth), self.limits.nodes
-        self.controller.begin()
-        self._directly = self.steps_rest
-        if self._directly:
-            return self._draft_directly(text)
         if self._tree is None:
             self._tree = TokenTree.at_end(text)
+        self._text, self._deepest, self._most = text, min(limit, self.limits.depth), self.limits.nodes
         steps = 0
         while leaves := self._wanted(steps):
             self._step(leaves, hidden=False)
@@ -121,23 +111,10 @@ class TreeDrafter:
             pass  # what has time by the given cost, not by the clock, goes on at once
         return block
 
-    @property
-    def steps_rest(self) -> bool:
-        """Whether no steps are made for now, as they do not pay: what they would attend to is of no use either."""
-        return self._direct is not None and self.limits.adaptive and self.controller.lean
-
-    def _draft_directly(self, text: TokenText) -> list[Node]:
-        """Draft tokens that the target is to judge with no word of the level's own."""
-        self.level.keep([])
-        self._tree = TokenTree.at_end(text)
-        controller = self.controller
-        self._direct.draft(self._tree, text, self._deepest, controller.costs.of_pass if controller.known else None)
-        return [self._tree.root, *self._tree.draft_tokens]
-
     def go_on(self) -> bool:
         """Make another step, if there is time: behind the draft tokens that are being judged, and beside them."""
         self._tell_times()
-        if self.steps_rest or not self.limits.overlap or not self.controller.has_time(self.limits.width):
+        if not self.limits.overlap or not self.controller.has_time(self.limits.width):
             return False
         leaves = self._leaves()
         if leaves:
@@ -158,9 +135,7 @@ class TreeDrafter:
     def move_to(self, node: Node, token: int) -> None:
         """The text now ends with ``token`` after a node of the tree: keep what was drafted to follow that."""
         tree, end = self._tree, node.known.get(token)
-        if self._directly:
-            self._direct.judged(node.depth + (end is not None))
-        if end is None or self._directly:
+        if end is None:
             self._tree = None
             self.level.keep([])
             return
@@ -176,8 +151,6 @@ class TreeDrafter:
             return self._leaves() if len(self._tree.draft_tokens) < limits.nodes else []
         if not controller.known:
             return self._leaves() if steps < controller.costs.first_steps else []
-        if self._direct is not None and steps and controller.too_dear():
-            return []
         leaves = self._leaves()
         gain = sum(leaf.path_probability for leaf in leaves)
         return leaves if leaves and gain > controller.step_cost(len(leaves)) / controller.value else []

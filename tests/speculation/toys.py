@@ -13,7 +13,6 @@ from offload_triforce.scheduler.clock import HostClock
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
-from offload_triforce.speculation.direct import DirectDrafter
 from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.place import PathState, Place
@@ -213,12 +212,6 @@ class ToyDrafter:
 FLAT = ((0.6,) * 16, (0.3,) * 16, (0.1,) * 16)
 
 
-class Resting(DraftController):
-    """Level 1 never pays."""
-
-    lean = True
-
-
 class Case:
     """Runs of ``decode`` over toys.
 
@@ -246,11 +239,9 @@ class Case:
         adaptive=None,
         likeness=0.0,
         endless=False,
-        direct=False,
     ):
-        """``direct``: level 1 rests, and the drafter drafts for the target itself."""
         self.end = None if endless else EOS
-        self.draft, self.gamma1, self.spare, self.adaptive, self.direct = draft, gamma1, spare, adaptive, direct
+        self.draft, self.gamma1, self.spare, self.adaptive = draft, gamma1, spare, adaptive
         self.tokens, self.more, self.tables = tokens, more, Tables(seed, style, likeness=likeness)
         nodes = nodes or gamma
         room = 2 * nodes + 1 + width + gamma1
@@ -262,7 +253,7 @@ class Case:
         text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
         drafts = [] if self.draft == "none" else [ToyDrafter(self.tables, self.draft, rule)]
         target, level = ToyTarget(self.tables, text, self.spare), ToyLevel(self.tables, text)
-        controller = (Resting if self.direct else DraftController)(make_costs(self.adaptive))
+        controller = DraftController(make_costs(self.adaptive))
         if self.spare:
             controller.has_time = lambda tokens: not controller.busy
             controller.busy = True
@@ -286,7 +277,6 @@ class Case:
             lambda token: token == self.end,
             stats,
             HostClock(),
-            DirectDrafter(DraftSelector(drafts, self.gamma1, adaptive=False), stats) if self.direct else None,
         )
         out = [] if out is None else out
         for new in decode(target, tree_drafter, rule, text, limit, stats, self.stop):

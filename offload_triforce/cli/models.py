@@ -63,8 +63,8 @@ def rows() -> list[dict[str, Any]]:
 
 def table_of_models() -> Table:
     """The same for people, within 80 columns."""
-    names = (Column(name, no_wrap=True) for name in ("name", "hub id"))
-    figures = (Column(name, justify="right") for name in ("10^9\nweights", "KV KB\n/token", "posi-\ntions"))
+    names = (Column("name", no_wrap=True), Column("hub id", overflow="fold", min_width=36))  # longer ids go on below
+    figures = (Column(name, justify="right") for name in ("10^9\nweights", "KV KB\n/tok.", "posi-\ntions"))
     table = Table(*names, *figures, "here", box=None, padding=(0, 1, 0, 0))
     for row in rows():
         table.add_row(

@@ -239,7 +239,7 @@ MODELS = (
                head_rows=131072),
     ),
     KnownModel(  # the text decoder alone, as the loader takes it
-        "mistral-small-3.2-24b", "Mistral-Small-3.2-24B",
+        "mistral-small-3.2", "Mistral-Small-3.2-24B",
         ("mistralai/Mistral-Small-3.2-24B-Instruct-2506", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
         _mistral(5120, 32768, 40),
         Counts(40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),

@@ -162,12 +162,14 @@ def test_a_model_without_a_head(draft):
 @pytest.mark.skipif(not reads_mtp_heads(), reason="this release of transformers reads no MTP heads")
 def test_a_folder_with_a_head_and_one_that_lost_it(tmp_path):
     """What lies there counts, not what the configuration says."""
-    options = ("--draft", "auto", "--vram", "4GB", "--context", "2K", "--json")
+    options = ("--vram", "4GB", "--context", "2K", "--json")
     whole = save_with_head(tmp_path / "whole")
-    report = json.loads(call("plan", "--model", whole, *options).stdout)
+    report = json.loads(call("plan", "--model", whole, "--draft", "mtp", *options).stdout)
     assert report["device"]["draft"] > 0
+    chosen = call("plan", "--model", whole, "--draft", "auto", *options[:-1]).stdout
+    assert "--draft auto takes look-up alone" in chosen  # nothing of so small a model crosses the link
     lost = save_with_head(tmp_path / "lost", leave_out=True)
-    assert "draft" not in json.loads(call("plan", "--model", lost, *options).stdout)["device"]
+    assert "draft" not in json.loads(call("plan", "--model", lost, "--draft", "auto", *options).stdout)["device"]
 
 
 @pytest.mark.parametrize("draft", ["none", "self"])

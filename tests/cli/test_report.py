@@ -39,7 +39,7 @@ def test_where_the_cache_lies(family, changes, line):
 
 def test_where_the_cache_lies_on_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
-    plan = SimpleNamespace(host_bytes=60 * 10**9, resident_bytes=8 * 10**9, resident=0.117)
+    plan = SimpleNamespace(layers=2, tiles=34, tile_bytes=10**9, coded_bytes=0, resident=0.117)
     runtime = SimpleNamespace(context=131_072, plan=plan, settings=SimpleNamespace(link_gbps=None))
     layout = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     assert report.opening(SimpleNamespace(layout=layout, runtime=runtime)) == (
@@ -67,6 +67,7 @@ def test_why_it_stopped(reason, words):
 
 
 def test_no_link_where_there_is_none():
-    stats = DecodeStats(prompt_tokens=9, new_tokens=8, passes=2, link_bytes=10**6, full_kv_bytes=10**7)
+    counts = {"link_bytes": 10**6, "raw_link_bytes": 10**6, "full_kv_bytes": 10**7}
+    stats = DecodeStats(prompt_tokens=9, new_tokens=8, passes=2, **counts)
     assert not any("link" in line for line in report.summary(stats, link=False))
     assert report.summary(stats, link=True)[-1] == "link: 0.1 MB/token; the full KV cache has 10.0 MB, 80.0x as much"

@@ -146,8 +146,8 @@ def test_who_pins_memory_is_waited_for(engine, monkeypatch):
     told = []
 
     class Store(runtime_module.TileStore):
-        def __init__(self, plan, dtype, device, pinning):
-            super().__init__(plan, dtype, device)
+        def __init__(self, plan, dtype, device, pinning, free):
+            super().__init__(plan, dtype, device, free=free)
             told.append(pinning)
 
     monkeypatch.setattr(runtime_module, "TileStore", Store)

@@ -122,9 +122,9 @@ REFUSED = {
         lambda: transformers.BloomForCausalLM(
             transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6)
         ),
-        "BloomForCausalLM does not keep its decoder layers in a list",
+        "BloomForCausalLM counts positions by itself",
     ),
-    "layers under another name": (gpt2, "GPT2LMHeadModel does not keep its decoder layers in a list"),
+    "layers under another name": (gpt2, "GPT2LMHeadModel counts positions by itself"),
     "chunked attention": (
         lambda: transformers.Llama4ForCausalLM(
             transformers.Llama4TextConfig(

@@ -29,13 +29,13 @@ def ask(card, context, head="int8"):
     return PlanQuery(shape, context, of_card(find_card(card)), Settings(), (), shape.mtp_head, "mtp")
 
 
-def test_no_room_for_a_head_beside_the_retrieval_cache():
-    """A 27B on 16 GB: with its head there is room for plain decoding alone."""
+def test_little_room_for_a_head_beside_the_retrieval_cache():
+    """A 27B on 16 GB: with its head there is room for shorter paths alone."""
     asked = ask("RTX 5070 Ti", 131072)
     chosen = choose_draft(asked)
     assert (chosen.draft, chosen.draft_kind) == (None, "ngram")
     assert chosen.auto.size == 2 * asked.model.mtp.weights(2, None).parameters
-    assert chosen.auto.with_lookup < chosen.auto.with_head / 2
+    assert chosen.auto.with_lookup < 0.95 * chosen.auto.with_head
     report = make_report(chosen)
     assert report.way == "hierarchy"
     assert report.ms_per_token == chosen.auto.with_lookup

@@ -124,7 +124,7 @@ REFUSED = {
         ),
         "BloomForCausalLM counts positions by itself",
     ),
-    "layers under another name": (gpt2, "GPT2LMHeadModel counts positions by itself"),
+    "layers under another name": (gpt2, "GPT2LMHeadModel does not keep its decoder layers in a list"),
     "chunked attention": (
         lambda: transformers.Llama4ForCausalLM(
             transformers.Llama4TextConfig(

@@ -17,6 +17,7 @@ def test_it_can_be_imported(name):
     importlib.import_module(f"benchmarks.{name}")
 
 
+@pytest.mark.slow
 def test_commands_say_what_they_take():
     """Each in a process of its own, as people run them."""
     running = {

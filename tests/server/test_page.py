@@ -304,7 +304,7 @@ def test_the_runtime_is_shown_live(page, backend):
         "75 %",
         "20 GB/s of 25 GB/s",
         "copies to the card: 84 %",
-        "17 GB",
+        "In host memory: 17.9 GB",  # with that of parked sessions
     ):
         assert words in shown, shown
     meters = page.eval_on_selector_all("[role=meter]", "all => all.map((each) => each.ariaValueText)")

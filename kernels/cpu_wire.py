@@ -209,7 +209,7 @@ def _decode_regions(first, last, levels, codes, rests, highs, starts, room, kv, 
     heads, tokens, dim = kv.shape[1], kv.shape[2], kv.shape[3]
     blocks = levels.shape[1]
     keep = np.uint16(0x8000 | (1 << mantissa) - 1)
-    end = np.int64(room.shape[0]) - 2  # what is no coded tile decodes to anything, but reads no memory of others
+    last_byte = np.int64(room.shape[0]) - 1  # what is no coded tile decodes to anything, but reads no memory of others
     for region in range(first, last):
         row, block = region // blocks, region % blocks
         groups = range(block * BLOCK // GROUP, min(tokens, (block + 1) * BLOCK) // GROUP)
@@ -224,14 +224,14 @@ def _decode_regions(first, last, levels, codes, rests, highs, starts, room, kv, 
                 while missed:
                     token = group * GROUP + np.int64(LOWEST[missed])
                     missed &= missed - 1
-                    place, shift = min(max(begin + (bit >> 3), 0), end), bit & 7
+                    place, shift = min(max(begin + (bit >> 3), 0), last_byte), bit & 7
                     extension = np.int64(room[place]) >> shift
                     if shift > 5:
-                        extension |= np.int64(room[place + 1]) << (8 - shift)
+                        extension |= np.int64(room[min(place + 1, last_byte)]) << (8 - shift)
                     extension &= 7
                     bit += EXTENSION
                     if extension == ESCAPE:
-                        exponent = np.int64(room[min(max(escape, 0), end + 1)])
+                        exponent = np.int64(room[min(max(escape, 0), last_byte)])
                         escape += 1
                     else:
                         exponent = np.int64(level[d]) - BELOW[extension]

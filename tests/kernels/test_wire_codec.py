@@ -17,6 +17,7 @@ from tests.kernels.wire_tiles import (
     missing,
     same_bits,
     tiles,
+    to_the_last_byte,
 )
 
 numba_wire = pytest.importorskip("offload_triforce.kernels.cpu_wire")
@@ -58,6 +59,14 @@ def test_larger_numbers_among_the_smallest(dtype):
     bits[:, :, 3, :2] = torch.tensor([3, 4]) << MANTISSA[dtype]
     bits[:, :, 5, :2] = bits[:, :, 3, :2] | 0x8000
     check_identity(from_bits(bits, dtype), CPU, decodes=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_extensions_that_end_in_the_last_byte_of_the_room(dtype):
+    """Four of 3 bits, in a room of 2 bytes."""
+    coded = check_identity(to_the_last_byte(dtype), CPU, decodes=True)
+    form = WireFormat(1, 8, 1, dtype)
+    assert parts(coded, form).sizes.sum() == form.room == 2
 
 
 def test_a_tile_without_order_does_not_fit():

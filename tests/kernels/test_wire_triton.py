@@ -16,6 +16,7 @@ from tests.kernels.wire_tiles import (
     from_bits,
     same_bits,
     tiles,
+    to_the_last_byte,
 )
 
 pytest.importorskip("triton")
@@ -37,6 +38,11 @@ def test_every_value_comes_back(device, dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_block_that_is_short_and_channels_that_are_no_power_of_two(device, dtype):
     check_identity(draw(2, 1, 72, 24).to(dtype).to(device), BOTH)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_extensions_that_end_in_the_last_byte_of_the_room(device, dtype):
+    check_identity(to_the_last_byte(dtype).to(device), BOTH, decodes=True)
 
 
 @settings(max_examples=5, deadline=None)

@@ -43,7 +43,7 @@ def record(
     seeds: Annotated[int, typer.Option(min=1, help="Answers to each text at a temperature; 0 has one.")] = 2,
 ) -> None:
     """Let a model answer, and record what level 1 offers. What the folder holds already is left out."""
-    from benchmarks.growth_record import record_answer
+    from benchmarks.growth_record import file_name, record_answer
     from offload_triforce.engine import TriForce
     from offload_triforce.model.fetch import find_source
 
@@ -54,7 +54,7 @@ def record(
     for seed in range(1, seeds + 1):
         for asked in tasks:
             for warmth in temperature:
-                if (folder / f"{asked.name}_{warmth:g}_{seed}.json").exists() or (seed > 1 and warmth == 0):
+                if (folder / file_name(asked.name, warmth, seed)).exists() or (seed > 1 and warmth == 0):
                     continue
                 say(f"{asked.name} at {warmth:g}, seed {seed}")
                 record_answer(engine, asked, warmth, seed, length, new, share).save(folder)

@@ -63,7 +63,7 @@ class Record:
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.task}_{self.temperature:g}_{self.seed}.json"
+        return file_name(self.task, self.temperature, self.seed)
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -75,6 +75,11 @@ class Record:
         kept = json.loads(path.read_text())
         offers = {int(refresh): Offers(**each) for refresh, each in kept["offers"].items()}
         return cls(**{**kept, "offers": offers})
+
+
+def file_name(task: str, temperature: float, seed: int) -> str:
+    """Of a record."""
+    return f"{task}_{temperature:g}_{seed}.json"
 
 
 def load_records(folder: Path) -> list[Record]:

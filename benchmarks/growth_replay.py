@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.growth_record import STRIDE, Record
 from offload_triforce.config import Settings
+from offload_triforce.runtime.runtime import limits_of
 from offload_triforce.scheduler.clock import HostClock
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import COUPLING_PRIOR, MOST_CANDIDATES, DraftToken, Ranking
@@ -31,7 +32,7 @@ from offload_triforce.speculation.sampling import Survey
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node, tokens_of
-from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+from offload_triforce.speculation.tree_drafter import TreeDrafter
 
 # No pass begins in the last tokens of an answer: behind it, nobody knows what would have been accepted.
 TAIL = 48
@@ -119,15 +120,7 @@ def replay(record: Record, settings: Settings, start: int = 0) -> DecodeStats:
     text = TokenText(torch.tensor(known), len(record.prompt) + len(record.answer) + 2 * settings.gamma + 1)
     level, stats = RecordedLevel(record, text), DecodeStats()
     selector = DraftSelector([NgramDrafter(max(known) + 1)], settings.gamma1, settings.adaptive)
-    limits = Limits(
-        depth=settings.gamma,
-        nodes=settings.most_draft_tokens,
-        topk=settings.topk,
-        width=settings.width,
-        room=settings.room,
-        adaptive=settings.adaptive,
-        overlap=settings.overlap,
-    )
+    limits = limits_of(settings)
     controller, clock = DraftController(GivenCosts(settings.draft_cost)), HostClock()
     acceptance = AcceptanceModel(level.prior)
     drafter = TreeDrafter(level, selector, level, limits, acceptance, controller, lambda token: False, stats, clock)

@@ -34,7 +34,7 @@ NEWER = {
     "qwen3.6-27b": ("128K", "256K"),
     "qwen3.6-35b-a3b": ("128K", "256K"),
     "gpt-oss-20b": ("128K",),
-    "mistral-small": ("128K",),
+    "mistral-small-3.2": ("128K",),
     "devstral-small": ("128K",),
     "gemma-4-31b": ("128K", "256K"),
 }

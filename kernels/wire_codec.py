@@ -85,6 +85,16 @@ def _shape(format: WireFormat) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _region(tokens):
+    """This program's: part, head, block; its number among all regions; its first group in the tile, and how many."""
+    block, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = part * tl.num_programs(1) + head
+    first = row * (tokens // GROUP) + block * (BLOCK // GROUP)
+    groups = tl.minimum(BLOCK // GROUP, tokens // GROUP - block * (BLOCK // GROUP)).to(tl.int32)
+    return part, head, block, row * tl.num_programs(0) + block, first, groups
+
+
+@triton.jit
 def _bits(byte):
     """How many bits of a byte are set."""
     byte = byte - ((byte >> 1) & 0x55)
@@ -133,12 +143,7 @@ def _decode_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MANTISSA: tl.constexpr,
 ):  # fmt: skip
     """Decode one region."""
-    block, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    heads, blocks = tl.num_programs(1), tl.num_programs(0)
-    row = part * heads + head
-    region = row * blocks + block
-    first = row * (tokens // GROUP) + block * (BLOCK // GROUP)  # group of the tile
-    groups = tl.minimum(BLOCK // GROUP, tokens // GROUP - block * (BLOCK // GROUP)).to(tl.int32)
+    part, head, block, region, first, groups = _region(tokens)
     HIGH: tl.constexpr = MANTISSA - 7
     dims = tl.arange(0, BLOCK_DIM)
     inside = dims < DIM
@@ -149,7 +154,7 @@ def _decode_kernel(
     rests = coded + rests_at + first * GROUP * DIM + token * DIM + dims[None, :]
     highs = coded + highs_at + first * HIGH * DIM + dims
     kv += part * part_stride + head * head_stride + block * BLOCK * token_stride
-    starts = (coded + table_at).to(tl.pointer_type(tl.int32)) + 2 * heads * blocks
+    starts = (coded + table_at).to(tl.pointer_type(tl.int32)) + 2 * tl.num_programs(1) * tl.num_programs(0)
     room = coded + room_at + tl.load(starts + region)
     escapes = room + (_misses(codes, groups, dims, inside, DIM) * EXTENSION + 7) // 8
 
@@ -188,12 +193,7 @@ def _code_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MANTISSA: tl.constexpr,
 ):  # fmt: skip
     """Levels, codes, signs and mantissas of one region, and how much room it takes."""
-    block, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    heads, blocks = tl.num_programs(1), tl.num_programs(0)
-    row = part * heads + head
-    region = row * blocks + block
-    first = row * (tokens // GROUP) + block * (BLOCK // GROUP)
-    groups = tl.minimum(BLOCK // GROUP, tokens // GROUP - block * (BLOCK // GROUP)).to(tl.int32)
+    part, head, block, region, first, groups = _region(tokens)
     HIGH: tl.constexpr = MANTISSA - 7
     dims = tl.arange(0, BLOCK_DIM)
     inside = dims < DIM
@@ -249,11 +249,8 @@ def _extend_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MANTISSA: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Extensions and escapes of one region, once the sizes of all are known."""
-    block, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    heads, blocks = tl.num_programs(1), tl.num_programs(0)
-    regions = 2 * heads * blocks
-    row = part * heads + head
-    region = row * blocks + block
+    part, head, block, region, first, groups = _region(tokens)
+    regions = 2 * tl.num_programs(1) * tl.num_programs(0)
     start = tl.zeros((), tl.int32)
     for some in range(0, region, MANY):
         before = some + tl.arange(0, MANY)
@@ -264,14 +261,13 @@ def _extend_kernel(
         tl.store(header, tl.maximum(start + size - room_bytes, 0))
         tl.store(header + 1, room_at + start + size)
     if start + size <= room_bytes:
-        groups = tl.minimum(BLOCK // GROUP, tokens // GROUP - block * (BLOCK // GROUP)).to(tl.int32)
         dims = tl.arange(0, BLOCK_DIM)
         inside = dims < DIM
         token = tl.arange(0, GROUP)[:, None]
         there = (token < GROUP) & inside[None, :]
         kv += part * part_stride + head * head_stride + block * BLOCK * token_stride
         level = tl.load(coded + levels_at + region * DIM + dims, mask=inside, other=0).to(tl.int32)[None, :]
-        codes = coded + codes_at + (row * (tokens // GROUP) + block * (BLOCK // GROUP)) * 2 * DIM
+        codes = coded + codes_at + first * 2 * DIM
         misses = _misses(codes, groups, dims, inside, DIM)
         room = coded + room_at + start
         escapes = room + (misses * EXTENSION + 7) // 8

@@ -59,6 +59,9 @@ class TileStream:
         self._todo: Iterator[tuple[int, int]] = iter(())
         self._next: tuple[int, int] | None = None  # that is to be fetched next
         self._flying: deque[tuple[Tensor, Tensor, Event]] = deque()  # regions of the ring, as such and as tiles
+        self._shaped: dict[
+            Tensor, Tensor
+        ] = {}  # regions as raw tiles; there are few, and the host makes each only once
 
     def begin(self, tiles: int) -> None:
         """Start a pass over ``tiles`` whole tiles per layer. What an interrupted pass left under way is awaited."""
@@ -126,16 +129,17 @@ class TileStream:
             if room is None:
                 return
             region, free = room
-            kv = like(region, source)
+            kv = self._as_tile(region, source)
             landed = self.device.incoming.submit(kv, source, after=free)
             self._fetched += source.nbytes
-            self.store.saved += self.plan.tile_bytes - source.nbytes
+            self.store.count(source.nbytes)
             self._flying.append((region, kv, landed))
             self._next = next(self._todo, None)
 
-
-def like(memory: Tensor, tile: Tensor) -> Tensor:
-    """The bytes (n,) at the beginning of ``memory`` in a tile's shape and dtype; coded tiles are bytes themselves."""
-    if tile.shape == memory.shape:
-        return memory
-    return memory[: tile.nbytes].view(tile.dtype).view(tile.shape)
+    def _as_tile(self, region: Tensor, tile: Tensor) -> Tensor:
+        """A region in a tile's shape and dtype; coded tiles are bytes themselves."""
+        if tile.dtype == torch.uint8:
+            return region
+        if region not in self._shaped:
+            self._shaped[region] = region[: tile.nbytes].view(tile.dtype).view(tile.shape)
+        return self._shaped[region]

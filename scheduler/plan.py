@@ -68,8 +68,7 @@ class TilePlan:
         if not self.late or not self.is_resident(layer, tile):
             return False
         before = int((layer * self.tiles + tile) * self.resident)  # resident tiles before this one
-        resident = int(self.layers * self.tiles * self.resident)
-        return (before + 1) * self.late // resident > before * self.late // resident
+        return (before + 1) * self.late // self.residents > before * self.late // self.residents
 
     def resident_tiles(self) -> list[tuple[int, int]]:
         """All (layer, tile) that lie on the device while decoding."""
@@ -86,9 +85,14 @@ class TilePlan:
         return sum(1 for _ in self.stream_order(tiles)) * self.wire_bytes
 
     @property
+    def residents(self) -> int:
+        """How many tiles lie on the device while decoding, at the full context."""
+        return int(self.layers * self.tiles * self.resident)
+
+    @property
     def resident_bytes(self) -> int:
         """Device bytes of all resident tiles at the full context."""
-        return int(self.layers * self.tiles * self.resident) * self.tile_bytes
+        return self.residents * self.tile_bytes
 
     @property
     def late_bytes(self) -> int:
@@ -98,8 +102,7 @@ class TilePlan:
     @property
     def host_bytes(self) -> int:
         """Host bytes of all other tiles, and of the late ones, at the full context."""
-        resident = int(self.layers * self.tiles * self.resident)
-        return (self.layers * self.tiles - resident + self.late) * self.wire_bytes
+        return (self.layers * self.tiles - self.residents + self.late) * self.wire_bytes
 
     @property
     def ring_bytes(self) -> int:

@@ -141,14 +141,18 @@ class TileStore:
         if self._pinner:
             self._pinner.wait(layer)
         if self._codec is not None:
-            self.saved += self.plan.tile_bytes - self.plan.wire_bytes
+            self.count(self.plan.wire_bytes)
             return self._codec.send((layer, tile), place, kv)
         return self._device.outgoing.submit(place, kv, after=self._device.record())
+
+    def count(self, crossing: int) -> None:
+        """A tile crosses the link in so many bytes."""
+        self.saved += self.plan.tile_bytes - crossing
 
     def _bring(self, key: tuple[int, int], target: Tensor, after: Event) -> Event:
         """Bring a tile from host memory to the device, raw."""
         source = self.source(*key)
-        self.saved += self.plan.tile_bytes - source.nbytes
+        self.count(source.nbytes)
         if self._codec is not None:
             return self._codec.bring(source, target, after)
         return self._device.incoming.submit(target, source, after=after)

@@ -107,9 +107,8 @@ class Store:
             raise InputError(
                 f"there is a conversation {name} already; /load {name} goes on with it, or take another name"
             )
-        self._write(
-            name, self._stamp if name == self.name else None, messages
-        )  # first: they are what cannot be had again
+        # First: they are what cannot be had again.
+        self._write(name, self._stamp if name == self.name else None, messages)
         self.name = name
         if len(self.session.tokens):
             self.session.save(folder)

@@ -52,6 +52,16 @@ def packing_options(quantize: str | None, quantize_head: str | None) -> str:
     return " ".join(f"{name} {value}" for name, value in options.items() if value)
 
 
+def check_packed_once(name: str, method: str, quantize: str | None, quantize_head: str | None) -> None:
+    """Refuse to pack weights again that are packed by a ``method`` in their files. ``name``: of the model.
+
+    Raises:
+        InputError: they are to be.
+    """
+    if asked := packing_options(quantize, quantize_head):
+        raise InputError(f"the weights of {name} are packed already ({method}); leave {asked} out")
+
+
 def nf4_bytes(weights: int, blocks: int) -> int:
     """Bytes of so many weights in so many blocks, without the tables of each matrix."""
     return (weights + 1) // 2 + blocks + 4 * -(-blocks // NF4_SCALES)

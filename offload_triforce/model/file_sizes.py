@@ -10,6 +10,7 @@ from pathlib import Path
 
 from offload_triforce.errors import InputError
 from offload_triforce.model.counts import Counts, Part
+from offload_triforce.model.layers import NAMES
 from offload_triforce.model.local_files import check_folder, shard_names
 
 # Of other parts than the text decoder: they are not loaded.
@@ -18,7 +19,7 @@ _ELSEWHERE = re.compile(
 )
 # What is not packed, and what its numbers take in the file.
 _NOT_PACKED, _BYTES = (".weight", ".bias"), {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(rf"(^|\.)({'|'.join(NAMES)})\.(\d+)\.")
 
 
 def counts_in_files(folder: Path, counts: Counts, itemsize: int) -> Counts | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-_NAMES = ("layers", "h", "blocks")
+NAMES = ("layers", "h", "blocks")
 
 
 def find_layers(decoder: nn.Module) -> nn.ModuleList | None:
     """The list of a decoder's layers; None if it keeps them otherwise."""
-    found = (getattr(decoder, name, None) for name in _NAMES)
+    found = (getattr(decoder, name, None) for name in NAMES)
     return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
 
 

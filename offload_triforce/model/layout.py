@@ -137,9 +137,8 @@ def _one_step(model: PreTrainedModel, view: _Probe, watch: LayerWatch) -> tuple[
     except Exception as error:  # whatever a model that nobody has tried may raise
         if blank and isinstance(error, (RuntimeError, NotImplementedError)):
             raise WeightsNeededError from error
-        why = (
-            "" if isinstance(error, (AttributeError, TypeError)) else f" ({first_line(error)})"
-        )  # says nothing to users
+        # What Python itself says of an attribute or an operand says nothing to users.
+        why = "" if isinstance(error, (AttributeError, TypeError)) else f" ({first_line(error)})"
         raise UnsupportedModelError(f"it does not run through the transformers attention registry{why}") from error
 
 

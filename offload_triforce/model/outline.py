@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_triforce.cache.sizes import RecurrentShape
-from offload_triforce.errors import InputError
 from offload_triforce.model.counts import (
     Counts,
     Weights,
     check_head_quantization,
+    check_packed_once,
     check_quantization,
     packing_options,
 )
@@ -134,9 +134,8 @@ class ModelShape:
                 that are packed in the files.
         """
         check_quantization(quantize)
-        if self.packed is not None and (quantize or quantize_head):
-            asked = packing_options(quantize, quantize_head)
-            raise InputError(f"the weights of {self.name} are packed already ({self.packed}); leave {asked} out")
+        if self.packed is not None:
+            check_packed_once(self.name, self.packed, quantize, quantize_head)
         check_head_quantization(quantize_head, self.counts.tied)
         weights = self.counts.weights(self.layout.dtype.itemsize, quantize, quantize_head)
         return replace(self, weights=weights, quantize=quantize, quantize_head=quantize_head)
@@ -215,10 +214,8 @@ def _layer(kind: str, text: PlainConfig, window: int | None) -> LayerShape | Rec
         values, value_dim = text.linear_num_value_heads, text.linear_value_head_dim
         channels = 2 * keys * key_dim + values * value_dim  # queries, keys and values are convolved together
         return RecurrentShape(keys, values, key_dim, value_dim, channels, text.linear_conv_kernel_dim)
-    dim, heads = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        text.num_key_value_heads,
-    )
+    heads = text.num_key_value_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if kind == "sliding_attention":
         return LayerShape(heads, dim, window)
     dim = getattr(text, "global_head_dim", None) or dim  # Gemma 4's full layers have larger heads, and fewer of them

@@ -20,7 +20,7 @@ from transformers.utils import is_kernels_available
 from offload_triforce.errors import InputError, MemoryLimitError, UnsupportedModelError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.machine.units import gigabytes
-from offload_triforce.model.counts import packing_options
+from offload_triforce.model.counts import check_packed_once
 from offload_triforce.model.multimodal import loaded_config
 
 # Packages that transformers imports without saying what to install.
@@ -73,9 +73,7 @@ def check_packed(
     if method is None:
         return None
     _check_method(method, source)
-    if quantize or quantize_head:
-        asked = packing_options(quantize, quantize_head)
-        raise InputError(f"the weights of {source} are packed already ({method}); leave {asked} out")
+    check_packed_once(source, method, quantize, quantize_head)
     quantizer = _allowed(lambda: _quantizer(config, device), method, source)
     unpacked = _unpacks(quantizer)
     if method in _KERNELS and not unpacked and device.type == "cuda" and not is_kernels_available():

@@ -93,6 +93,18 @@ _SEED = {"model_type": "seed_oss", "head_dim": 128, "max_position_embeddings": 5
 _SMOLLM2 = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 # fmt: off
+# Of several models each.
+_QWEN3_30B = Counts(
+    48, Part(12_791_808, 905_969_664, 344_064, 14_155_776),
+    Part(622_331_904), 311_164_928, 8_388_608, Part(28_991_029_248), 8 / 128,
+    matrices=((512, 2048, 96), (2048, 4096, 48), (4096, 2048, 48)), head_rows=151936,
+)
+_MISTRAL_24B = Counts(
+    40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),
+    Part(1_342_182_400), 671_088_640, 167_772_160,
+    matrices=((1024, 5120, 80), (4096, 5120, 40), (5120, 4096, 40), (5120, 32768, 40), (32768, 5120, 80)),
+    head_rows=131072,
+)
 MODELS = (
     KnownModel(
         "smollm2", "SmolLM2-135M-Instruct", ("HuggingFaceTB/SmolLM2-135M-Instruct",),
@@ -191,17 +203,13 @@ MODELS = (
     KnownModel(
         "qwen3-30b-a3b", "Qwen3-30B-A3B", ("Qwen/Qwen3-30B-A3B",),
         _qwen3(2048, 6144, 48, 32, 4, **_MOE),
-        Counts(48, Part(12_791_808, 905_969_664, 344_064, 14_155_776),
-               Part(622_331_904), 311_164_928, 8_388_608, Part(28_991_029_248), 8 / 128,
-               matrices=((512, 2048, 96), (2048, 4096, 48), (4096, 2048, 48)), head_rows=151936),
+        _QWEN3_30B,
     ),
     KnownModel(
         "qwen3-30b-a3b-2507", "Qwen3-30B-A3B-2507",
         ("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-Thinking-2507"),
         _qwen3(2048, 6144, 48, 32, 4, **_MOE, max_position_embeddings=262144),
-        Counts(48, Part(12_791_808, 905_969_664, 344_064, 14_155_776),
-               Part(622_331_904), 311_164_928, 8_388_608, Part(28_991_029_248), 8 / 128,
-               matrices=((512, 2048, 96), (2048, 4096, 48), (4096, 2048, 48)), head_rows=151936),
+        _QWEN3_30B,
     ),
     KnownModel(  # published as Qwen3_5ForConditionalGeneration: the text_config of its config.json
         "qwen3.6-27b", "Qwen3.6-27B", ("Qwen/Qwen3.6-27B",),
@@ -233,28 +241,19 @@ MODELS = (
         "mistral-small-24b", "Mistral-Small-24B",
         ("mistralai/Mistral-Small-24B-Instruct-2501", "mistralai/Mistral-Small-24B-Base-2501"),
         _mistral(5120, 32768, 40, 32768),
-        Counts(40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),
-               Part(1_342_182_400), 671_088_640, 167_772_160,
-               matrices=((1024, 5120, 80), (4096, 5120, 40), (5120, 4096, 40), (5120, 32768, 40), (32768, 5120, 80)),
-               head_rows=131072),
+        _MISTRAL_24B,
     ),
     KnownModel(  # the text decoder alone, as the loader takes it
         "mistral-small-3.2", "Mistral-Small-3.2-24B",
         ("mistralai/Mistral-Small-3.2-24B-Instruct-2506", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
         _mistral(5120, 32768, 40),
-        Counts(40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),
-               Part(1_342_182_400), 671_088_640, 167_772_160,
-               matrices=((1024, 5120, 80), (4096, 5120, 40), (5120, 4096, 40), (5120, 32768, 40), (32768, 5120, 80)),
-               head_rows=131072),
+        _MISTRAL_24B,
     ),
     KnownModel(
         "devstral-small", "Devstral-Small-24B",
         ("mistralai/Devstral-Small-2507", "mistralai/Devstral-Small-2505"),
         _mistral(5120, 32768, 40),
-        Counts(40, Part(409_600, 22_229_811_200, 3_276_800, 347_340_800),
-               Part(1_342_182_400), 671_088_640, 167_772_160,
-               matrices=((1024, 5120, 80), (4096, 5120, 40), (5120, 4096, 40), (5120, 32768, 40), (32768, 5120, 80)),
-               head_rows=131072),
+        _MISTRAL_24B,
     ),
     KnownModel(
         "seed-oss-36b", "Seed-OSS-36B", ("ByteDance-Seed/Seed-OSS-36B-Instruct", "ByteDance-Seed/Seed-OSS-36B-Base"),

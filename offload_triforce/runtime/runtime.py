@@ -172,20 +172,11 @@ class Runtime:
     ) -> tuple[TargetLevel, TreeDrafter]:
         """Level 2, and level 1 with its drafters, for one text."""
         settings, costs = self.settings, make_costs(self.settings.draft_cost)
-        limits = Limits(
-            depth=settings.gamma,
-            nodes=settings.most_draft_tokens,
-            topk=settings.topk,
-            width=settings.width,
-            room=settings.room,
-            adaptive=settings.adaptive,
-            overlap=settings.overlap and settings.gamma > 0,
-        )
         tree_drafter = TreeDrafter(
             RetrievalLevel(self.model, self.caches, self.graphs),
             DraftSelector(drafters, settings.gamma1, settings.adaptive, self.device if costs.timed else None),
             rule,
-            limits,
+            limits_of(settings),
             AcceptanceModel(rule.prior),
             DraftController(costs),
             ended,
@@ -197,6 +188,19 @@ class Runtime:
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""
         _close(self._open)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """How large a tree may become, as the settings have it."""
+    return Limits(
+        depth=settings.gamma,
+        nodes=settings.most_draft_tokens,
+        topk=settings.topk,
+        width=settings.width,
+        room=settings.room,
+        adaptive=settings.adaptive,
+        overlap=settings.overlap and settings.gamma > 0,
+    )
 
 
 def _check_kernels(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from offload_triforce.runtime.session_manifest import FileEntry, Manifest
 from offload_triforce.runtime.shard_header import TensorEntry, header_of
 
 Progress = Callable[[int, int], None]  # told (bytes done, bytes in all)
-THREADS = 3  # see ``session_reader``
+THREADS = 3  # two wait for the disk, so that it always has something to do, while the other adds up
 _PIECE = 4 * 2**20
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload_triforce.errors import BusyError, InputError, TriForceError
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, KVShape
-from offload_triforce.runtime.session_check import Progress, read_into
+from offload_triforce.runtime.session_check import THREADS, Progress, read_into
 from offload_triforce.runtime.session_folder import check_files, damaged, load_manifest
 from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry, tokens_of
 from offload_triforce.runtime.shard_header import TensorEntry, in_order
@@ -24,7 +24,6 @@ DTYPES = {
     "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
     "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-THREADS = 3  # two wait for the disk, so that it always has something to do, while the other adds up
 AHEAD = 4  # blocks that are read before they are asked for
 
 

@@ -13,14 +13,16 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}  # chat templates
 _NOTHING = ("null", "none")
 
 
+def find_function(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
+    """The function of that name; None where there is none. ``tools``: in OpenAI's shape."""
+    functions = (tool.get("function") for tool in tools)
+    return next((each for each in functions if isinstance(each, dict) and each.get("name") == name), None)
+
+
 def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """The schema of a tool's parameters; empty where there is none. ``tools``: in OpenAI's shape."""
-    for tool in tools:
-        function = tool.get("function")
-        if isinstance(function, dict) and function.get("name") == name:
-            parameters = function.get("parameters")
-            return parameters if isinstance(parameters, dict) else {}
-    return {}
+    """The schema of a tool's parameters; empty where there is none."""
+    parameters = (find_function(tools, name) or {}).get("parameters")
+    return parameters if isinstance(parameters, dict) else {}
 
 
 def properties_of(parameters: dict[str, Any]) -> dict[str, Any]:

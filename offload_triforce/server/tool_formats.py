@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offload_triforce.server.argument_types import JSON, parameters_of, typed
+from offload_triforce.server.argument_types import JSON, find_function, parameters_of, typed
 
 _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>\s*")
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?")
@@ -47,7 +47,7 @@ def read_calls(text: str, tools: Tools = ()) -> list[Call]:
     if text.startswith("<function="):
         return _functions(text, tools)
     key = _KEY_OR_END.match(text)
-    if key and (key.end() < len(text) or _has(tools, key[1])):
+    if key and (key.end() < len(text) or find_function(tools, key[1]) is not None):
         return _pairs(key[1], text[key.end() :], tools)
     calls: list[Call] = []
     while text := text.lstrip().lstrip(";,").lstrip():
@@ -94,10 +94,10 @@ def _functions(text: str, tools: Tools) -> list[Call]:
     """``<function=...>``, several in a row. What a value holds is its own: any mark but ``</parameter>``."""
     calls: list[Call] = []
     while match := _FUNCTION.match(text):
-        text, arguments = text[match.end() :], {}
+        text, arguments, parameters = text[match.end() :], {}, parameters_of(tools, match[1])
         while parameter := _PARAMETER.match(text):
             value, text = _value(text[parameter.end() :])
-            arguments[parameter[1]] = typed(value, parameter[1], parameters_of(tools, match[1]))
+            arguments[parameter[1]] = typed(value, parameter[1], parameters)
         if not text.startswith("</function>") and text:
             return []
         text = text.removeprefix("</function>").lstrip()
@@ -115,16 +115,12 @@ def _value(text: str) -> tuple[str, str]:
     return value.removesuffix("\n"), rest.lstrip()
 
 
-def _has(tools: Tools, name: str) -> bool:
-    return any(isinstance(tool.get("function"), dict) and tool["function"].get("name") == name for tool in tools)
-
-
 def _pairs(name: str, text: str, tools: Tools) -> list[Call]:
-    arguments, end = {}, 0
+    arguments, end, parameters = {}, 0, parameters_of(tools, name)
     while end < len(text):
         pair = _PAIR.match(text, end)
         if pair is None:
             return []
-        arguments[pair[1]] = typed(pair[2], pair[1], parameters_of(tools, name))
+        arguments[pair[1]] = typed(pair[2], pair[1], parameters)
         end = pair.end()
     return [Call(name, arguments)]

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from offload_triforce.config import Settings
+from offload_triforce.planner import rounds as walked
 from offload_triforce.planner.acceptance_length import of_coupled
 from offload_triforce.planner.rounds import Costs, Level0, PassCurve, pass_curve, walk_rounds
+from offload_triforce.runtime.runtime import limits_of
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.scheduler.simulate import PassTime, chain, rounds
-from offload_triforce.speculation import hierarchy
+from offload_triforce.speculation import adaptive, hierarchy
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, MeasuredCosts
 from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.sampling import Survey
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+from offload_triforce.speculation.tree_drafter import TreeDrafter
 
 NOBODY, WRONG = 9, 8  # a token that is no candidate, and one that a drafter is wrong by
 
@@ -106,18 +108,11 @@ class Candidates:
 def run(table, drafted, settings, given, tokens, monkeypatch):
     """The real ``decode`` with the real tree drafter and its controller, of that many tokens."""
     toy, stats = Toy(table, drafted, given, seed=1), DecodeStats()
-    limits = Limits(
-        settings.gamma,
-        settings.most_draft_tokens,
-        settings.topk,
-        settings.width,
-        settings.room,
-        settings.adaptive,
-        settings.overlap,
-    )
     controller, selector = DraftController(MeasuredCosts()), DraftSelector([toy], settings.gamma1, settings.adaptive)
     acceptance = AcceptanceModel(tuple(zip(*table.shares, strict=True)))
-    drafter = TreeDrafter(toy, selector, toy, limits, acceptance, controller, lambda token: False, stats, toy)
+    drafter = TreeDrafter(
+        toy, selector, toy, limits_of(settings), acceptance, controller, lambda token: False, stats, toy
+    )
 
     def clock():
         toy.began = toy.now  # what ``decode`` asks before a pass, and again behind it
@@ -151,6 +146,10 @@ def test_rounds_are_those_of_the_real_tree_drafter(first, drafted, given, chosen
     assert told.hidden == pytest.approx(stats.steps_ahead / stats.passes, rel=0.2)
     assert told.picked == pytest.approx(stats.draft_tokens / stats.passes, rel=0.2)
     assert told.ms_per_token == pytest.approx(1e3 * took / stats.new_tokens, rel=0.1)
+
+
+def test_what_is_known_of_the_controller_is_so():
+    assert (walked.ROUNDS, walked.LATE) == (adaptive.ROUNDS, adaptive.LATE)
 
 
 @pytest.mark.parametrize(("rate", "drafted"), [(0.8, 0.35), (0.93, 0.0), (0.7, 0.8)])

@@ -33,19 +33,20 @@ class Chat:
 
     def run(self) -> None:
         """Until somebody leaves."""
-        warned = False
+        pressed = False  # Ctrl-C, and nothing since
         while True:
             try:
+                if pressed:
+                    self.screen.say(LEAVE)  # within: who presses again may be faster than the prompt
                 text = self.screen.read()
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if warned:
+                if pressed:
                     return
-                self.screen.say(LEAVE)
-                warned = True
+                pressed = True
                 continue
-            warned = False
+            pressed = False
             if not self.line(text):
                 return
 

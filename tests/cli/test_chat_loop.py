@@ -209,6 +209,14 @@ def test_ctrl_c_where_nothing_is_typed_leaves_the_second_time(begin):
     assert len([line for line in chat.screen.told if "Ctrl-C again" in line]) == 2
 
 
+def test_ctrl_c_faster_than_the_prompt_comes_back(begin, monkeypatch):
+    chat = begin()
+    chat.screen.lines = [KeyboardInterrupt(), "never"]
+    monkeypatch.setattr(chat.screen, "say", lambda line: signal.raise_signal(signal.SIGINT))
+    chat.run()
+    assert chat.screen.lines == ["never"]
+
+
 def test_an_answer_that_is_stopped(begin):
     chat = begin(["Hel", "^C", "never"], ["^C"])
     chat.line("a?")

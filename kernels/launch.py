@@ -36,42 +36,47 @@ def run(launch: Launch) -> Any:
 class Bound:
     """A launch that is repeated with other values of its ``changing`` parameters.
 
-    What changes must not change what would be compiled: tensors keep their dtype and are ``aligned``, or parameters
-    whose alignment the kernel does not specialise on; numbers are parameters that it does not specialise on at all.
+    ``lasting`` ones change now and then: they are those of the first launch, or what ``keep`` has put there since. What
+    changes must not change what would be compiled: tensors keep their dtype and are ``aligned``, or parameters whose
+    alignment the kernel does not specialise on; numbers are parameters that it does not specialise on at all.
     What stays the same is known by its address alone: whoever binds keeps it alive, or binds anew for another address.
     Profilers' launch hooks are passed by.
     """
 
-    def __init__(self, launch: Launch, changing: tuple[str, ...]) -> None:
+    def __init__(self, launch: Launch, changing: tuple[str, ...], lasting: tuple[str, ...] = ()) -> None:
         """Launches it once."""
         names = launch.kernel.arg_names
         self._places = [names.index(name) for name in changing]
+        self._lasting = [names.index(name) for name in lasting]
         compiled = run(launch)
         self._launch = launch if compiled is None else None  # None from the interpreter, which goes Triton's way again
+        # Addresses, not tensors: faster, and none of them is kept alive.
+        self._arguments = list(map(self._value, launch.arguments))
         if compiled is not None:
             driver = triton.runtime.driver.active
             self._device, self._stream = driver.get_current_device(), driver.get_current_stream
             self._run, self._grid = compiled.run, launch.grid
             self._fixed = (compiled.function, compiled.packed_metadata, None, None, None)
-            # Addresses, not tensors: faster, and none of them is kept alive.
-            self._arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in launch.arguments]
 
-    def values(self, *tensors: Tensor) -> tuple[Any, ...]:
-        """What to give instead of these tensors, where the same ones are given often: it is faster."""
-        return tensors if self._launch is not None else tuple(tensor.data_ptr() for tensor in tensors)
+    def keep(self, *values: Tensor | int) -> None:
+        """The lasting parameters, from the next launch on."""
+        for place, value in zip(self._lasting, values, strict=True):
+            self._arguments[place] = self._value(value)
 
     def __call__(self, *values: Tensor | int) -> None:
         """Launch it with these values, on the current stream."""
+        arguments = self._arguments
         if self._launch is not None:
-            arguments = list(self._launch.arguments)
             for place, value in zip(self._places, values, strict=True):
                 arguments[place] = value
             run(self._launch._replace(arguments=tuple(arguments)))
             return
-        arguments = self._arguments
-        for place, value in zip(self._places, values, strict=True):
+        for place, value in zip(self._places, values, strict=True):  # not by ``_value``: a call costs as much again
             arguments[place] = value.data_ptr() if isinstance(value, Tensor) else value
         self._run(*self._grid, self._stream(self._device), *self._fixed, *arguments)
+
+    def _value(self, value: Any) -> Any:
+        return value.data_ptr() if self._launch is None and isinstance(value, Tensor) else value
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class TileChoice:
         shape = (scaling, chunk, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         self._of_shape = self._bound.setdefault(shape, {})
         self._aligned = aligned(packed)
-        self._values: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+        self._of_layer: tuple[Bound, Bound, Tensor] | None = None  # what was launched last, with this layer's tensors
 
     def see(self, first: int, kv: Tensor) -> None:
         """Score the chunks ``first``, first + 1, ... of a tile, [2, K, C*chunk, D], and take the best: two launches."""
@@ -50,14 +49,12 @@ class TileChoice:
                 self._of_shape[which] = bound
             return
         scoring, taking, _ = bound
-        if self._values is None:  # the layer's own, which stay the same from tile to tile
-            held = self._selection.held
-            self._values = (
-                scoring.values(self._packed, self._baseline, held),
-                taking.values(*self._selection, *self._stores),
-            )
-        scoring(*self._values[0], kv, first)
-        taking(*self._values[1], kv, first)
+        if bound is not self._of_layer:
+            scoring.keep(self._packed, self._baseline, self._selection.held)
+            taking.keep(*self._selection, *self._stores)
+            self._of_layer = bound
+        scoring(kv, first)
+        taking(kv, first)
 
     def _bind(self, first: int, kv: Tensor) -> tuple[Bound, Bound, Tensor]:
         """Launch both for the first time. With them comes the memory between them, which has to live as long."""
@@ -65,10 +62,10 @@ class TileChoice:
         offered = torch.empty(heads, chunks, dtype=torch.float32, device=kv.device)
         selection, slots = self._selection, self._slots
         of = (self._packed, kv[0], self._chunk, self._scaling, self._baseline, selection.held, offered, first)
-        scoring = Bound(score_launch(*of), ("query", "baseline", "held", "key", "first"))
+        scoring = Bound(score_launch(*of), ("key", "first"), ("query", "baseline", "held"))
         size = (selection.scores.shape, kv.device)
         if size not in self._workspaces:
             self._workspaces[size] = make_workspace(selection)
         stores = slots._fields if isinstance(slots, CodedChunks) else ("store",)
         launch = take_launch(selection, offered, first, kv, slots, self._workspaces[size])
-        return scoring, Bound(launch, (*selection._fields, *stores, "kv", "first")), offered
+        return scoring, Bound(launch, ("kv", "first"), (*selection._fields, *stores)), offered

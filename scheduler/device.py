@@ -21,12 +21,14 @@ from offload_triforce.scheduler.trace import Span, Trace
 H2D, D2H, COMPUTE = "host to device", "device to host", "compute"
 VERIFY, DRAFT = "verification pass", "draft step"  # levels 2 and 1 as a whole
 
+_UNTRACED = nullcontext()
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's, on the device. Nobody waits for it; nor does a small one wait for tiles on the link."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device, non_blocking=True)
-    staging = _staging(torch.cuda.current_device() if device.index is None else device.index)
+    staging = _staging(_index(device))
     if not staging.takes(tensor):
         return tensor.pin_memory().to(device, non_blocking=True)
     with on(device):
@@ -117,11 +119,11 @@ class Device(Protocol):
 
 
 class _CudaEvent:
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self.event, self._device = event, device
+    def __init__(self, event: torch.cuda.Event, owner: CudaDevice) -> None:
+        self.event, self._owner = event, owner
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self.event)
+        self._owner.stream().wait_event(self.event)
 
     def arrived(self) -> bool:
         return self.event.query()
@@ -160,18 +162,18 @@ class CudaLane:
         """Queue a copy. torch gathers a strided source on the device first, on this lane's stream."""
         if after is not None:
             self._stream.wait_event(after.event)
-        size = source.numel() * source.element_size()
-        with torch.cuda.stream(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
+        size = source.nbytes
+        with self._owner.under(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
             if first is not None:
                 first()
             target.copy_(source, non_blocking=True)
             if then is not None:
                 then()
-            landed = self._stream.record_event()
+            landed = self._stream.record_event(torch.cuda.Event(enable_timing=True))
         if source.is_cuda:
             source.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
         self.moved += size
-        return _CudaEvent(landed, self._owner.device)
+        return _CudaEvent(landed, self._owner)
 
     def close(self) -> None:
         """Let what is under way land."""
@@ -183,8 +185,24 @@ class CudaDevice:
 
     def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
         self.device, self.trace = device, trace
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self.incoming, self.outgoing = CudaLane(self, H2D), CudaLane(self, D2H)
-        self._origin = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+        self._origin = self.stream().record_event(torch.cuda.Event(enable_timing=True))
+
+    def stream(self) -> torch.cuda.Stream:
+        """The current stream of this device: where the computation is issued.
+
+        A pass asks several times per tile, and torch looks its device up and makes a new object each time, which costs
+        more than a launch. So torch is asked for the handle alone, as compiled code of its own does.
+        """
+        handle = torch._C._cuda_getCurrentRawStream(_index(self.device))
+        if handle not in self._streams:
+            self._streams[handle] = torch.cuda.current_stream(self.device)
+        return self._streams[handle]
+
+    def under(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        """What is issued inside goes to this stream. It is for the current device, like all that a pass does."""
+        return _Under(self, stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A staging buffer on the device, contents undefined."""
@@ -201,40 +219,40 @@ class CudaDevice:
 
     def record(self) -> _CudaEvent:
         """The computation issued so far."""
-        return _CudaEvent(torch.cuda.current_stream(self.device).record_event(), self.device)
+        return _CudaEvent(self.stream().record_event(), self)
 
     def catch_up(self) -> None:
         """The host waits for the current stream."""
-        torch.cuda.current_stream(self.device).synchronize()
+        self.stream().synchronize()
 
     def mark(self) -> _CudaMark:
         """The end of the computation issued so far. Work that was queued before a mark is not counted after it."""
-        return _CudaMark(torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True)))
+        return _CudaMark(self.stream().record_event(torch.cuda.Event(enable_timing=True)))
 
     def release(self, buffer: Tensor) -> _CudaEvent:
         """The computation issued so far was the last to use this buffer."""
         return self.record()
 
     def await_landing(self, landed: _CudaEvent) -> Callable[[], float]:
-        """Let the computation from now on wait for a copy, between two events that are timed."""
-        stream = torch.cuda.current_stream(self.device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream.record_event(before)
+        """Let the computation from now on wait for a copy. It goes on at once if the copy was the earlier one."""
+        reached = self.stream().record_event(torch.cuda.Event(enable_timing=True))
         landed.wait()
-        stream.record_event(after)
-        return lambda: before.elapsed_time(after) / 1e3
+        return lambda: max(0.0, reached.elapsed_time(landed.event) / 1e3)
 
     def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Issue computation: CUDA calls return at once by themselves."""
+        if self.trace is None:
+            work(*args)
+            return
         with self.span(COMPUTE, name):
             work(*args)
 
     def finish(self) -> None:
         """Nothing to do: one stream keeps the order."""
 
-    def span(self, track: str, name: str, size: int = 0) -> _CudaSpan:
+    def span(self, track: str, name: str, size: int = 0) -> AbstractContextManager[None]:
         """Time what the current stream is given inside, if there is a trace."""
-        return _CudaSpan(self, track, name, size)
+        return _UNTRACED if self.trace is None else _CudaSpan(self, self.trace, track, name, size)
 
     def seconds(self, event: torch.cuda.Event) -> float:
         """When an event happened, since the device was set up. The event must be over."""
@@ -248,22 +266,36 @@ class CudaDevice:
             self.outgoing.close()
 
 
-class _CudaSpan:
-    def __init__(self, owner: CudaDevice, track: str, name: str, size: int) -> None:
-        self._owner, self._what = owner, (track, name, size)
+class _Under:
+    """Makes a stream the current one, like ``torch.cuda.stream``, which asks for devices and streams each time."""
+
+    def __init__(self, owner: CudaDevice, stream: torch.cuda.Stream) -> None:
+        self._stream, self._before = stream, owner.stream()
 
     def __enter__(self) -> None:
-        self._trace = self._owner.trace
-        if self._trace is not None:
-            self._start = self._mark()
+        torch.cuda.set_stream(self._stream)
 
     def __exit__(self, *_: object) -> None:
-        if self._trace is not None:
-            owner, (track, name, size), start, end = self._owner, self._what, self._start, self._mark()
-            self._trace.add_later(lambda: Span(track, name, owner.seconds(start), owner.seconds(end), size))
+        torch.cuda.set_stream(self._before)
+
+
+class _CudaSpan:
+    def __init__(self, owner: CudaDevice, trace: Trace, track: str, name: str, size: int) -> None:
+        self._owner, self._trace, self._what = owner, trace, (track, name, size)
+
+    def __enter__(self) -> None:
+        self._start = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        owner, (track, name, size), start, end = self._owner, self._what, self._start, self._mark()
+        self._trace.add_later(lambda: Span(track, name, owner.seconds(start), owner.seconds(end), size))
 
     def _mark(self) -> torch.cuda.Event:
-        return torch.cuda.current_stream(self._owner.device).record_event(torch.cuda.Event(enable_timing=True))
+        return self._owner.stream().record_event(torch.cuda.Event(enable_timing=True))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ class Ring:
 
     def __init__(self, memory: Tensor) -> None:
         """``memory``: bytes (n,) on the device."""
-        self._memory = memory
+        self._memory, self._total = memory, len(memory)
         self._out: deque[tuple[int, int]] = deque()  # (begin, end) of regions that are in use, oldest first
         self._free: Event | None = None
         self._views: dict[tuple[int, int], Tensor] = {}  # there are few, and the host makes each only once
@@ -43,13 +43,12 @@ class Ring:
 
     def _start(self, size: int) -> int | None:
         """Where there is room: behind the newest region, or at the beginning; never over the oldest one."""
-        total = len(self._memory)
         if not self._out:
-            return 0 if size <= total else None
+            return 0 if size <= self._total else None
         oldest, newest = self._out[0][0], self._out[-1][1]
         if newest <= oldest:  # those in use go round the end
             return newest if newest + size <= oldest else None
-        if newest + size <= total:
+        if newest + size <= self._total:
             return newest
         return 0 if size <= oldest else None
 

@@ -22,10 +22,10 @@ CHOOSING = 13
 # Operations that a count may differ by, between releases of transformers.
 SLACK = 3
 
-# Per tile: our kernels' launches; and where it is fetched, a copy, four events that are recorded and two that are
+# Per tile: our kernels' launches; and where it is fetched, a copy, three events that are recorded and two that are
 # waited for.
 LAUNCHES_PLAIN, LAUNCHES_CHOOSING = 1, 3
-COPYING = 7
+COPYING = 6
 
 # Seconds: of an operation that the host issues through torch, of one in a captured graph (the device's time between
 # two), and of a bound launch, a copy or an event, which go nearly straight to the driver.

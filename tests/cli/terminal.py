@@ -29,7 +29,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C comes from the terminal itself
+            preexec_fn=_take_terminal,
             env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **variables},
         )
         os.close(slave)
@@ -79,3 +79,9 @@ class Terminal:
 
     def _size(self, columns, rows):
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _take_terminal():
+    """Ctrl-C comes from the terminal itself, and is heard also where the tests run in the background."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

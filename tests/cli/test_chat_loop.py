@@ -212,7 +212,11 @@ def test_ctrl_c_where_nothing_is_typed_leaves_the_second_time(begin):
 def test_ctrl_c_faster_than_the_prompt_comes_back(begin, monkeypatch):
     chat = begin()
     chat.screen.lines = [KeyboardInterrupt(), "never"]
-    monkeypatch.setattr(chat.screen, "say", lambda line: signal.raise_signal(signal.SIGINT))
+
+    def say(line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.screen, "say", say)
     chat.run()
     assert chat.screen.lines == ["never"]
 

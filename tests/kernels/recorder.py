@@ -148,9 +148,9 @@ def per_tile(recorder, count):
 class TritonsWay(launch.Bound):
     """The same launches, each of them in Triton's own way, as under the interpreter."""
 
-    def __init__(self, made, changing):
-        super().__init__(made, changing)
-        self._launch = made
+    def __init__(self, made, changing, lasting=()):
+        super().__init__(made, changing, lasting)
+        self._launch, self._arguments = made, list(made.arguments)
 
 
 def numbered(launches):

@@ -13,7 +13,6 @@ from tests.tiny import FAMILIES, disturbed, greedy, prompt_ids, tiny_model
 
 PROMPT, NEW = 300, 205  # ends in another tile, three tiles later
 DRAFTS = ("model", "self", "ngram", "none")
-SAME_BUT_FOR_ROTARY = ("llama-llama3", "llama-linear", "llama-yarn", "llama-longrope", "phi3-longrope-below")
 UNEVEN = ("gemma4", "gemma4-shared")  # heads of several sizes: no streaming cache holds them
 SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 64, "draft_cache": 64, "prefill_chunk": 100}
 SETTINGS = (
@@ -39,16 +38,12 @@ def draft_of(kind, model):
 
 
 def every_pair():
-    """Families and drafts; the normal run takes every other pair: each family with two drafts, each draft with half.
-
-    Those that differ from another family in their rotary frequencies alone are taken with one draft.
-    """
+    """Families and drafts; the normal run takes one draft for each family, and each draft as often as any other."""
     for i, family in enumerate(FAMILIES):
-        for j, draft in enumerate(DRAFTS):
-            if family in UNEVEN and draft in ("model", "self"):
-                continue
-            rare = (i + j) % 2 or (family in SAME_BUT_FOR_ROTARY and j > 1)
-            yield pytest.param(family, draft, marks=pytest.mark.slow if rare else ())
+        drafts = [draft for draft in DRAFTS if family not in UNEVEN or draft in ("ngram", "none")]
+        for draft in drafts:
+            usual = draft == drafts[i % len(drafts)]
+            yield pytest.param(family, draft, marks=() if usual else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("family", "draft"), list(every_pair()))

@@ -6,7 +6,6 @@ so is what is launched; ``drain`` runs everything in a random order that a real 
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import torch
@@ -82,14 +81,11 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self))
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.active)
-        monkeypatch.setattr(torch.cuda, "stream", self._under)
+        monkeypatch.setattr(torch.cuda, "set_stream", self._activate)
         monkeypatch.setattr(torch.cuda, "synchronize", self.default.synchronize)
 
-    @contextlib.contextmanager
-    def _under(self, stream):
-        before, self.active = self.active, stream
-        yield
-        self.active = before
+    def _activate(self, stream):
+        self.active = stream
 
     def drain(self):
         """Run all that is queued, a random stream's next step at a time."""
@@ -106,8 +102,11 @@ class FakeCudaDevice(CudaDevice):
     """``CudaDevice`` on a fake CUDA: only what touches memory is replaced."""
 
     def __init__(self, cuda, trace=None):
-        super().__init__(torch.device("cpu"), trace)
         self.cuda = cuda
+        super().__init__(torch.device("cpu"), trace)
+
+    def stream(self):
+        return self.cuda.active
 
     def empty(self, shape, dtype):
         return torch.full(shape, 255 if dtype == torch.uint8 else float("nan"), dtype=dtype)

@@ -18,6 +18,7 @@ from offload_triforce.generation.checks import Prompt, check_context, check_leng
 from offload_triforce.generation.options import check_call
 from offload_triforce.generation.request import Request, interpret
 from offload_triforce.generation.turn import Answer, Closing, Turns
+from offload_triforce.machine.teams import release_team
 from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions, resolve_device, resolve_dtype
 from offload_triforce.model.lock import do_and_undo
@@ -85,6 +86,7 @@ class TriForce:
         self._turns = Turns()  # of the answers that the caches belong to
         self._texts = Texts(model, self.layout, self.settings, self._drafters, self._turns)
         self._saver = Saver(model, self.layout, tokenizer, self._texts, self.settings.session_dir)
+        release_team()  # another thread may decode
 
     @classmethod
     def load(

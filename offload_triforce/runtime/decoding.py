@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.generation.request import Request
 from offload_triforce.generation.turn import Answer, CancelledAnswer, Turns
+from offload_triforce.machine.teams import release_team
 from offload_triforce.model.adapter import Attachment
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress
@@ -114,6 +115,7 @@ def decode_answer(task: Task, turns: Turns, answer: Answer, give_back: Callable[
             turns.release(answer)
     finally:
         turns.release(answer)  # should an interruption have kept the first from ending
+        release_team()
 
 
 def _steps(task: Task, turns: Turns, answer: Answer, give_back: Callable[[], None]) -> Iterator[list[int]]:

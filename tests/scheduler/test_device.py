@@ -47,6 +47,17 @@ def test_copies_between_views(lane):
     assert float(target[:, [0, 3, 4]].abs().sum()) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_no_copy_starts_a_team_of_threads(lane, monkeypatch, dtype):
+    """Nor does one of a strided tile on its way to host memory: the copies are not torch's."""
+    monkeypatch.setattr(torch.Tensor, "copy_", None)
+    tail = torch.randint(0, 100, (2, 4, 700, 64)).to(dtype)
+    target = torch.zeros(2, 4, 512, 64, dtype=dtype)
+    for source in (tail[:, :, 100:612], tail[:, :, :512].contiguous()):
+        lane.submit(target, source).wait()
+        assert torch.equal(target, source)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_moved_counts_bytes(lane, dtype):
     for size in (7, 0, 123):

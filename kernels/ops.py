@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload_triforce.kernels import cpu, reference, reference_codec, reference_delta, reference_wire
+from offload_triforce.kernels.cpu import CHOICE
 from offload_triforce.kernels.reference import causal_mask, pack_queries, put_chunks
 from offload_triforce.kernels.reference_delta import node_step
 from offload_triforce.kernels.types import (
@@ -75,9 +76,6 @@ __all__ = [
     "wire_decode",
     "wire_encode",
 ]
-
-
-CHOICE = "OFFLOAD_TRIFORCE_KERNELS"
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -157,8 +155,8 @@ class RunningAttention:
                 self._state, self.packed, coded, self._params, slots, tokens
             )
             return
-        key = reference_codec.decode_keys(coded, coded.key_codes.shape[1] if slots is None else slots)
-        value = reference_codec.decode_values(coded, key.shape[1] // coded.chunk)
+        functions = reference_codec if coded.floor.is_cuda else cpu
+        key, value = functions.decode_chunks(coded, coded.key_codes.shape[1] if slots is None else slots)
         dtype = self.packed.dtype
         if tokens is None:
             self.update(key.to(dtype), value.to(dtype))

@@ -58,6 +58,11 @@ def decode_values(coded: CodedChunks, slots: int) -> Tensor:
     return (low[..., None] + step[..., None] * codes).flatten(1, 2)
 
 
+def decode_chunks(coded: CodedChunks, slots: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first ``slots`` slots, float32 [K, slots * chunk, D] each."""
+    return decode_keys(coded, slots), decode_values(coded, slots)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., D] of numbers below 2^bits to bytes [..., D * bits / 8]."""
     if bits == 8:

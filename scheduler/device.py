@@ -75,8 +75,12 @@ class Lane(Protocol):
 
 
 class Device(Protocol):
-    """The computation and both lanes."""
+    """The computation and both lanes.
 
+    ``unified``: its memory and host memory are the same, so that tiles are attended to where they lie.
+    """
+
+    unified: bool
     incoming: Lane  # host to device
     outgoing: Lane  # device to host
     trace: Trace | None  # where spans are written down, if anywhere
@@ -182,6 +186,8 @@ class CudaLane:
 
 class CudaDevice:
     """A CUDA device: the current stream computes, each lane has a stream of its own."""
+
+    unified = False
 
     def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
         self.device, self.trace = device, trace

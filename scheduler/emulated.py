@@ -1,19 +1,20 @@
 """A device for machines without CUDA: threads as copy engines, a link as fast as one says, and chaos on demand.
 
-Without chaos it is how this library runs on a CPU: the computation is the caller's own thread, and copies go on
-beside it. With ``Chaos`` it is a test bench for the order of things: the computation, too, runs on a thread of its
-own as it does on CUDA, every copy and every launch is late by a random time, and buffers are full of NaN from
-their release until a copy has landed in them. A wait that is missing somewhere then gives wrong numbers.
+Without chaos it is how this library runs on a CPU that is to have a link (``host`` is how it runs without one): the
+computation is the caller's own thread, and copies go on beside it. With ``Chaos`` it is a test bench for the order of
+things: the computation, too, runs on a thread of its own as it does on CUDA, every copy and every launch is late by a
+random time, and buffers are full of NaN from their release until a copy has landed in them. A wait that is missing
+somewhere then gives wrong numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from offload_triforce.scheduler.clock import HostMark
 from offload_triforce.scheduler.device import COMPUTE, D2H, H2D
-from offload_triforce.scheduler.trace import Span, Trace
+from offload_triforce.scheduler.trace import Trace, host_span
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ class ThreadLane:
 class EmulatedDevice:
     """Threads as copy engines; ``gbps`` and ``latency_us`` describe each direction of the emulated link."""
 
+    unified = False
+
     def __init__(
         self,
         gbps: float | None = None,
@@ -248,13 +251,9 @@ class EmulatedDevice:
             if event.error is not None:
                 raise event.error
 
-    @contextlib.contextmanager
-    def span(self, track: str, name: str, size: int = 0) -> Iterator[None]:
+    def span(self, track: str, name: str, size: int = 0) -> AbstractContextManager[None]:
         """Trace what is done inside."""
-        started = time.perf_counter()
-        yield
-        if self.trace is not None:
-            self.trace.add(Span(track, name, started, time.perf_counter(), size))
+        return host_span(self.trace, track, name, size)
 
     def close(self) -> None:
         """Stop all threads. Computation that was launched is done first; copies that have not begun are dropped."""

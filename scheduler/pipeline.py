@@ -18,7 +18,10 @@ from offload_triforce.scheduler.store import TileStore
 
 
 class Tile(NamedTuple):
-    """One tile on the device: tokens [index * tile_tokens, (index + 1) * tile_tokens) as [2, K, tile_tokens, D]."""
+    """One tile on the device: tokens [index * tile_tokens, (index + 1) * tile_tokens) as [2, K, tile_tokens, D].
+
+    Where tiles are attended to where they lie, all of a layer's come as one, index 0.
+    """
 
     index: int
     kv: Tensor
@@ -48,7 +51,7 @@ class TileStream:
     def __init__(self, store: TileStore, device: Device, dtype: torch.dtype) -> None:
         self.store, self.plan, self.device = store, store.plan, device
         shape = (2, self.plan.kv_heads, self.plan.tile_tokens, self.plan.head_dim)
-        self._ring = Ring(device.empty((self.plan.ring_bytes,), torch.uint8))
+        self._ring = Ring(device.empty((0 if device.unified else self.plan.ring_bytes,), torch.uint8))
         self._decoded = device.empty(shape, dtype) if self.plan.coded_bytes else None
         self._tiles = 0
         self._waits: list[Callable[[], float]] = []
@@ -82,6 +85,9 @@ class TileStream:
         ``idle`` is called before the computation waits for a tile that is still on its way. What it does should take
         no longer than ``slack`` says, or the link stands still.
         """
+        if self.device.unified and self._tiles:
+            yield Tile(0, self.store.together(layer, self._tiles))
+            return
         for index in range(self._tiles):
             if self.store.is_resident(layer, index):
                 yield Tile(index, self.store.place(layer, index))

@@ -50,7 +50,8 @@ class TileStore:
 
     In host memory they lie coded, where the plan says so (see ``codec``), and on the device raw. Late ones are resident
     only from ``bring_up`` to ``give_up``. They have their place in host memory like those that are streamed, and
-    everything that is written to them goes there as well.
+    everything that is written to them goes there as well. Where the device's memory is host memory, every tile is
+    resident where it lies, raw.
 
     Attributes:
         saved: bytes that coding has kept off the link so far, both directions.
@@ -72,21 +73,27 @@ class TileStore:
         self.saved = 0
         self._device = device
         shape = (2, plan.kv_heads, plan.tile_tokens, plan.head_dim)
-        resident = plan.resident_tiles()
+        resident = [] if device.unified else plan.resident_tiles()
         self.late = LateTiles([key for key in resident if plan.is_late(*key)], shape, dtype, device)
         early = [key for key in resident if not plan.is_late(*key)]
         self._resident = device.empty((len(early), *shape), dtype)
         self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(early)}
         self._early = frozenset(early)
         form, place, kind = None, shape, dtype
-        if plan.coded_bytes:
+        if plan.coded_bytes and not device.unified:
             form = WireFormat(plan.kv_heads, plan.tile_tokens, plan.head_dim, dtype)
             place, kind = (form.bytes,), torch.uint8
         slabs = []
         for layer in range(plan.layers):  # one slab each
             streamed = [t for t in range(plan.tiles) if (layer, t) not in self._places]
-            slabs.append(device.host_empty((len(streamed), *place), kind))
-            self._places.update({(layer, tile): slabs[-1][i] for i, tile in enumerate(streamed)})
+            if device.unified:  # one tile's tokens behind the other's, see ``together``
+                slabs.append(device.host_empty((2, plan.kv_heads, plan.tiles * plan.tile_tokens, plan.head_dim), dtype))
+                tiles = slabs[-1].unflatten(2, (plan.tiles, plan.tile_tokens)).movedim(2, 0)
+            else:
+                tiles = device.host_empty((len(streamed), *place), kind)
+                slabs.append(tiles)
+            self._places.update({(layer, tile): tiles[i] for i, tile in enumerate(streamed)})
+        self._slabs = slabs
         self._pinner: Pinner | None = None
         pin = None
         if self._resident.is_cuda:
@@ -109,9 +116,13 @@ class TileStore:
         """Decode a coded tile, bytes (n,) on the device, into ``kv`` [2, K, tile_tokens, D]."""
         ops.wire_decode(coded, kv, self._codec.format)
 
+    def together(self, layer: int, tiles: int) -> Tensor:
+        """The first tiles of a layer as one, [2, K, tiles * tile_tokens, D]. For unified memory alone."""
+        return self._slabs[layer][:, :, : tiles * self.plan.tile_tokens]
+
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device now."""
-        return (layer, tile) in self._early or (layer, tile) in self.late.places
+        return self._device.unified or (layer, tile) in self._early or (layer, tile) in self.late.places
 
     def stream_order(self, tiles: int) -> Iterator[tuple[int, int]]:
         """The (layer, tile) that a pass fetches now, in order, when each layer has ``tiles`` whole tiles."""
@@ -134,7 +145,7 @@ class TileStore:
             MemoryLimitError: its place could not be pinned.
         """
         place = self._places[layer, tile]
-        if (layer, tile) in self._early:
+        if self._device.unified or (layer, tile) in self._early:
             place.copy_(kv)
             return self._device.record()
         self.late.write((layer, tile), kv)

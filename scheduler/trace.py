@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,3 +71,12 @@ def busy(spans: list[Span], track: str) -> float:
         total += max(0.0, span.end - max(span.start, until))
         until = max(until, span.end)
     return total
+
+
+@contextlib.contextmanager
+def host_span(trace: Trace | None, track: str, name: str, size: int = 0) -> Iterator[None]:
+    """Write down what the host itself does inside, if there is a trace."""
+    started = time.perf_counter()
+    yield
+    if trace is not None:
+        trace.add(Span(track, name, started, time.perf_counter(), size))

@@ -17,7 +17,14 @@ from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import disturbed, greedy, prompt_ids, tiny_model
 
 SMALL = {"budget": 48, "gamma": 4, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 64}
-SMALL |= {"adaptive": False, "overlap": False, "draft_tokens": 8, "topk": 2, "width": 2}  # the same drafts in each run
+SMALL |= {
+    "link_gbps": 1000.0,
+    "adaptive": False,
+    "overlap": False,
+    "draft_tokens": 8,
+    "topk": 2,
+    "width": 2,
+}  # the same drafts in each run
 PROMPT, NEW = prompt_ids(150), 60
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 

@@ -26,7 +26,9 @@ def reference(smollm2):
 def test_greedy_equals_transformers(smollm2, reference, draft):
     """Token for token, at a sixth of the context; and the counts that a pass over a known cache must give."""
     prompt, expected = reference
-    with TriForce(*smollm2, draft=draft, budget=600, draft_cache=256, tile=1024, draft_cost=0.05) as engine:
+    with TriForce(
+        *smollm2, draft=draft, budget=600, draft_cache=256, tile=1024, draft_cost=0.05, link_gbps=1000
+    ) as engine:
         result = engine.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     stats = result.stats
     assert result.token_ids == expected

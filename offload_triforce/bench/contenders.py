@@ -34,6 +34,7 @@ THEIRS = {
     "transformers-cpu": "transformers on the CPU: whole cache in memory, no link",
 }
 WAYS = OURS | THEIRS
+BARE = ("plain", "transformers-cpu", "best")  # those that are compared where there is no link
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from offload_triforce.model.fetch import check_source, find_source
 from offload_triforce.planner.nodes import MULTIPLES, grown
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.speculation.stats import DecodeStats
 
 TEMPERATURES = (0.0, 0.6, 1.0)
@@ -178,7 +179,9 @@ def _run_way(
     engine: TriForce, way: Settings, reading: Reading, asked: dict[Task, list[int]], plan: Plan, say: Say, name: str
 ) -> dict[tuple[Task, float], list[Answer]]:
     """All answers about one text with one kind of settings."""
-    runtime = Runtime(engine.model, engine.layout, way, max(map(len, asked.values())) + plan.new_tokens + 1)
+    capacity = max(map(len, asked.values())) + plan.new_tokens + 1
+    device = EmulatedDevice() if engine.layout.device.type == "cpu" else None  # with lanes, whose bytes are counted
+    runtime = Runtime(engine.model, engine.layout, way, capacity, device=device)
     runs = {}
     try:
         for task, ids in asked.items():

@@ -20,6 +20,7 @@ from offload_triforce.model.fetch import find_source
 from offload_triforce.model.loader import load_model, max_positions
 from offload_triforce.scheduler.device import CudaDevice, Device
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.host import HostDevice
 
 CONTEXTS = {"qwen-coder": (6000, 24_000)}
 SHORT = (2000, 6000)  # of all other models
@@ -38,6 +39,7 @@ class ThroughputQuery:
         ways: of WAYS.
         card: emulate this one in slow motion, on the CPU.
         vram: cap of the process' device memory, bytes (CUDA). link: cap of the link, GB/s each way.
+        bare: on the CPU without any link, each of the tasks of ``bench.tasks``.
     """
 
     model: str
@@ -47,6 +49,7 @@ class ThroughputQuery:
     card: str | None = None
     vram: int | None = None
     link: float | None = None
+    bare: bool = False
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -74,7 +77,7 @@ class Stage:
         """What copies, with its link."""
         device = self.engine.layout.device
         if device.type != "cuda":
-            return EmulatedDevice(self.gbps)
+            return HostDevice() if self.gbps is None else EmulatedDevice(self.gbps)
         return BallastDevice(device, self.gbps, self.h2d, self.d2h) if self.h2d else CudaDevice(device)
 
     @property
@@ -98,7 +101,9 @@ def check(asked: ThroughputQuery) -> None:
             raise InputError(f"unknown way {way!r}; known are {', '.join(WAYS)}")
     if asked.card is not None:
         card_machine(asked)  # an unknown one is refused here
-    cuda = torch.cuda.is_available() and asked.card is None
+    if asked.bare and asked.card is not None:
+        raise InputError("--link none is this machine's CPU without a link; it has no meaning with --emulate")
+    cuda = torch.cuda.is_available() and asked.card is None and not asked.bare
     if asked.vram is not None and asked.card is not None:
         raise InputError("--vram caps a real card's memory; it has no meaning with --emulate")
     if asked.vram is not None and not cuda:
@@ -129,8 +134,8 @@ def set_up(asked: ThroughputQuery, say: Say) -> Stage:
     source = find_source(asked.model)
     longest = max(asked.lengths)
     check_context(longest, max_positions(source))
-    cuda = torch.cuda.is_available() and asked.card is None
-    gbps, link, real = asked.link, "emulated" if asked.link or asked.card else "none: copies within memory", {}
+    cuda = torch.cuda.is_available() and asked.card is None and not asked.bare
+    gbps, link, real = asked.link, "emulated" if asked.link or asked.card else "none: tiles lie in memory", {}
     if cuda:
         measured = link_ceiling(torch.device("cuda"), COPY)
         real = {"h2d": measured["h2d_gbps"], "d2h": measured["d2h_gbps"]}

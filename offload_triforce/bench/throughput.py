@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from offload_triforce.bench.contenders import (
 )
 from offload_triforce.bench.slow_motion import calibrate
 from offload_triforce.bench.stage import Say, Stage, ThroughputQuery, card_machine, check, set_up
-from offload_triforce.bench.tasks import find_task, long_text
+from offload_triforce.bench.tasks import TASKS, find_task, long_text, prompts
 from offload_triforce.errors import MemoryLimitError, TriForceError
 from offload_triforce.generation.checks import check_length
 from offload_triforce.generation.prompt import build_prompt
@@ -29,6 +30,14 @@ from offload_triforce.machine.measure import free_memory
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.planner.sizes import activation_bytes
 
+TASK = "explain"  # that is asked where there is but one
+# What is compared where there is no link: names for people, and a way, another, and the figure of both.
+RATIOS = {
+    "plain / transformers, ms per token": ("plain", "transformers-cpu", "ms_per_token"),
+    "default / transformers, ms per token": ("best", "transformers-cpu", "ms_per_token"),
+    "default / plain, ms per token": ("best", "plain", "ms_per_token"),
+    "default / transformers, time to first token": ("best", "transformers-cpu", "ttft_s"),
+}
 SOUND = Version("5.23")  # of transformers: from here on its offloaded cache waits for its copies
 
 Keep = Callable[[dict[str, Any]], None]
@@ -54,12 +63,11 @@ def bench_throughput(
     engine = stage.engine
     cases = {}
     for context in asked.lengths:
-        text = long_text("code", engine.tokenizer, context)
-        prompt = build_prompt(engine.tokenizer, text, find_task("explain").ask)
-        check_length(engine.layout, engine.settings, len(prompt), asked.new_tokens)
-        cases[context] = Case(prompt, asked.new_tokens)
+        for task, prompt in _prompts(stage, context, asked.bare).items():
+            check_length(engine.layout, engine.settings, len(prompt), asked.new_tokens)
+            cases[context, task] = Case(prompt, asked.new_tokens)
     if asked.card is not None:
-        longest = max(cases)
+        longest = max(context for context, _ in cases)
         say(f"timing steps and passes without a link, {longest:,} tokens of text")
         machine = card_machine(asked)
         stage.slow = calibrate(engine.model, engine.layout, machine, longest)
@@ -78,16 +86,51 @@ def bench_throughput(
         "rows": [],
         "limits": [],
     }
-    for context, case in cases.items():
-        report["limits"].append(_limit(stage, context, case))
-        run_context(stage, context, case, asked.ways, report, say, keep)
+    for (context, task), case in cases.items():
+        report["limits"].append(_limit(stage, context, case) | {"task": task})
+        run_context(stage, context, case, asked.ways, report, say, keep, task)
+        if asked.bare:
+            report["against_transformers"] = against_transformers(report["rows"])
     return report
 
 
+def _prompts(stage: Stage, context: int, every: bool) -> dict[str, list[int]]:
+    """Token ids by task: of ``every`` one, or of one alone."""
+    tokenizer, task = stage.engine.tokenizer, find_task(TASK)
+    if every:
+        return {task.name: ids for task, ids in prompts(tokenizer, TASKS, context).items()}
+    return {task.name: build_prompt(tokenizer, long_text(task.text, tokenizer, context), task.ask)}
+
+
+def against_transformers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ours take, over what transformers and plain take on the same prompt: means and worst cases over the tasks.
+
+    Figures are absent where a way was not run.
+    """
+    found: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if not row["skipped"]:
+            found.setdefault((row["context"], row["task"]), {})[row["way"]] = row
+    summary = {}
+    for name, (way, other, figure) in RATIOS.items():
+        both = [ways for ways in found.values() if way in ways and other in ways and ways[other][figure]]
+        ratios = [ways[way][figure] / ways[other][figure] for ways in both]
+        if ratios:
+            summary[name] = {"mean": statistics.mean(ratios), "worst": max(ratios), "tasks": len(ratios)}
+    return summary
+
+
 def run_context(
-    stage: Stage, context: int, case: Case, ways: Sequence[str], report: dict[str, Any], say: Say, keep: Keep
+    stage: Stage,
+    context: int,
+    case: Case,
+    ways: Sequence[str],
+    report: dict[str, Any],
+    say: Say,
+    keep: Keep,
+    task: str = TASK,
 ) -> None:
-    """Let every way answer one prompt; adds to the report's rows.
+    """Let every way answer one prompt, of a ``task`` by name; adds to the report's rows.
 
     Raises:
         TriForceError: two of our ways differ in fp32.
@@ -102,7 +145,8 @@ def run_context(
         say(f"{context:,} tokens: {way}")
         if way not in OURS:
             read = None  # gives its memory back
-        row = {"way": way, "title": WAYS[way], "context": context, "prompt_tokens": len(case.prompt), "skipped": None}
+        row = {"way": way, "title": WAYS[way], "context": context, "task": task, "prompt_tokens": len(case.prompt)}
+        row["skipped"] = None
         found = _answer(stage, way, case, read)
         if isinstance(found, str):
             row["skipped"] = found

@@ -53,7 +53,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
     """One for each context, a column for each way that was run."""
     found = []
     for limit in report["limits"]:
-        rows = [row for row in report["rows"] if row["context"] == limit["context"] and not row["skipped"]]
+        same = [row for row in report["rows"] if all(row[key] == limit[key] for key in ("context", "task"))]
+        rows = [row for row in same if not row["skipped"]]
         if rows:
             found.append(_table(title(report), limit, rows))
     return found
@@ -61,7 +62,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def _table(headline: str, limit: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     least = "" if limit["ms_per_token"] is None else f"; a plain pass takes at least {limit['ms_per_token']:,.1f} ms"
-    table = Table(title=f"{headline}\n{rows[0]['prompt_tokens']:,} tokens of prompt{least}", title_justify="left")
+    prompt = f"{rows[0]['task']}, {rows[0]['prompt_tokens']:,} tokens of prompt{least}"
+    table = Table(title=f"{headline}\n{prompt}", title_justify="left")
     table.add_column("")
     for row in rows:
         table.add_column(row["way"], justify="right")
@@ -77,7 +79,11 @@ def _table(headline: str, limit: dict[str, Any], rows: list[dict[str, Any]]) -> 
 def lines(report: dict[str, Any]) -> list[str]:
     """What belongs below the table: why ways were skipped, and how to read the figures."""
     reasons = {row["way"]: row["skipped"] for row in report["rows"] if row["skipped"]}
-    return [*(f"{way} was skipped: {reason}" for way, reason in reasons.items()), *report["notes"]]
+    ratios = [
+        f"{name}: {ratio['mean']:.2f} on average over {ratio['tasks']} tasks, {ratio['worst']:.2f} at worst"
+        for name, ratio in report.get("against_transformers", {}).items()
+    ]
+    return [*ratios, *(f"{way} was skipped: {reason}" for way, reason in reasons.items()), *report["notes"]]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

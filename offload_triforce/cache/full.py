@@ -147,7 +147,8 @@ class FullCache:
         tile = self.stream.plan.tile_tokens
         device = self.stream.device
         for part in self.stream.tiles(layer):
-            device.launch(f"layer {layer}, tile {part.index}", kv.narrow(2, part.index * tile, tile).copy_, part.kv)
+            place = kv.narrow(2, part.index * tile, part.kv.shape[2])
+            device.launch(f"layer {layer}, tile {part.index}", place.copy_, part.kv)
         device.finish()
         kv[:, :, self.tiled :] = self.tail.settled[layer]
 

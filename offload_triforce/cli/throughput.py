@@ -17,6 +17,7 @@ from offload_triforce.model.fetch import check_source
 EXAMPLES = examples(
     "offload-triforce bench throughput --context 6000 --out out.json",
     'offload-triforce bench throughput --emulate "RTX 4090" --ways plain --ways best',
+    "offload-triforce bench throughput --link none --context 6000",
 )
 
 
@@ -37,7 +38,10 @@ def throughput(
         str | None, typer.Option(help='A known card, as "RTX 4090": in slow motion, on the CPU, link and all.')
     ] = None,
     vram: Annotated[str | None, typer.Option(help="Cap the device's memory, as 24GB (CUDA).")] = None,
-    link: Annotated[str | None, typer.Option(help="Cap the link (CUDA) or emulate one (CPU), as 25GB/s.")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Cap the link (CUDA) or emulate one (CPU), as 25GB/s; none: the CPU alone, all tasks."),
+    ] = None,
     out: Out = None,
     png: Png = None,
     as_json: AsJson = False,
@@ -47,16 +51,19 @@ def throughput(
     kept = Kept(out)
     contexts = list(dict.fromkeys(read_tokens(length, "--context") for length in context or ()))
     answer = read_tokens(new_tokens, "--new-tokens", 2)
-    caps = None if vram is None else parse_bytes(vram, "--vram"), None if link is None else parse_speed(link, "--link")
+    bare = link is not None and link.strip().lower() == "none"
+    speed = None if link is None or bare else parse_speed(link, "--link")
+    caps = None if vram is None else parse_bytes(vram, "--vram"), speed, bare
     check_source(model)
-    from offload_triforce.bench.contenders import WAYS
+    from offload_triforce.bench.contenders import BARE, WAYS
     from offload_triforce.bench.figures import check_pictures
     from offload_triforce.bench.stage import ThroughputQuery
     from offload_triforce.bench.throughput import bench_throughput
     from offload_triforce.bench.throughput_report import draw, lines, tables
 
     check_pictures(png)
-    asked = ThroughputQuery(model, contexts, answer, list(dict.fromkeys(ways or WAYS)), emulate, *caps)
+    chosen = ways or (BARE if bare else WAYS)
+    asked = ThroughputQuery(model, contexts, answer, list(dict.fromkeys(chosen)), emulate, *caps)
     report = bench_throughput(asked, say, kept)
     if as_json:
         typer.echo(json.dumps(report))

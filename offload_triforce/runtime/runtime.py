@@ -27,6 +27,7 @@ from offload_triforce.planner.sizes import check_memory, group_tokens, make_plan
 from offload_triforce.runtime.levels import Choosing, RetrievalLevel, TargetLevel
 from offload_triforce.scheduler.device import CudaDevice, Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
+from offload_triforce.scheduler.host import HostDevice
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.states import HostStates
@@ -65,8 +66,9 @@ class Runtime:
             model, layout: the target. settings: how to run.
             context: most tokens of prompt and answer together.
             pinning: told (bytes pinned, bytes in all).
-            device: what copies, instead of the model's device and an emulated link of ``settings.link_gbps``. It is
-                closed with this runtime, or where this fails: it may hold pinned memory.
+            device: what copies, instead of the model's own, which on a CPU has an emulated link of
+                ``settings.link_gbps`` or none. It is closed with this runtime, or where this fails: it may hold pinned
+                memory.
             keep_hidden: the newest hidden states, which a drafter reads (``cache/hidden.py``).
 
         Raises:
@@ -92,7 +94,8 @@ class Runtime:
         self.needs = work_out(model, layout, settings, shape, plan, context)
         check_memory(self.needs, layout.device, context)
         if device is None:
-            device = _make_device(layout.device, settings.link_gbps)
+            coded = plan is not None and plan.coded_bytes > 0
+            device = _make_device(layout.device, settings.link_gbps, coded)
             self._open.append(device)
         self.device = device
         try:
@@ -212,8 +215,10 @@ def _check_kernels(device: torch.device) -> None:
         raise InputError(f"Triton's kernels do not run here ({found.reason}); {found.remedy}")
 
 
-def _make_device(device: torch.device, gbps: float | None) -> Device:
-    return CudaDevice(device) if device.type == "cuda" else EmulatedDevice(gbps)
+def _make_device(device: torch.device, gbps: float | None, coded: bool) -> Device:
+    if device.type == "cuda":
+        return CudaDevice(device)
+    return HostDevice() if gbps is None and not coded else EmulatedDevice(gbps)  # coded tiles have a way to go
 
 
 def _close(resources: list[Device | TileStore | HostStates]) -> None:

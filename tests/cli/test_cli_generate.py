@@ -34,7 +34,18 @@ KEYS = {
 
 def test_json_is_one_object_with_the_documented_keys(model, book):
     result = generate(
-        "--model", model, "--prompt-file", book, "--ask", "Who?", "--max-new-tokens", "40", *SMALL, "--json"
+        "--model",
+        model,
+        "--prompt-file",
+        book,
+        "--ask",
+        "Who?",
+        "--max-new-tokens",
+        "40",
+        *SMALL,
+        "--link-gbps",
+        "1000",
+        "--json",
     )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -48,7 +59,18 @@ def test_json_is_one_object_with_the_documented_keys(model, book):
 
 def test_text_streams_to_stdout_and_the_report_to_stderr(model, book):
     plain = generate(
-        "--model", model, "--prompt-file", book, "--gamma", "0", "--max-new-tokens", "40", *SMALL, "--json"
+        "--model",
+        model,
+        "--prompt-file",
+        book,
+        "--gamma",
+        "0",
+        "--max-new-tokens",
+        "40",
+        *SMALL,
+        "--link-gbps",
+        "1000",
+        "--json",
     )
     result = generate("--model", model, "--prompt-file", book, "--max-new-tokens", "40", *SMALL)
     assert result.exit_code == 0, result.stderr

@@ -132,7 +132,7 @@ def test_settings_arrive(model):
             return_dict_in_generate=True,
         ).triforce_stats
 
-    plain, resident = output(gamma=0), output(gamma=5, resident=1.0)
+    plain, resident = output(gamma=0, link_gbps=1000.0), output(gamma=5, resident=1.0, draft_cost=0.05)
     assert plain.passes == 40
     assert plain.retrieval.proposed == 0
     assert resident.passes < 40

@@ -42,10 +42,8 @@ def test_half_precision_rounds_once():
     assert torch.equal(attention.finish(), expected.bfloat16())
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=100)
-def test_take(slots, count, seed):
-    """Few distinct scores, so that ties are common; empty slots; chunks that are not on offer."""
+def draw_choice(slots, count, seed):
+    """Scores held by two heads, their chunks, the same as a set, and scores of ``count`` chunks on offer, 20 and on."""
     chance = torch.Generator().manual_seed(seed)
 
     def scores(n):
@@ -55,12 +53,24 @@ def test_take(slots, count, seed):
     held, offered = scores(slots).sort(dim=1, descending=True).values, scores(count)
     chunks = torch.arange(slots).repeat(2, 1).masked_fill(held.isinf(), -1)
     present = torch.zeros(2, 31, dtype=torch.bool).scatter_(1, chunks.where(chunks >= 0, 30), True)
+    return held, chunks, present, offered
+
+
+def assert_same_choice(one, other):
+    assert torch.equal(one.scores, other.scores)
+    assert torch.equal(one.chunks, other.chunks)
+    assert torch.equal(one.held[:, :-1], other.held[:, :-1]), "the last column is nobody's"
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_take(slots, count, seed):
+    """Few distinct scores, so that ties are common; empty slots; chunks that are not on offer."""
+    held, chunks, present, offered = draw_choice(slots, count, seed)
     choices = [reference.ChunkSelection(held.clone(), chunks.clone(), present.clone()) for _ in range(2)]
-    kv = torch.randn(2, 2, 2 * count, 3, generator=chance)
+    kv = torch.randn(2, 2, 2 * count, 3, generator=torch.Generator().manual_seed(seed))
     stores = [torch.zeros(2, 2, slots, 2, 3) for _ in range(2)]
     for backend, choice, store in zip((cpu, reference), choices, stores, strict=True):
         backend.take_chunks(choice, offered, 20, kv, store)
     assert torch.equal(*stores)
-    for one, other in zip(choices[0][:2], choices[1][:2], strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(choices[0].held[:, :-1], choices[1].held[:, :-1]), "the last column is nobody's"
+    assert_same_choice(*choices)

@@ -69,7 +69,9 @@ def test_greedy_equals_transformers(family, draft):
 @pytest.mark.parametrize("resident", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("family", ["qwen2-sliding", "gemma3"])
 def test_resident_share_changes_nothing(family, resident):
-    with TriForce(model_of(family, True), draft="self", settings=SETTINGS[1], resident=resident) as engine:
+    with TriForce(
+        model_of(family, True), draft="self", settings=SETTINGS[1], resident=resident, link_gbps=1000
+    ) as engine:
         result = engine.generate(prompt_ids(PROMPT), max_new_tokens=NEW, do_sample=False)
     assert result.token_ids == expected_of(family, True)
     assert (result.stats.link_bytes == 0) == (resident == 1.0)

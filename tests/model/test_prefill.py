@@ -172,7 +172,15 @@ def test_every_byte_crosses_the_link_once(family, resident):
     model = model_of(family)
     layout = probe(model)
     settings = Settings(
-        chunk=4, sink=4, recent=8, tile=16, gamma=3, prefill_chunk=33, draft_cache=64, resident=resident
+        chunk=4,
+        sink=4,
+        recent=8,
+        tile=16,
+        gamma=3,
+        prefill_chunk=33,
+        draft_cache=64,
+        resident=resident,
+        link_gbps=1000.0,
     )
     runtime = Runtime(model, layout, settings, 200)
     try:

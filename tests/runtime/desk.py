@@ -13,7 +13,7 @@ from tests.tiny import VOCABULARY, tiny_model
 FAMILIES = ("llama", "gemma3", "qwen3.5", "qwen3-moe")
 SMALL = {"budget": 64, "chunk": 4, "sink": 4, "recent": 8, "tile": 8, "gamma": 6, "draft_tokens": 16}
 CONTEXT = 320
-HOW = {**SMALL, "prefill_chunk": 16, "context": CONTEXT}
+HOW = {**SMALL, "prefill_chunk": 16, "context": CONTEXT, "link_gbps": 1000.0}  # a link whose bytes are counted
 
 
 @cache

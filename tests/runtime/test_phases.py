@@ -118,7 +118,7 @@ def test_what_comes_up_is_an_item_of_its_own(runtime):
     model, prompt = runtime.model, prompt_ids(250)
     counts = {}
     for name, way in (("plain", {"resident": LATE["resident"]}), ("late", LATE)):
-        with TriForce(model, settings=settings(context=300, gamma=0, **way)) as engine:
+        with TriForce(model, settings=settings(context=300, gamma=0, link_gbps=1000.0, **way)) as engine:
             counts[name] = engine.generate(prompt, max_new_tokens=12, do_sample=False).stats
             plan, tiles = engine.runtime.plan, engine.runtime.caches.full.tiles
     late, plain = counts["late"], counts["plain"]
@@ -133,7 +133,7 @@ def test_hidden_states_are_counted_with_the_prefill():
     model = tiny_model()
     prompt, counts = prompt_ids(200), []
     for where in ("device", "host"):
-        with TriForce(model, settings=settings(hidden_states=where)) as engine:
+        with TriForce(model, settings=settings(hidden_states=where, link_gbps=1000.0)) as engine:
             counts.append(engine.generate(prompt, max_new_tokens=4, do_sample=False).stats.prefill_link_bytes)
     assert counts[1] - counts[0] == 2 * 3 * 199 * 40 * 4  # down and up, three layers, tokens, width, bytes
 

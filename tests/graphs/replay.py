@@ -57,6 +57,7 @@ class ReplayCapture:
 def replaying(monkeypatch):
     """Let every engine made from here on capture its steps this way: the captures, one per ``StepGraphs``."""
     captures = []
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "torch")  # only torch's operations are seen, and replayed
 
     def find_capture(_):
         captures.append(ReplayCapture())

@@ -191,6 +191,7 @@ class CudaDevice:
 
     def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
         self.device, self.trace = device, trace
+        self._index = _index(device)
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.incoming, self.outgoing = CudaLane(self, H2D), CudaLane(self, D2H)
         self._origin = self.stream().record_event(torch.cuda.Event(enable_timing=True))
@@ -201,13 +202,15 @@ class CudaDevice:
         A pass asks several times per tile, and torch looks its device up and makes a new object each time, which costs
         more than a launch. So torch is asked for the handle alone, as compiled code of its own does.
         """
-        handle = torch._C._cuda_getCurrentRawStream(_index(self.device))
+        handle = torch._C._cuda_getCurrentRawStream(self._index)
         if handle not in self._streams:
             self._streams[handle] = torch.cuda.current_stream(self.device)
         return self._streams[handle]
 
     def under(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
-        """What is issued inside goes to this stream. It is for the current device, like all that a pass does."""
+        """What is issued inside goes to this stream, one of this device."""
+        if torch.cuda.current_device() != self._index:  # as never within a pass: see ``on``
+            return torch.cuda.stream(stream)
         return _Under(self, stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -273,7 +276,7 @@ class CudaDevice:
 
 
 class _Under:
-    """Makes a stream the current one, like ``torch.cuda.stream``, which asks for devices and streams each time."""
+    """Makes a stream of the current device the current one. ``torch.cuda.stream`` asks for both each time."""
 
     def __init__(self, owner: CudaDevice, stream: torch.cuda.Stream) -> None:
         self._stream, self._before = stream, owner.stream()

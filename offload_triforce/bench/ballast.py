@@ -8,6 +8,8 @@ activations do is not slowed. Only bytes that are wanted are counted as moved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,21 +28,34 @@ class BallastLane(CudaLane):
         self._buffers = target, source
         self._owed = 0.0  # less than a byte, from rounding
 
-    def submit(self, target: Tensor, source: Tensor, after: Event | None = None) -> Event:
+    def submit(
+        self,
+        target: Tensor,
+        source: Tensor,
+        after: Event | None = None,
+        first: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Event:
         """Queue a copy, and its ballast behind it."""
-        landed = super().submit(target, source, after)
-        self._owed += self.drag * source.numel() * source.element_size()
+
+        def drag_along() -> None:
+            self._drag(source.nbytes)
+            if then is not None:
+                then()
+
+        return super().submit(target, source, after, first, drag_along)
+
+    def _drag(self, size: int) -> None:
+        """Copy the ballast of ``size`` bytes, on the current stream."""
+        self._owed += self.drag * size
         left = int(self._owed)
         self._owed -= left
         self.ballast += left
         into, out_of = self._buffers
-        with torch.cuda.stream(self._stream):
-            while left > 0:
-                size = min(left, len(into))
-                into[:size].copy_(out_of[:size], non_blocking=True)
-                left -= size
-            landed.event = self._stream.record_event()
-        return landed
+        while left > 0:
+            part = min(left, len(into))
+            into[:part].copy_(out_of[:part], non_blocking=True)
+            left -= part
 
 
 class BallastDevice(CudaDevice):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +28,25 @@ def release_team() -> None:
 def _pauses() -> list[Callable[[int], int]]:
     """``omp_pause_resource_all`` of each OpenMP library of GCC's that is loaded; of one thread, unlike in LLVM's."""
     try:
-        paths = set(re.findall(r"\S*/libgomp[^/\s]*\.so\S*", _MAPS.read_text()))
+        lines = os.fsdecode(_MAPS.read_bytes()).splitlines()
     except OSError:  # not Linux
         return []
-    libraries = map(ctypes.CDLL, sorted(paths))
-    return [library.omp_pause_resource_all for library in libraries if hasattr(library, "omp_pause_resource_all")]
+    columns = (line.split(maxsplit=5) for line in lines)
+    paths = {mapped[5] for mapped in columns if len(mapped) == 6 and os.path.basename(mapped[5]).startswith("libgomp")}
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(ctypes.CDLL(path, os.RTLD_NOW | os.RTLD_NOLOAD).omp_pause_resource_all)
+        except (OSError, UnicodeError, AttributeError):  # replaced on disk since, or older than OpenMP 5
+            continue
+    return found
+
+
+def _forget() -> None:
+    """A child process has none of the threads, and waiting for them would never end."""
+    global _pauses
+    _pauses = list
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from offload_triforce.config import Settings
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.generation.turn import Answer, Turns
+from offload_triforce.machine.teams import release_team
 from offload_triforce.machine.units import MOST_TOKENS
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Progress
@@ -51,6 +52,7 @@ class Texts:
                 yield
         finally:
             self._turns.release(answer)
+            release_team()
 
     @property
     def runtime(self) -> Runtime | None:

@@ -65,7 +65,7 @@ def make_app(engine: TriForce, options: ServerOptions) -> FastAPI:
     doorkeeper = [Depends(Doorkeeper(options))]
     for routes in (about_routes, chat_routes, completion_routes, message_routes):
         app.include_router(routes(service), dependencies=doorkeeper)
-    for router in (live_router(service), pdf_router()):
+    for router in (live_router(service), pdf_router(options.read_seconds)):
         app.include_router(router, dependencies=doorkeeper)
     if options.cors:
         app.add_middleware(

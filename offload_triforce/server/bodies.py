@@ -11,6 +11,11 @@ from starlette.requests import ClientDisconnect
 
 from offload_triforce.server.errors import ApiError, invalid, quote, refuse_invalid
 
+# Parameters of other servers that are on where a request does not name them: switched off, they would change something.
+ON_BY_DEFAULT = frozenset(
+    {"skip_special_tokens", "add_generation_prompt", "spaces_between_special_tokens", "add_special_tokens"}
+)
+
 
 class Body(BaseModel):
     """What a request holds. Parameters that are not among the fields end up in ``unknown``."""
@@ -30,7 +35,8 @@ class Body(BaseModel):
             ApiError: names the first.
         """
         for name, value in self.unknown().items():
-            empty = value is None or value is False or value == [] or value == {} or value == ""
+            off = value is False and name not in ON_BY_DEFAULT
+            empty = value is None or off or value == [] or value == {} or value == ""
             if name not in harmless and not empty:
                 shown = quote(name)
                 raise invalid(f"{shown} is not supported, and might change the answer; leave it out", param=name[:80])

@@ -22,7 +22,7 @@ from offload_triforce.server.sampling import HARMLESS, Sampling
 from offload_triforce.server.service import Service
 from offload_triforce.server.streaming import EventStream, unless_gone
 
-_HARMLESS = HARMLESS | {"context_management", "container", "betas", "cache_control", "output_config", "inference_geo"}
+_HARMLESS = HARMLESS | {"container", "betas", "cache_control", "inference_geo"}
 
 
 class MessagesRequest(Sampling):
@@ -34,6 +34,8 @@ class MessagesRequest(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
 
     def stops(self) -> list[str]:
         """See ``Sampling``."""
@@ -47,6 +49,8 @@ class MessagesRequest(Sampling):
             ApiError: what is wrong with it.
         """
         self.check_unknown(_HARMLESS)
+        self.check_one()
+        self._check_changes()
         messages = as_openai(self.messages)
         if self.system:
             messages.insert(0, {"role": "system", "content": system_text(self.system)})
@@ -54,6 +58,25 @@ class MessagesRequest(Sampling):
         variables = {} if self.thinking is None else {"enable_thinking": self.thinking.get("type") != "disabled"}
         tools = [_tool(number, tool) for number, tool in enumerate(self.tools or [], 1)]
         return Conversation(messages, tools, choice, one_call, variables=variables)
+
+    def _check_changes(self) -> None:
+        """Refuse what would change the prompt or the answer, and is not done here.
+
+        Raises:
+            ApiError: names it.
+        """
+        if self.output_config and self.output_config.get("format") is not None:
+            raise invalid(
+                "output_config.format is not supported here; ask for a shape by a tool and tool_choice, or by "
+                "response_format of /v1/chat/completions",
+                "output_config",
+            )
+        edits = (self.context_management or {}).get("edits") or []
+        if not isinstance(edits, list) or any(not isinstance(e, dict) or e.get("keep") != "all" for e in edits):
+            raise invalid(
+                "context_management.edits would change the prompt, and no edit but one that keeps all is possible",
+                "context_management",
+            )
 
 
 def message_routes(service: Service) -> APIRouter:

@@ -14,6 +14,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from offload_triforce.server.bodies import read_body
+from offload_triforce.server.errors import ApiError
+
 READER = Path(__file__).with_name("pdf_text.py")
 # Of a file, as the page has it; and seconds until its reader is ended.
 MOST_BYTES = 32_000_000
@@ -28,16 +31,18 @@ class _RefusedError(Exception):
         self.status = status
 
 
-def pdf_router(most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> APIRouter:
+def pdf_router(
+    read_seconds: float = 30.0, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS
+) -> APIRouter:
     """``POST /page/pdf``: the file as the body; the answer is {"text", "pages"}, or an error in OpenAI's shape.
 
-    One is read at a time; others wait.
+    ``read_seconds``: for the body to arrive. One is read at a time; others wait.
     """
     router, turn = APIRouter(), asyncio.Semaphore(1)
 
     async def read(request: Request) -> JSONResponse:
         try:
-            body = await _body(request, most_bytes)
+            body = await _body(request, most_bytes, read_seconds)
             async with turn:
                 return JSONResponse(await _read(body, most_seconds))
         except _RefusedError as error:
@@ -48,15 +53,14 @@ def pdf_router(most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS)
     return router
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The whole body, given up as soon as it is too long, whatever its head says."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise _RefusedError(f"The file is larger than {most / 1e6:g} MB, the most that is read", 413)
-        parts.append(part)
-    return b"".join(parts)
+async def _body(request: Request, most: int, seconds: float) -> bytes:
+    """The whole file, given up as soon as it is too long or too late, whatever its head says."""
+    try:
+        return await read_body(request, most, seconds)
+    except ApiError as error:
+        too_large = error.status == 413
+        what = f"The file is larger than {most / 1e6:g} MB, the most that is read" if too_large else str(error)
+        raise _RefusedError(what, error.status) from None
 
 
 async def _read(body: bytes, most_seconds: float) -> dict[str, Any]:

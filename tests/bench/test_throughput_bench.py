@@ -35,7 +35,7 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.simulate import Speeds
 from tests.byte_tokenizer import save_tiny_llama
 from tests.scheduler.fake_cuda import FakeCuda, FakeCudaDevice
-from tests.scheduler.test_chaos import EXPECTED, run
+from tests.scheduler.test_chaos import EXPECTED, KINDS, run
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 NEW = 12
@@ -400,8 +400,8 @@ class FakeBallastDevice(FakeCudaDevice, BallastDevice):
     """A link of 20 GB/s in and 10 out, slowed to 5."""
 
     def __init__(self, cuda):
-        BallastDevice.__init__(self, torch.device("cpu"), 5.0, 20.0, 10.0)
         self.cuda = cuda
+        BallastDevice.__init__(self, torch.device("cpu"), 5.0, 20.0, 10.0)
 
     def _pin(self, buffer):
         self.pinned = True
@@ -410,11 +410,12 @@ class FakeBallastDevice(FakeCudaDevice, BallastDevice):
         self.pinned = False
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
-def test_ballast_changes_no_number(monkeypatch, seed):
+def test_ballast_changes_no_number(monkeypatch, seed, kind):
     """In every order that streams and events allow."""
     device = FakeBallastDevice(FakeCuda(monkeypatch, seed))
-    assert run(device) == EXPECTED["raw"]
+    assert run(device, kind) == EXPECTED[kind]
     assert device.incoming.moved > 0
     assert device.incoming.ballast == 3 * device.incoming.moved
     assert device.outgoing.ballast == device.outgoing.moved

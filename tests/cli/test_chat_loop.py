@@ -217,7 +217,10 @@ def test_ctrl_c_faster_than_the_prompt_comes_back(begin, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat.screen, "say", say)
-    chat.run()
+    try:
+        chat.run()
+    except KeyboardInterrupt:
+        pytest.fail("it was not heard")
     assert chat.screen.lines == ["never"]
 
 

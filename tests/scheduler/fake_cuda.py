@@ -17,10 +17,15 @@ from offload_triforce.scheduler.device import CudaDevice
 class FakeEvent:
     cuda = None
 
-    def __init__(self, **_):
-        self.over = False
+    def __init__(self, enable_timing=False):
+        self.over, self._timed = False, enable_timing
 
     def elapsed_time(self, other):
+        """As on CUDA: of events that are timed, when both are over."""
+        assert self._timed
+        assert other._timed
+        assert self.over
+        assert other.over
         return 1.0
 
     def synchronize(self):
@@ -82,6 +87,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.active)
         monkeypatch.setattr(torch.cuda, "set_stream", self._activate)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", self.default.synchronize)
 
     def _activate(self, stream):

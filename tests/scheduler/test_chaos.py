@@ -66,6 +66,7 @@ def run(device, kind="raw", where="cpu"):
             read_all()
             read_all()
             device.finish()
+            stream.slack()
     finally:
         device.close()
         store.close()

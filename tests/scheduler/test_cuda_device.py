@@ -34,7 +34,7 @@ def _events_recorded_before_the_copy(monkeypatch):
     submit = CudaLane.submit
 
     def mutated(self, target, source, after=None, **beside):
-        landed = self._stream.record_event()
+        landed = self._stream.record_event(torch.cuda.Event(enable_timing=True))
         copy = submit(self, target, source, after, **beside)
         copy.event = landed
         return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
 anthropic = pytest.importorskip("anthropic")
@@ -93,3 +94,27 @@ def test_errors_have_anthropics_shape(claude):
         ask(claude, [{"role": "user", "content": [{"type": "image", "source": {}}]}])
     with pytest.raises(anthropic.BadRequestError, match="max_tokens is missing"):
         claude.post("/v1/messages", body={"model": "tiny", "messages": [USER]}, cast_to=object)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("output_config", {"format": {"type": "json_schema", "schema": {}}}),
+        ("context_management", {"edits": [{"type": "clear_tool_uses_20250919"}]}),
+        ("n", 3),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(address, name, value):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, name: value}
+    answer = httpx.post(f"{address}/v1/messages", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_taken(address):
+    """As agents send it."""
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "context_management": edits}
+    body |= {"output_config": {"effort": "high"}, "betas": ["x"]}
+    assert httpx.post(f"{address}/v1/messages", json=body, timeout=60).status_code == 200

@@ -1,7 +1,9 @@
 """A PDF becomes text in a process of its own; what is wrong with it is said, and harms nothing else."""
 
+import time
 import zlib
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'offload-triforce[serve]'")
@@ -13,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from offload_triforce.server import pdf
 from offload_triforce.server.pdf import pdf_router
+from tests.server.conftest import serving
 
 
 def make_pdf(*pages, stream=None, packed=False):
@@ -73,6 +76,19 @@ def test_too_large_whatever_the_head_says():
     assert "larger than 0.001 MB" in over
     streamed = client(most_bytes=1000).post("/page/pdf", content=iter([b"x" * 600, b"x" * 600]))
     refused(streamed, 413)
+
+
+def test_a_file_that_does_not_arrive(engine):
+    """By the server itself: the page's limit is that of all bodies."""
+
+    def dripping():
+        for _ in range(50):
+            yield b"%"
+            time.sleep(0.1)
+
+    with serving(engine, read_seconds=0.3) as (address, _):
+        answer = httpx.post(f"{address}/page/pdf", content=dripping(), timeout=60)
+    assert "did not arrive within 0.3 s" in refused(answer, 408)
 
 
 def test_too_slow(monkeypatch, tmp_path):

@@ -255,7 +255,7 @@ def test_a_window_that_no_text_outgrows_is_none(window, found):
     layout = probe(model)
     assert [layer.window for layer in layout.layers] == [found] * 2
     assert shape_of(model.config, torch.float32).layout.layers == layout.layers
-    with TriForce(model, draft="ngram", budget=64, tile=16, recent=16) as engine:
+    with TriForce(model, draft="ngram", budget=64, tile=16, recent=16, link_gbps=1000.0) as engine:
         result = engine.generate(prompt_ids(120), max_new_tokens=40, do_sample=False)
     assert result.token_ids == greedy(model, prompt_ids(120), 40)
     assert (result.stats.link_bytes > 0) == (found is None)

@@ -27,7 +27,7 @@ def model_of(family, dtype=torch.bfloat16):
 
 
 def answer(family, wire, prompt=PROMPT, dtype=torch.bfloat16, temperature=0.0, **settings):
-    with TriForce(model_of(family, dtype), **{**SMALL, **settings}, wire=wire) as engine:
+    with TriForce(model_of(family, dtype), **{**SMALL, "link_gbps": 1000.0, **settings}, wire=wire) as engine:
         result = engine.generate(prompt, max_new_tokens=NEW, temperature=temperature, seed=3)
         store = engine.runtime.caches.full.stream.store
         lies = {store.source(layer, 0).dtype for layer in range(store.plan.layers)}

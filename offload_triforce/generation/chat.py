@@ -40,6 +40,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Messa
     if not has_chat_format(tokenizer):
         raise InputError("this tokenizer has no chat template; give the prompt as text, or set tokenizer.chat_template")
     plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
+    if not plain:
+        raise InputError("the messages hold nothing that could be answered")
     open_end = plain[-1]["role"] == "assistant"
     how = {"add_generation_prompt": not open_end, "continue_final_message": open_end}
     try:

@@ -118,3 +118,14 @@ def test_what_changes_nothing_is_taken(address):
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "context_management": edits}
     body |= {"output_config": {"effort": "high"}, "betas": ["x"]}
     assert httpx.post(f"{address}/v1/messages", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("content", [[], ""])
+def test_a_message_that_holds_nothing(address, path, content):
+    answer = httpx.post(
+        address + path, json={"messages": [{"role": "user", "content": content}], "max_tokens": 1}, timeout=60
+    )
+    assert answer.status_code in (200, 400)
+    if content == []:
+        assert "nothing that could be answered" in answer.json()["error"]["message"]

@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=9, num_attention_heads=16, head_dim=64,
                      num_key_value_heads=16, vocab_size=256, max_position_embeddings=20000, eos_token_id=None)
 # Little scratch memory, which CPUs need for attention and packing and fused kernels do not: short steps, 16 bits.
-small = {"tile": 128, "prefill_chunk": 128, "bits": 16, "gamma": 8, "topk": 1}
+# With a link, whose ring and resident tiles a CPU without one has not.
+small = {"tile": 128, "prefill_chunk": 128, "bits": 16, "gamma": 8, "topk": 1, "link_gbps": 1000.0}
 settings, tokens, new = Settings(**small, **json.loads(sys.argv[2])), int(sys.argv[1]), 8
 model = LlamaForCausalLM(config).eval()
 

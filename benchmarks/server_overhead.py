@@ -1,15 +1,15 @@
 """What the server costs: the same answer from the engine alone and through HTTP, in turns in the same run.
 
 One engine, one real model, one long text that is read once before anything is timed. In each round every question is
-answered twice: by ``engine.stream``, and by the server on top of the same engine (in a thread of this process, as
-``offload-triforce serve`` runs it) for a client in a process of its own, over a loopback connection, by server-sent
-events. Both orders take turns. Answers must be the same text.
+answered twice: by ``engine.stream`` in a thread of its own, as the server's answers are, and by the server on top of the
+same engine (in a thread of this process, as ``offload-triforce serve`` runs it) for a client in a process of its own,
+over a loopback connection, by server-sent events. Both orders take turns. Answers must be the same text.
 
 The whole time counts, from the question to the last piece: reading what is new of the prompt, waiting for the turn,
 decoding, spelling, JSON, the connection. Ratios are of tokens per second, server over engine, of each pair; the median
 counts.
 
-    python -m benchmarks.server_overhead [--model smollm2] [--tokens 4000] [--new 64] [--repeats 5] [--json FILE]
+    python -m benchmarks.server_overhead [--model smollm2] [--tokens 4000] [--new 64] [--repeats 6] [--json FILE]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,11 @@ def measure(engine: TriForce, questions: dict[str, list[int]], new_tokens: int, 
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in questions}
     counts = {}
     context = multiprocessing.get_context("spawn")
-    with serving(engine) as address, ProcessPoolExecutor(1, context) as pool:
+    with serving(engine) as address, ProcessPoolExecutor(1, context) as pool, ThreadPoolExecutor(1) as threads:
         for turn in range(-1, repeats):  # the first warms up: connections, imports, caches
             for name, prompt in questions.items():
                 ways = {
-                    "engine": lambda prompt=prompt: ask_engine(engine, prompt, new_tokens),
+                    "engine": lambda prompt=prompt: threads.submit(ask_engine, engine, prompt, new_tokens).result(),
                     "server": lambda prompt=prompt: pool.submit(ask, address, prompt, new_tokens).result(),
                 }
                 order = ["engine", "server"] if turn % 2 else ["server", "engine"]
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=4000, help="of the text that is asked about")
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with TriForce.load(fetch_model(args.model), "ngram", "float32") as engine:
@@ -135,7 +135,7 @@ def main() -> None:
         report = measure(engine, questions, args.new, args.repeats)
     report |= {
         "model": args.model,
-        "command": f"python -m benchmarks.server_overhead --tokens {args.tokens} --new {args.new}",
+        "command": f"python -m benchmarks.server_overhead --model {args.model} --tokens {args.tokens} --new {args.new}",
     }
     for name, seconds in report["seconds"].items():
         own, served = (report["new_tokens"][name] / statistics.median(seconds[way]) for way in ("engine", "server"))

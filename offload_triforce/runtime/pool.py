@@ -105,6 +105,7 @@ class SessionPool:
         """
         self._clock += 1
         best, start = self._best(session, prompt, wanted)
+        session.fork = self._fork(session, prompt, start)
         text = wanted or (best if best is not None and not best.owned else self.add())
         before = self.seated
         if before is not None and self._is_worth_keeping(len(session.ids), before, text, start, best):
@@ -198,6 +199,19 @@ class SessionPool:
             if start is not None and start.tokens >= max(least, most.tokens + 1):
                 best, most = text, start
         return best, most
+
+    def _fork(self, session: Session, prompt: Tensor, start: Start) -> int:
+        """Where a prompt leaves what is held, if that is worth a mark: others will leave it there as well.
+
+        That is so of a system prompt, or a document that is asked about. 0 where texts can be cut without.
+        """
+        if session.cuttable:
+            return 0
+        held = [(session.ids, session.long)]
+        held += [(text.parked.tokens, text.parked.long) for text in self._texts if text.parked is not None]
+        alike = (ids for ids, long in held if session.turned_alike(long, prompt))
+        shared = max((common_prefix(ids, prompt[:-1]) for ids in alike), default=0)
+        return shared if shared - start.tokens > WORTH_KEEPING else 0
 
     def _park(self, source: TextSource, staying: Sequence[Text | None]) -> TextSource | None:
         """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` are about to be used."""

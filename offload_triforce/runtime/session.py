@@ -34,13 +34,14 @@ class Session:
     Attributes:
         checkpoints: of what cannot be cut, ascending.
         long: see ``TextSource``.
+        fork: after so many tokens a text is marked as it is read, beside where that is done anyway; 0: nowhere.
     """
 
     def __init__(self, runtime: Runtime, keep: bool = False) -> None:
         """``keep``: the text will be gone back in, so its turns are marked."""
         self.runtime, self.keep = runtime, keep
         self.checkpoints: list[Checkpoint] = []
-        self.long = False
+        self.long, self.fork = False, 0
         self._ids = torch.empty(0, dtype=torch.long)  # of the text; the caches may be behind
         self._chosen = False  # whether the retrieval cache's choice was made over all that is held
 
@@ -138,7 +139,8 @@ class Session:
         runtime, caches = self.runtime, self.runtime.caches
         self._ids = wanted
         held = caches.length
-        groups = wanted[held:].split(group_tokens(runtime.layout)) if held < len(wanted) else ()
+        parts = (wanted[held : self.fork], wanted[max(held, self.fork) :])
+        groups = [group for part in parts if len(part) for group in part.split(group_tokens(runtime.layout))]
         told = Told(progress, len(runtime.layout.layers), runtime.settings.prefill_chunk, [len(g) for g in groups])
         for group in groups:
             self._read_group(group, len(wanted), told)

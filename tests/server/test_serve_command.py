@@ -60,6 +60,21 @@ def test_a_signal_lets_an_answer_end(folder):
         assert "API key" not in running.stderr.read()
 
 
+def test_what_was_read_is_there_for_the_next_server(folder, tmp_path):
+    """It is saved at SIGTERM."""
+    used = []
+    for _ in range(2):
+        with process(folder, "--session-dir", str(tmp_path)) as (running, address):
+            body = {"messages": [{"role": "user", "content": "A document. " * 30}], "max_tokens": 2, "temperature": 0}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+            used.append((answer["usage"]["prompt_tokens_details"]["cached_tokens"], answer["choices"]))
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(60) == 0
+    assert used[0][0] == 0
+    assert used[1][0] > 300
+    assert used[0][1] == used[1][1]
+
+
 def test_one_that_takes_too_long_is_cut(folder):
     with process(folder, "--grace", "1", "--api-key", "a-key-to-be-kept") as (running, address):
         body, key = {**CHAT, "max_tokens": 4000, "stream": True}, {"x-api-key": "a-key-to-be-kept"}

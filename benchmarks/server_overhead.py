@@ -1,7 +1,7 @@
 """What the server costs: the same answer from the engine alone and through HTTP, in turns in the same run.
 
 One engine, one real model, one long text that is read once before anything is timed. In each round every question is
-answered twice: by ``engine.stream`` in a thread of its own, as the server's answers are, and by the server on top of the
+answered twice: by ``engine.stream`` in a thread of its own, like the server's answers, and by the server on top of the
 same engine (in a thread of this process, as ``offload-triforce serve`` runs it) for a client in a process of its own,
 over a loopback connection, by server-sent events. Both orders take turns. Answers must be the same text.
 

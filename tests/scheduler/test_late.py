@@ -142,7 +142,7 @@ def test_a_missing_wait_shows(mutation):
             return run(device, plan) != expected()
 
     # Copies of one direction keep their order: whoever waits for a streamed tile waits for all that came up before.
-    assert any(wrong(seed, plan) for seed in SEEDS for plan in (PLAN, ALL_RESIDENT))
+    assert any(wrong(seed, plan) for seed in range(200) for plan in (PLAN, ALL_RESIDENT))
 
 
 def counted(device=None):

@@ -184,4 +184,5 @@ def test_a_missing_wait_shows(mutation):
                 device.close()
         return not torch.equal(found, expected(tokens))
 
-    assert any(wrong(seed, tokens) for seed in SEEDS for tokens in (10, 17))
+    # Until it shows, which real delays make a matter of chance: the last mutation shows in one of twenty runs.
+    assert any(wrong(seed, tokens) for seed in range(400) for tokens in (10, 17))

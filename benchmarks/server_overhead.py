@@ -15,14 +15,11 @@ counts.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import statistics
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,28 +32,9 @@ from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import fetch_model
 from offload_triforce.server.app import make_app
 from offload_triforce.server.options import ServerOptions
-from offload_triforce.server.serving import make_server
+from offload_triforce.server.serving import in_background
 
 TASKS = ("explain", "edit")  # of one text, which is read once
-
-
-@contextlib.contextmanager
-def serving(engine: TriForce) -> Iterator[str]:
-    """The address of a server that runs meanwhile."""
-    options = ServerOptions(names=("model",), port=0, grace_seconds=2.0)
-    server = make_server(make_app(engine, options), options, "warning")
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the server did not start")
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 def ask(address: str, prompt: list[int], new_tokens: int) -> tuple[float, int, str]:
@@ -94,7 +72,9 @@ def measure(engine: TriForce, questions: dict[str, list[int]], new_tokens: int, 
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in questions}
     counts = {}
     context = multiprocessing.get_context("spawn")
-    with serving(engine) as address, ProcessPoolExecutor(1, context) as pool, ThreadPoolExecutor(1) as threads:
+    options = ServerOptions(names=("model",), port=0, grace_seconds=2.0)
+    background = in_background(make_app(engine, options), options)
+    with background as address, ProcessPoolExecutor(1, context) as pool, ThreadPoolExecutor(1) as threads:
         for turn in range(-1, repeats):  # the first warms up: connections, imports, caches
             for name, prompt in questions.items():
                 ways = {

@@ -13,6 +13,7 @@ Measured on one thread of a busy machine, CPU time, 3 KV heads, D 64, fp32 unles
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 
@@ -40,19 +41,18 @@ __all__ = [
 CHOICE = "OFFLOAD_TRIFORCE_KERNELS"
 
 
-def _compiled() -> ModuleType | None:
-    """The compiled loops; None where numba is not installed, or by OFFLOAD_TRIFORCE_KERNELS=torch."""
-    return None if os.environ.get(CHOICE) == "torch" else _import_compiled()
+def loops(name: str) -> ModuleType | None:
+    """A module of loops that numba compiles; None where it is not installed, or by OFFLOAD_TRIFORCE_KERNELS=torch."""
+    return None if os.environ.get(CHOICE) == "torch" else _import_loops(name)
 
 
 @functools.cache
-def _import_compiled() -> ModuleType | None:
+def _import_loops(name: str) -> ModuleType | None:
     # Imported when first needed: that takes a third of a second, which nobody on a GPU has to wait for.
     try:
-        from offload_triforce.kernels import compiled
+        return importlib.import_module(f"offload_triforce.kernels.{name}")
     except ImportError:
         return None
-    return compiled
 
 
 def attention_update(
@@ -88,7 +88,7 @@ def take_chunks(
     """See ``reference.take_chunks``. Where no offered chunk beats a held one, there is nothing to sort."""
     if not bool((offered.amax(dim=1) > selection.scores.amin(dim=1)).any()):
         return
-    functions = _compiled() or reference
+    functions = loops("compiled") or reference
     reference.put_chunks(functions.select_chunks(selection, offered, first), kv, slots)
 
 
@@ -96,10 +96,10 @@ def chunk_scores(
     packed: Tensor, key: Tensor, chunk: int, scaling: float, baseline: Tensor, held: Tensor | None = None
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    functions = (None if key.dtype == torch.float32 else _compiled()) or reference
+    functions = (None if key.dtype == torch.float32 else loops("compiled")) or reference
     return functions.chunk_scores(packed, key, chunk, scaling, baseline, held)
 
 
 def decode_chunks(coded: CodedChunks, slots: int) -> tuple[Tensor, Tensor]:
     """See ``reference_codec.decode_chunks``."""
-    return (_compiled() or reference_codec).decode_chunks(coded, slots)
+    return (loops("compiled") or reference_codec).decode_chunks(coded, slots)

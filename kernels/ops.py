@@ -304,15 +304,5 @@ def wire_decode(coded: Tensor, kv: Tensor, format: WireFormat) -> None:
 def _wire_functions(kv: Tensor) -> ModuleType:
     if uses_triton(kv):
         return wire_codec
-    numba = None if kv.is_cuda or os.environ.get(CHOICE) == "torch" else _numba_wire()
+    numba = None if kv.is_cuda else cpu.loops("cpu_wire")
     return reference_wire if numba is None else numba
-
-
-@functools.cache
-def _numba_wire() -> ModuleType | None:
-    """The CPU's own coding of tiles; None where numba is not installed. Slow to load, so only when it is wanted."""
-    try:
-        from offload_triforce.kernels import cpu_wire
-    except ImportError:
-        return None
-    return cpu_wire

@@ -170,7 +170,7 @@ class CudaLane:
         with self._owner.under(self._stream), self._owner.span(self._name, f"{size / 1e6:.1f} MB", size):
             if first is not None:
                 first()
-            target.copy_(source, non_blocking=True)
+            self._copy(target, source)
             if then is not None:
                 then()
             landed = self._stream.record_event(torch.cuda.Event(enable_timing=True))
@@ -178,6 +178,10 @@ class CudaLane:
             source.record_stream(self._stream)  # the allocator must not reuse it before the copy is through
         self.moved += size
         return _CudaEvent(landed, self._owner)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        """On the current stream, which is this lane's."""
+        target.copy_(source, non_blocking=True)
 
     def close(self) -> None:
         """Let what is under way land."""
@@ -250,9 +254,6 @@ class CudaDevice:
 
     def launch(self, name: str, work: Callable[..., None], *args: Any) -> None:
         """Issue computation: CUDA calls return at once by themselves."""
-        if self.trace is None:
-            work(*args)
-            return
         with self.span(COMPUTE, name):
             work(*args)
 

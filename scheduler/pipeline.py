@@ -62,9 +62,7 @@ class TileStream:
         self._todo: Iterator[tuple[int, int]] = iter(())
         self._next: tuple[int, int] | None = None  # that is to be fetched next
         self._flying: deque[tuple[Tensor, Tensor, Event]] = deque()  # regions of the ring, as such and as tiles
-        self._shaped: dict[
-            Tensor, Tensor
-        ] = {}  # regions as raw tiles; there are few, and the host makes each only once
+        self._shaped: dict[Tensor, Tensor] = {}  # regions as raw tiles; the host makes each only once
 
     def begin(self, tiles: int) -> None:
         """Start a pass over ``tiles`` whole tiles per layer. What an interrupted pass left under way is awaited."""

@@ -78,7 +78,6 @@ class TileStore:
         early = [key for key in resident if not plan.is_late(*key)]
         self._resident = device.empty((len(early), *shape), dtype)
         self._places: dict[tuple[int, int], Tensor] = {key: self._resident[i] for i, key in enumerate(early)}
-        self._early = frozenset(early)
         form, place, kind = None, shape, dtype
         if plan.coded_bytes and not device.unified:
             form = WireFormat(plan.kv_heads, plan.tile_tokens, plan.head_dim, dtype)
@@ -94,6 +93,7 @@ class TileStore:
                 slabs.append(tiles)
             self._places.update({(layer, tile): tiles[i] for i, tile in enumerate(streamed)})
         self._slabs = slabs
+        self._early = frozenset(self._places if device.unified else early)
         self._pinner: Pinner | None = None
         pin = None
         if self._resident.is_cuda:
@@ -122,7 +122,7 @@ class TileStore:
 
     def is_resident(self, layer: int, tile: int) -> bool:
         """Whether this tile lies on the device now."""
-        return self._device.unified or (layer, tile) in self._early or (layer, tile) in self.late.places
+        return (layer, tile) in self._early or (layer, tile) in self.late.places
 
     def stream_order(self, tiles: int) -> Iterator[tuple[int, int]]:
         """The (layer, tile) that a pass fetches now, in order, when each layer has ``tiles`` whole tiles."""
@@ -145,7 +145,7 @@ class TileStore:
             MemoryLimitError: its place could not be pinned.
         """
         place = self._places[layer, tile]
-        if self._device.unified or (layer, tile) in self._early:
+        if (layer, tile) in self._early:
             place.copy_(kv)
             return self._device.record()
         self.late.write((layer, tile), kv)

@@ -8,12 +8,10 @@ activations do is not slowed. Only bytes that are wanted are counted as moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from offload_triforce.scheduler.device import D2H, H2D, CudaDevice, CudaLane, Event
+from offload_triforce.scheduler.device import D2H, H2D, CudaDevice, CudaLane
 from offload_triforce.scheduler.pinning import cuda_pin, cuda_unpin
 
 BUFFER = 16 << 20
@@ -28,26 +26,10 @@ class BallastLane(CudaLane):
         self._buffers = target, source
         self._owed = 0.0  # less than a byte, from rounding
 
-    def submit(
-        self,
-        target: Tensor,
-        source: Tensor,
-        after: Event | None = None,
-        first: Callable[[], None] | None = None,
-        then: Callable[[], None] | None = None,
-    ) -> Event:
-        """Queue a copy, and its ballast behind it."""
-
-        def drag_along() -> None:
-            self._drag(source.nbytes)
-            if then is not None:
-                then()
-
-        return super().submit(target, source, after, first, drag_along)
-
-    def _drag(self, size: int) -> None:
-        """Copy the ballast of ``size`` bytes, on the current stream."""
-        self._owed += self.drag * size
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        """A copy, and its ballast behind it."""
+        super()._copy(target, source)
+        self._owed += self.drag * source.nbytes
         left = int(self._owed)
         self._owed -= left
         self.ballast += left

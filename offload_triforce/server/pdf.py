@@ -23,14 +23,6 @@ MOST_BYTES = 32_000_000
 MOST_SECONDS = 60.0
 
 
-class _RefusedError(Exception):
-    """What is said, and the status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 def pdf_router(
     read_seconds: float = 30.0, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS
 ) -> APIRouter:
@@ -45,9 +37,8 @@ def pdf_router(
             body = await _body(request, most_bytes, read_seconds)
             async with turn:
                 return JSONResponse(await _read(body, most_seconds))
-        except _RefusedError as error:
-            shape = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
-            return JSONResponse({"error": shape}, status_code=error.status)
+        except ApiError as error:
+            return JSONResponse(error.openai(), status_code=error.status, headers=error.headers)
 
     router.add_api_route("/page/pdf", read, methods=["POST"], include_in_schema=False)
     return router
@@ -58,9 +49,10 @@ async def _body(request: Request, most: int, seconds: float) -> bytes:
     try:
         return await read_body(request, most, seconds)
     except ApiError as error:
-        too_large = error.status == 413
-        what = f"The file is larger than {most / 1e6:g} MB, the most that is read" if too_large else str(error)
-        raise _RefusedError(what, error.status) from None
+        if error.status != 413:
+            raise
+        message = f"The file is larger than {most / 1e6:g} MB, the most that is read"
+        raise ApiError(413, message, headers=error.headers) from None
 
 
 async def _read(body: bytes, most_seconds: float) -> dict[str, Any]:
@@ -72,7 +64,7 @@ async def _read(body: bytes, most_seconds: float) -> dict[str, Any]:
     try:
         said, _ = await asyncio.wait_for(reader.communicate(body), most_seconds)
     except asyncio.TimeoutError:
-        raise _RefusedError(f"The PDF could not be read within {most_seconds:g} s", 422) from None
+        raise ApiError(422, f"The PDF could not be read within {most_seconds:g} s") from None
     finally:
         if reader.returncode is None:  # too slow, or the client has gone
             reader.kill()
@@ -80,7 +72,7 @@ async def _read(body: bytes, most_seconds: float) -> dict[str, Any]:
     try:
         found = json.loads(said)
     except ValueError:
-        raise _RefusedError("The PDF could not be read: it needs more memory or time than it is given", 422) from None
+        raise ApiError(422, "The PDF could not be read: it needs more memory or time than it is given") from None
     if "error" in found:
-        raise _RefusedError(found["error"], found["status"])
+        raise ApiError(found["status"], found["error"])
     return found

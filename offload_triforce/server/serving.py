@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -98,3 +102,26 @@ def make_server(app: FastAPI, options: ServerOptions, log_level: str = "info") -
         timeout_graceful_shutdown=max(1, round(options.grace_seconds)),
     )
     return Server(config)
+
+
+@contextlib.contextmanager
+def in_background(app: FastAPI, options: ServerOptions) -> Iterator[str]:
+    """The address of a server that runs in a thread of this process meanwhile.
+
+    Raises:
+        RuntimeError: it did not start, or did not end.
+    """
+    server = make_server(app, options, "warning")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server did not start")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    if thread.is_alive():
+        raise RuntimeError("the server did not end")

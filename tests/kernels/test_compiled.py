@@ -82,11 +82,11 @@ def test_unpacking(bits, heads, slots, chunk, dim):
 
 
 def test_torch_serves_where_numba_is_missing_or_forbidden(monkeypatch):
-    assert cpu._compiled() is compiled
+    assert cpu.loops("compiled") is compiled
     monkeypatch.setenv(cpu.CHOICE, "torch")
-    assert cpu._compiled() is None
+    assert cpu.loops("compiled") is None
     monkeypatch.delenv(cpu.CHOICE)
-    monkeypatch.setattr(cpu, "_import_compiled", lambda: None)
+    monkeypatch.setattr(cpu, "_import_loops", lambda name: None)
     key = torch.randn(2, 16, 4).bfloat16()
     args = torch.randn(2, 3, 4).bfloat16(), key, 4, 0.5, torch.zeros(2, 3)
     assert torch.equal(cpu.chunk_scores(*args), reference.chunk_scores(*args))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from offload_triforce.kernels import ops, reference_wire
+from offload_triforce.kernels import cpu, ops, reference_wire
 from offload_triforce.kernels.wire_format import BLOCK, MANTISSA, WireFormat, parts
 from tests.kernels.wire_tiles import (
     HALVES,
@@ -142,7 +142,7 @@ def test_which_way(monkeypatch):
     monkeypatch.setenv(ops.CHOICE, "torch")
     assert ops._wire_functions(kv) is reference_wire
     monkeypatch.delenv(ops.CHOICE)
-    monkeypatch.setattr(ops, "_numba_wire", lambda: None)
+    monkeypatch.setattr(cpu, "_import_loops", lambda name: None)
     assert ops._wire_functions(kv) is reference_wire
 
 

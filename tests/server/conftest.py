@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 
 import pytest
 
@@ -13,7 +11,7 @@ pytest.importorskip("fastapi")
 from offload_triforce import TriForce
 from offload_triforce.server.app import make_app
 from offload_triforce.server.options import ServerOptions
-from offload_triforce.server.serving import make_server
+from offload_triforce.server.serving import in_background
 from tests.byte_tokenizer import byte_tokenizer
 from tests.server.browsing import chromium  # noqa: F401  # a fixture
 from tests.tiny import build
@@ -38,19 +36,8 @@ def serving(engine, **options):
     """(address, service) of a server that runs meanwhile."""
     chosen = ServerOptions(**{"names": ("tiny", "other"), "port": 0, "grace_seconds": 2.0, **options})
     app = make_app(engine, chosen)
-    server = make_server(app, chosen, "warning")
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}", app.state.service
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
+    with in_background(app, chosen) as address:
+        yield address, app.state.service
 
 
 @pytest.fixture(scope="session")

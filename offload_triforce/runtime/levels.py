@@ -115,9 +115,16 @@ class RetrievalLevel(_Level):
 class TargetLevel(_Level):
     """Level 2: attends to everything, and (with ``refresh``) chooses for the retrieval cache on the way."""
 
-    def __init__(self, model: PreTrainedModel, caches: TargetCaches, refresh: Choosing) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        caches: TargetCaches,
+        refresh: Choosing,
+        rests: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``rests``: whether the retrieval level is not used for now, so that its choice can stay as it is."""
         super().__init__(model, caches, caches.recurrent and caches.recurrent.nodes)
-        self.refresh = refresh
+        self.refresh, self._rests = refresh, rests
         self._idle: Callable[[], object] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: ops.AttentionParams) -> Tensor:
@@ -127,7 +134,7 @@ class TargetLevel(_Level):
             return caches.window.attend(index, query, key, value, params, step)
 
         def observe(packed: Tensor, baseline: Tensor, scaling: float) -> Refresh:
-            anew = self.refresh == "each pass"
+            anew = self.refresh == "each pass" and not self._rests()
             return caches.retrieval.refresh(index, packed, baseline, scaling, caches.length, anew)
 
         observer = None if self.refresh == "never" else observe

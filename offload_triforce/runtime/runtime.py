@@ -34,9 +34,13 @@ from offload_triforce.scheduler.states import HostStates
 from offload_triforce.scheduler.store import TileStore
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
+from offload_triforce.speculation.direct import MOST, DirectDrafter, RestingDrafter
 from offload_triforce.speculation.draft_selector import Drafter, DraftSelector
+from offload_triforce.speculation.hierarchy import Proposer
+from offload_triforce.speculation.ngram import NgramDrafter
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter
+from offload_triforce.speculation.trials import Trials
 
 # Newest queries of the prompt that make the first choice of chunks: about as many as a pass verifies later.
 PREFILL_QUERIES = 16
@@ -166,27 +170,37 @@ class Runtime:
         """Bytes that a full KV cache of that many tokens holds; sliding layers hold their window, others a state."""
         return sum(self.layout.held_bytes(layer, tokens) for layer in range(len(self.layout.layers)))
 
-    def target(self, refresh: Choosing) -> TargetLevel:
-        """Level 2 over these caches."""
-        return TargetLevel(self.model, self.caches, refresh)
+    def target(self, refresh: Choosing, rests: Callable[[], bool] = lambda: False) -> TargetLevel:
+        """Level 2 over these caches. ``rests``: see ``TargetLevel``."""
+        return TargetLevel(self.model, self.caches, refresh, rests)
 
     def levels(
         self, drafters: Sequence[Drafter], rule: AcceptanceRule, stats: DecodeStats, ended: Callable[[int], bool]
-    ) -> tuple[TargetLevel, TreeDrafter]:
-        """Level 2, and level 1 with its drafters, for one text."""
+    ) -> tuple[TargetLevel, Proposer]:
+        """Level 2, and level 1 with its drafters, for one text.
+
+        A CPU that attends to tiles where they lie has cheap passes: there, level 1 has to show first that it pays.
+        Look-up costs nothing, so that it may draft for the target itself; whoever names a model wants it to be asked.
+        """
         settings, costs = self.settings, make_costs(self.settings.draft_cost)
+        free = all(isinstance(drafter, NgramDrafter) for drafter in drafters)
+        trials = Trials() if self.device.unified and costs.timed and settings.adaptive and free else None
+        controller = DraftController(costs, trials)
         tree_drafter = TreeDrafter(
             RetrievalLevel(self.model, self.caches, self.graphs),
             DraftSelector(drafters, settings.gamma1, settings.adaptive, self.device if costs.timed else None),
             rule,
             limits_of(settings),
             AcceptanceModel(rule.prior),
-            DraftController(costs),
+            controller,
             ended,
             stats,
             self.device,
         )
-        return self.target(choosing(settings)), tree_drafter
+        target = self.target(choosing(settings), lambda: controller.rests)
+        if trials is None:
+            return target, tree_drafter
+        return target, RestingDrafter(tree_drafter, DirectDrafter(DraftSelector(drafters, MOST, adaptive=True), stats))
 
     def close(self) -> None:
         """Stop the copies. The memory is given back with the last reference to the caches."""

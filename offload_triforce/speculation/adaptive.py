@@ -13,6 +13,7 @@ import numpy as np
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.latency import LatencyFit
 from offload_triforce.speculation.tree import Candidates
+from offload_triforce.speculation.trials import Trials
 
 # Odds that a candidate is what the target takes, by rank and kind (see ``acceptance``). Where measurement begins.
 PRIOR_WEIGHT = 12.0
@@ -70,6 +71,9 @@ class Costs(Protocol):
     def of_step(self, tokens: int) -> float:
         """What a step of that many tokens costs."""
 
+    def of_pass(self, nodes: int) -> float:
+        """What a pass over that many nodes costs."""
+
     def mean(self, rounds: Sequence[float]) -> float:
         """What a round costs, by those that have been."""
 
@@ -105,8 +109,12 @@ class MeasuredCosts:
         return seconds
 
     def of_step(self, tokens: int) -> float:
+        """See ``Costs``. The first one has to be made to tell."""
+        return self.steps.at(tokens) if self.steps else 0.0
+
+    def of_pass(self, nodes: int) -> float:
         """See ``Costs``."""
-        return self.steps.at(tokens)
+        return self.passes.at(nodes) if self.passes else 0.0
 
     def mean(self, rounds: Sequence[float]) -> float:
         """See ``Costs``. The first rounds are no measure: kernels are compiled and graphs captured in them."""
@@ -150,6 +158,10 @@ class GivenCosts:
         """See ``Costs``."""
         return self.draft_cost
 
+    def of_pass(self, nodes: int) -> float:
+        """See ``Costs``."""
+        return 1.0
+
     def mean(self, rounds: Sequence[float]) -> float:
         """See ``Costs``."""
         return statistics.fmean(rounds)
@@ -171,8 +183,9 @@ def make_costs(draft_cost: float | None) -> Costs:
 class DraftController:
     """How far drafting pays: tokens per unit of cost in the last rounds, and what another step would cost."""
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, trials: Trials | None = None) -> None:
+        """``trials``: whether steps pay at all, where that has to be found out."""
+        self.costs, self._trials = costs, trials
         self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
         self._spent = self._hidden = 0.0
         self._stepped = False
@@ -190,8 +203,25 @@ class DraftController:
 
     def round(self, nodes: int, seconds: float, new_tokens: int, slack: Slack) -> None:
         """A pass over that many nodes ended a round, which brought that many tokens. ``slack``: of that pass."""
-        self._rounds.append((new_tokens, self._spent + self.costs.verified(nodes, seconds, slack)))
+        cost = self._spent + self.costs.verified(nodes, seconds, slack)
+        self._rounds.append((new_tokens, cost))
+        if self._trials is not None:
+            self._trials.round(new_tokens, cost)
         self._spent = self._hidden = 0.0
+
+    def begin_round(self) -> None:
+        """A round begins: it is decided whether level 1 is tried again."""
+        if self._trials is not None:
+            self._trials.begin()
+
+    @property
+    def rests(self) -> bool:
+        """Whether level 1 makes no steps for now, as they do not pay."""
+        return self._trials is not None and self._trials.resting
+
+    def gives_up(self) -> bool:
+        """Whether the first step of a trial says that no tree can pay. Level 1 then rests."""
+        return self._trials is not None and self._stepped and self._trials.too_dear(self.costs.of_step(1))
 
     def has_time(self, tokens: int) -> bool:
         """Whether a step of that many tokens would still be hidden by the pass that is under way."""

@@ -136,12 +136,16 @@ class TreeDrafter:
         """The text now ends with ``token`` after a node of the tree: keep what was drafted to follow that."""
         tree, end = self._tree, node.known.get(token)
         if end is None:
-            self._tree = None
-            self.level.keep([])
+            self.forget()
             return
         place = {held: number for number, held in enumerate(tree.held)}
         self._tree = tree.moved_to(end)
         self.level.keep([place[held] for held in self._tree.held])
+
+    def forget(self) -> None:
+        """Nothing of what was drafted is of use any more."""
+        self._tree = None
+        self.level.keep([])
 
     def _wanted(self, steps: int) -> list[Node]:
         """The leaves for another step, if it pays: what it is expected to add to what is accepted, against its cost."""
@@ -151,6 +155,8 @@ class TreeDrafter:
             return self._leaves() if len(self._tree.draft_tokens) < limits.nodes else []
         if not controller.known:
             return self._leaves() if steps < controller.costs.first_steps else []
+        if steps and controller.gives_up():
+            return []
         leaves = self._leaves()
         gain = sum(leaf.path_probability for leaf in leaves)
         return leaves if leaves and gain > controller.step_cost(len(leaves)) / controller.value else []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from offload_triforce import TriForce
+from offload_triforce.runtime import runtime
 from offload_triforce.scheduler.host import HostDevice
 from offload_triforce.scheduler.store import TileStore
+from tests.speculation.toys import Turns
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 HOW = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "chunk": 4, "gamma": 6, "context": 320}
@@ -34,6 +36,28 @@ def test_at_a_temperature_it_is_what_a_link_brings():
     plain = answer("llama", 0.8, gamma=0, draft="none")[0]
     assert bare.token_ids == linked.token_ids == plain.token_ids
     assert linked.stats.link_bytes > 0
+
+
+def test_look_up_drafts_for_the_target_while_level_1_rests():
+    stats = answer("llama")[0].stats
+    assert stats.draft.proposed > 0
+    assert stats.steps < stats.passes
+
+
+@pytest.mark.parametrize("settled", [{"draft_cost": 0.05}, {"adaptive": False}, {"draft": "none", "draft_cost": 0.05}])
+def test_whoever_settles_what_drafting_costs_gets_level_1(settled):
+    stats = answer("llama", **settled)[0].stats
+    assert stats.steps >= stats.passes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
+def test_what_level_1_has_not_seen_while_it_rested_it_catches_up_with(monkeypatch, family):
+    """Rounds with it and without it in turns: the same text, and its choice is of all that has been said."""
+    monkeypatch.setattr(runtime, "Trials", lambda: Turns((True, True, False)))
+    result, _, _ = answer(family)
+    assert result.token_ids == greedy(tiny_model(family, seed=1, calm=True), PROMPT, NEW)
+    assert 0 < result.stats.steps
+    assert result.stats.retrieval.rate > 0.5
 
 
 def test_a_lost_tile_shows(monkeypatch):

@@ -97,6 +97,27 @@ def test_adaptive_length(cost, seed):
     assert error(case)[0] < 1e-12
 
 
+@pytest.mark.parametrize("resting", [(True,), (True, False), (False, True, True)])
+@pytest.mark.parametrize("draft", ["onehot", "sampled"])
+def test_drafts_straight_to_the_target(draft, resting):
+    """While level 1 rests, and where it begins and ends to."""
+    wrong, (_, level2) = error(Case(draft, 2, 2, tokens=3, more=1, adaptive=0.3, resting=resting))
+    assert wrong < 1e-12
+    assert level2 > 0.3
+
+
+def test_a_target_that_minds_what_was_drafted_for_it_shows(monkeypatch):
+    """It takes the same token wherever anything was drafted."""
+    real = Resampled.verdict
+
+    def mutant(self, logits, place, candidates, offered, told=None):
+        return 1 if offered else real(self, logits, place, candidates, offered, told)
+
+    monkeypatch.setattr(Resampled, "verdict", mutant)
+    wrong, _ = error(Case("onehot", 2, 2, tokens=3, more=1, adaptive=0.3, resting=(True,)))
+    assert wrong > 1e-3
+
+
 @pytest.mark.parametrize("draft", ["none", "onehot", "sampled"])
 def test_up_to_the_limit(draft):
     """The limit of new tokens shortens the last passes; whole texts of up to three tokens are compared."""

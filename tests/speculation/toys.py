@@ -13,6 +13,7 @@ from offload_triforce.scheduler.clock import HostClock
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, make_costs
+from offload_triforce.speculation.direct import DirectDrafter, RestingDrafter
 from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.hierarchy import decode
 from offload_triforce.speculation.place import PathState, Place
@@ -212,6 +213,22 @@ class ToyDrafter:
 FLAT = ((0.6,) * 16, (0.3,) * 16, (0.1,) * 16)
 
 
+class Turns:
+    """Trials whose outcome is settled: level 1 rests in the rounds that ``resting`` says, and then begins again."""
+
+    def __init__(self, resting):
+        self._rounds, self.resting = itertools.cycle(resting), True
+
+    def begin(self):
+        self.resting = next(self._rounds)
+
+    def too_dear(self, step):
+        return False
+
+    def round(self, new_tokens, cost):
+        pass
+
+
 class Case:
     """Runs of ``decode`` over toys.
 
@@ -221,6 +238,7 @@ class Case:
         tokens: compared. more: how many more could have come, so that passes have full length.
         adaptive: what a step costs, in passes; None grows all trees to their limits.
         endless: whether no token ends a text.
+        resting: in which rounds level 1 rests, so that the drafter drafts for the target itself.
     """
 
     def __init__(
@@ -239,9 +257,10 @@ class Case:
         adaptive=None,
         likeness=0.0,
         endless=False,
+        resting=None,
     ):
         self.end = None if endless else EOS
-        self.draft, self.gamma1, self.spare, self.adaptive = draft, gamma1, spare, adaptive
+        self.draft, self.gamma1, self.spare, self.adaptive, self.resting = draft, gamma1, spare, adaptive, resting
         self.tokens, self.more, self.tables = tokens, more, Tables(seed, style, likeness=likeness)
         nodes = nodes or gamma
         room = 2 * nodes + 1 + width + gamma1
@@ -253,7 +272,7 @@ class Case:
         text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
         drafts = [] if self.draft == "none" else [ToyDrafter(self.tables, self.draft, rule)]
         target, level = ToyTarget(self.tables, text, self.spare), ToyLevel(self.tables, text)
-        controller = DraftController(make_costs(self.adaptive))
+        controller = DraftController(make_costs(self.adaptive), Turns(self.resting) if self.resting else None)
         if self.spare:
             controller.has_time = lambda tokens: not controller.busy
             controller.busy = True
@@ -278,6 +297,9 @@ class Case:
             stats,
             HostClock(),
         )
+        if self.resting:
+            direct = DirectDrafter(DraftSelector(drafts, self.gamma1, adaptive=False), stats)
+            tree_drafter = RestingDrafter(tree_drafter, direct)
         out = [] if out is None else out
         for new in decode(target, tree_drafter, rule, text, limit, stats, self.stop):
             assert new

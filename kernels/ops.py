@@ -187,7 +187,7 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, params: Attenti
     grouped = query.dtype == torch.float32 and query.shape[0] != key.shape[0]
     fused = params.softcap is None and params.sinks is None and not grouped
     if fused or not uses_triton(query):
-        return reference.prefill_attention(query, key, value, params)
+        return _torch_functions(query).prefill_attention(query, key, value, params)
     attention, tokens = RunningAttention(), query.shape[1]
     attention.start(query, key.shape[0], params)
     attention.update(key, value, own_tokens(tokens, query.device))

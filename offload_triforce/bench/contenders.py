@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from offload_triforce.bench.answering import Answering, Case, Read
+from offload_triforce.bench.pace import Pace, paced
 from offload_triforce.bench.peak import PeakMemory
 from offload_triforce.bench.speculation import SHARE, equal_memory
 from offload_triforce.config import Settings, replace_settings
@@ -79,11 +80,17 @@ def streamed_bytes(engine: TriForce, capacity: int, tokens: int) -> int:
 
 
 def answer_ours(
-    engine: TriForce, way: str, case: Case, read: Read | None, make_device: Callable[[], Device]
+    engine: TriForce,
+    way: str,
+    case: Case,
+    read: Read | None,
+    make_device: Callable[[], Device],
+    pace: Pace | None = None,
 ) -> Outcome:
     """One of OURS. Warmed up by a short answer, which on a CPU sees no link.
 
     ``read``: the prompt as it was read before, instead of a prefill for each way. ``make_device``: with its link.
+    ``pace``: at which the answer is computed.
 
     Raises:
         MemoryLimitError: does not fit.
@@ -93,7 +100,9 @@ def answer_ours(
         PeakMemory(engine.layout.device) as peak,
         Answering.warm(engine, settings, case, read, make_device()) as answering,
     ):
-        stream, prefill_s = answering.answer(), answering.prefill_s
+        with paced(engine.model, pace):
+            stream = answering.answer()
+        prefill_s = answering.prefill_s
         ttft_s = prefill_s if read is None else _beside_link(read, answering.session.runtime)
     stats = stream.stats
     link_gbps = stats.link_bytes / stats.decode_s / 1e9

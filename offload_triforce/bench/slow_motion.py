@@ -1,16 +1,14 @@
 """A card in slow motion: this machine computes, and the link is slowed as much as this machine is slower than the card.
 
 What speculation over a slow link gains depends on proportions: what a step costs against what a pass costs. So link
-and computation are slowed by one common factor. The computation cannot be chosen, so the factor is what it is here:
+and computation are slowed by one common factor, the largest that any piece of work needs:
 
-    factor = time of a step of the retrieval level here / time that the card's memory needs for the bytes of that step
+    factor = the largest of (time that a piece of work takes here / time that the card would need for it)
     emulated link = the card's link / factor
 
-**Which computation.** A step of the retrieval level with one token: it reads all weights once, it is what drafting is
-paid with, and of all that is computed while decoding it is what a CPU is least bad at, compared to a card. More tokens
-at a time cost a card next to nothing more, and a CPU nearly in proportion. No common factor fits both. With this one
-the link is too fast for all the wider steps and passes, rather than too slow: what speculation gains comes out too
-small, not too large. By how much each of them misses is measured and reported: ``misses``.
+That is a pass over a whole tree: more tokens at a time cost a card next to nothing more, and a CPU nearly in
+proportion. All other work is held up until it takes its share (``pace``), and measured again: ``proportions`` says what
+each then takes, over what it should; 1 is right.
 
 **What it is not.** The card's times come from bytes over bandwidth (and FLOPs, where they take longer), with the shares
 of ``Speeds``; launching kernels is left out, which a small model on a real card may well be bound by. Sizes are those
@@ -21,13 +19,14 @@ time to first token is in no proportion to the card's. Nothing of it was measure
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from offload_triforce.bench.pace import Pace, Work, paced
 from offload_triforce.bench.subject import QUERIES, Subject
 from offload_triforce.config import Settings
 from offload_triforce.machine.hardware import Machine
@@ -37,7 +36,7 @@ from offload_triforce.planner.predict import layer_seconds, mixing_flops, reside
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.simulate import Speeds
 
-STEPS, PASSES = 15, 3  # that are timed; the median counts
+TIMES = {"step": 9, "pass": 3}  # that work is timed; the median counts
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,37 @@ class SlowMotion:
     """A card, and how much slower than it everything is here.
 
     Attributes:
-        card: its name. card_gbps: its link, GB/s.
-        measured_s, card_s: the step that the factor comes from, here and there.
-        context: tokens of the text that it was measured at.
-        misses: for other pieces of work, how many times too slow they are here for that factor (below 1: too fast).
+        card: its name. card_gbps: its link, GB/s. context: tokens of the text that it was measured at.
+        took, card_s: seconds of pieces of work, here and there.
+        proportions: what pieces of work that are held up take here, over what they should.
     """
 
     card: str
     card_gbps: float
-    measured_s: float
-    card_s: float
     context: int
-    misses: dict[str, float]
+    took: dict[Work, float]
+    card_s: dict[Work, float]
+    proportions: dict[Work, float]
+
+    @property
+    def widest(self) -> Work:
+        """The piece of work that is slowest here, compared to the card: it sets the factor."""
+        return max(self.took, key=lambda work: self.took[work] / self.card_s[work])
 
     @property
     def factor(self) -> float:
         """How many times slower than on the card."""
-        return self.measured_s / self.card_s
+        return self.took[self.widest] / self.card_s[self.widest]
 
     @property
     def gbps(self) -> float:
         """The emulated link, GB/s in each direction."""
         return self.card_gbps / self.factor
+
+    @property
+    def pace(self) -> Pace:
+        """How long each piece of work is held up."""
+        return Pace({work: self.factor * self.card_s[work] - took for work, took in self.took.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,47 +83,56 @@ class SlowMotion:
             "factor": self.factor,
             "card_link_gbps": self.card_gbps,
             "link_gbps": self.gbps,
-            "calibrated_on": f"a step of the retrieval level with 1 token, {self.context:,} tokens of text",
-            "measured_ms": 1e3 * self.measured_s,
-            "card_ms": 1e3 * self.card_s,
-            "misses": self.misses,
+            "calibrated_on": f"a {named(self.widest)}, {self.context:,} tokens of text",
+            "measured_ms": {named(work): 1e3 * seconds for work, seconds in self.took.items()},
+            "card_ms": {named(work): 1e3 * seconds for work, seconds in self.card_s.items()},
+            "proportions": {named(work): ratio for work, ratio in self.proportions.items()},
             "note": f"emulated: not measured on the {self.card}",
         }
 
 
+def named(work: Work) -> str:
+    """In words."""
+    kind, tokens = work
+    return f"{kind} of {tokens} token{'s' if tokens > 1 else ''}"
+
+
 def calibrate(model: PreTrainedModel, layout: ModelLayout, machine: Machine, context: int) -> SlowMotion:
-    """Time the model's own steps and passes here, with no link in the way, over ``context`` random keys and values.
+    """Time the model's own steps and passes here over ``context`` random keys and values, with nothing to be copied.
 
     ``machine``: the card, its link and its speeds.
     """
-    settings = Settings(graphs=False)
+    settings = Settings(graphs=False, resident=1.0)
     wide = settings.width + settings.gamma1
+    fitted = [("step", 1), ("step", wide), ("pass", 1), ("pass", QUERIES), ("pass", settings.block)]
+    between = [("step", wide // 2), ("pass", settings.block // 4)]
+    shape = shape_of_loaded(model, layout)
     subject = Subject(model, settings, torch.arange(context) % layout.vocabulary, EmulatedDevice())
     try:
         subject.fill()
-        took = {("step", n): _median(subject.draft, n, STEPS) for n in (1, wide)}
-        took |= {("pass", n): _median(subject.verify, n, PASSES) for n in (1, QUERIES, settings.block)}
+        slow = compare({work: _median(subject, work) for work in fitted}, shape, machine, settings, context)
+        with paced(model, slow.pace):
+            held_up = {work: _median(subject, work) for work in fitted + between}
     finally:
         subject.close()
-    return compare(took, shape_of_loaded(model, layout), machine, settings, context)
+    card = on_card(held_up, shape, machine, settings, context)
+    return replace(slow, proportions={work: held_up[work] / card[work] / slow.factor for work in held_up})
 
 
 def compare(
-    took: dict[tuple[str, int], float], model: ModelShape, machine: Machine, settings: Settings, context: int
+    took: dict[Work, float], model: ModelShape, machine: Machine, settings: Settings, context: int
 ) -> SlowMotion:
-    """The factor, from seconds that pieces of work took here: ("step" or "pass", tokens that it reads)."""
-    card = {
-        (kind, n): (resident_step if kind == "step" else card_pass)(model, settings, context, machine.speeds, n)
-        for kind, n in took
-    }
-    base = ("step", 1)
-    factor = took[base] / card[base]
-    misses = {
-        f"{kind} of {n} token{'s' if n > 1 else ''}": seconds / card[kind, n] / factor
-        for (kind, n), seconds in took.items()
-        if (kind, n) != base
-    }
-    return SlowMotion(machine.name, machine.link_gbps, took[base], card[base], context, misses)
+    """What follows from the seconds that pieces of work took here. Proportions are yet to be measured."""
+    card = on_card(took, model, machine, settings, context)
+    return SlowMotion(machine.name, machine.link_gbps, context, took, card, {})
+
+
+def on_card(
+    works: Iterable[Work], model: ModelShape, machine: Machine, settings: Settings, context: int
+) -> dict[Work, float]:
+    """Seconds that pieces of work take on a card."""
+    seconds = {"step": resident_step, "pass": card_pass}
+    return {(kind, n): seconds[kind](model, settings, context, machine.speeds, n) for kind, n in works}
 
 
 def card_pass(model: ModelShape, settings: Settings, context: int, speeds: Speeds, tokens: int) -> float:
@@ -133,6 +150,8 @@ def card_pass(model: ModelShape, settings: Settings, context: int, speeds: Speed
     return seconds
 
 
-def _median(work: Callable[[int], float], tokens: int, times: int) -> float:
-    work(tokens)  # warms up
-    return statistics.median(work(tokens) for _ in range(times))
+def _median(subject: Subject, work: Work) -> float:
+    kind, tokens = work
+    do = subject.draft if kind == "step" else subject.verify
+    do(tokens)  # warms up
+    return statistics.median(do(tokens) for _ in range(TIMES[kind]))

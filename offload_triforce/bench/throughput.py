@@ -19,7 +19,7 @@ from offload_triforce.bench.contenders import (
     answer_theirs,
     streamed_bytes,
 )
-from offload_triforce.bench.slow_motion import calibrate
+from offload_triforce.bench.slow_motion import calibrate, named
 from offload_triforce.bench.stage import Say, Stage, ThroughputQuery, card_machine, check, set_up
 from offload_triforce.bench.tasks import TASKS, find_task, long_text, prompts
 from offload_triforce.errors import MemoryLimitError, TriForceError
@@ -165,7 +165,7 @@ def _answer(stage: Stage, way: str, case: Case, read: Read | None) -> Outcome | 
         return reason
     try:
         if way in OURS:
-            return answer_ours(stage.engine, way, case, read, stage.make_device)
+            return answer_ours(stage.engine, way, case, read, stage.make_device, stage.slow and stage.slow.pace)
         if way == "transformers-offloaded":
             return answer_theirs(stage.engine.model, case, offloaded=True)
         return answer_theirs(stage.model_on_cpu, case, offloaded=False)
@@ -186,6 +186,8 @@ def _unavailable(stage: Stage, way: str, case: Case) -> str | None:
             return f"its copies lack a wait before {SOUND}, and tokens may be wrong; this is {transformers.__version__}"
         if stage.h2d:
             return "its copies cannot be slowed: leave --link out to compare with it"
+    if way == "transformers-cpu" and stage.slow is not None:
+        return f"it would run at this machine's own pace, in no proportion to the {stage.slow.card}'s"
     if way == "transformers-cpu":
         tokens, config = case.capacity, stage.engine.model.config.get_text_config()
         needed = tokens * sum(layout.token_bytes(layer) for layer in range(len(layout.layers)))
@@ -248,6 +250,7 @@ def _notes(stage: Stage) -> list[str]:
             "TTFT of our ways: the prompt was read once for all of them, with copies beside it reckoned at the link's "
             "speed, and then each one's own first pass"
         )
+    if stage.engine.layout.device.type == "cpu" and stage.slow is None:
         notes.append("transformers-cpu knows no link: it is what a device that holds the whole cache would do")
     if stage.slow is not None:
         slow = stage.slow
@@ -255,8 +258,8 @@ def _notes(stage: Stage) -> list[str]:
             f"emulated, not measured on the {slow.card}: link and computation are both {slow.factor:,.1f} times slower "
             f"(link {slow.gbps:.3g} for {slow.card_gbps:g} GB/s); TTFT is in no proportion to the card's"
         )
-        missed = ", ".join(f"{what} {times:.1f}x" for what, times in slow.misses.items())
+        held_up = ", ".join(f"{named(work)} {ratio:.2f}" for work, ratio in slow.proportions.items())
         notes.append(
-            f"the factor fits a step of one token; beyond it, other work is too slow here (below 1: too fast): {missed}"
+            f"the factor fits a {named(slow.widest)}, other work is held up; over what it should take: {held_up}"
         )
     return notes

@@ -147,15 +147,16 @@ def test_a_card_in_slow_motion(folder, tmp_path):
     slow, (row,), (limit,) = report["emulated"], report["rows"], report["limits"]
     assert (slow["card"], slow["card_link_gbps"]) == ("RTX 4090", 25)
     assert slow["link_gbps"] == pytest.approx(25 / slow["factor"])
-    assert slow["factor"] == pytest.approx(slow["measured_ms"] / slow["card_ms"])
+    took, card = slow["measured_ms"], slow["card_ms"]
+    assert slow["factor"] == pytest.approx(max(took[work] / card[work] for work in took))
     assert report["link"]["gbps"] == slow["link_gbps"]
     assert row["card_ms_per_token"] == pytest.approx(row["ms_per_token"] / slow["factor"])
     assert limit["card_ms_per_token"] == pytest.approx(limit["bytes"] / 25e9 * 1e3)
     assert limit["ms_per_token"] == pytest.approx(limit["card_ms_per_token"] * slow["factor"])
-    assert set(slow["misses"]) == {
-        "step of 12 tokens",
-        *(f"pass of {n}" for n in ("1 token", "13 tokens", "193 tokens")),
-    }
+    fitted = {f"step of {n}" for n in ("1 token", "12 tokens")}
+    fitted |= {f"pass of {n}" for n in ("1 token", "13 tokens", "193 tokens")}
+    assert set(took) == set(card) == fitted
+    assert set(slow["proportions"]) == fitted | {"step of 6 tokens", "pass of 48 tokens"}
     said = " ".join(result.stdout.split())
     assert "RTX 4090 EMULATED in slow motion" in said
     assert "not measured on that card" in said
@@ -179,9 +180,12 @@ def test_factor_by_hand(shape):
     passing = (2 * (4 * LAYER + 1.5 * 1000 * 256) + 4 * HEAD) / 100e9
     took = {("step", 1): 500 * step, ("step", 12): 1000 * step, ("pass", 1): 250 * passing}
     slow = compare(took, shape, machine, settings, 1000)
-    assert slow.factor == pytest.approx(500)
-    assert slow.gbps == pytest.approx(10 / 500)
-    assert slow.misses == pytest.approx({"step of 12 tokens": 2.0, "pass of 1 token": 0.5})
+    assert slow.factor == pytest.approx(1000)
+    assert slow.widest == ("step", 12)
+    assert slow.gbps == pytest.approx(10 / 1000)
+    assert slow.pace.pause("step", 12) == 0
+    assert slow.pace.pause("step", 1) == pytest.approx(500 * step)
+    assert slow.pace.pause("pass", 1) == pytest.approx(750 * passing)
 
 
 def test_a_card_bound_by_its_flops(shape):

@@ -42,6 +42,27 @@ def test_half_precision_rounds_once():
     assert torch.equal(attention.finish(), expected.bfloat16())
 
 
+@pytest.mark.parametrize("dim", [5, 64, 80])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "before"), [(3, 1, 7), (6, 40, 300), (12, 123, 1), (3, 64, 0), (6, 5, 2000)]
+)
+def test_prefill_attention(heads, tokens, before, dim):
+    chance = torch.Generator().manual_seed(0)
+    query = 3 * torch.randn(heads, tokens, dim, generator=chance)
+    key, value = torch.randn(2, 3, tokens + before + 5, dim, generator=chance)[:, :, 5:]  # strided
+    params = reference.AttentionParams(0.3)
+    ours, theirs = (f.prefill_attention(query, key, value, params) for f in (cpu, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"window": 9}, {"softcap": 2.0}, {"sinks": torch.ones(6)}])
+def test_prefill_attention_of_other_kinds_stays_the_twins(change):
+    query, (key, value) = torch.randn(6, 10, 16), torch.randn(2, 3, 40, 16)
+    params = reference.AttentionParams(0.3, **change)
+    ours, theirs = (f.prefill_attention(query, key, value, params) for f in (cpu, reference))
+    assert torch.equal(ours, theirs)
+
+
 def draw_choice(slots, count, seed):
     """Scores held by two heads, their chunks, the same as a set, and scores of ``count`` chunks on offer, 20 and on."""
     chance = torch.Generator().manual_seed(seed)

@@ -4,8 +4,8 @@ Measured on one thread of a busy machine, CPU time, 3 KV heads, D 64, fp32 unles
 
 - attention of 39 packed rows over tiles of 512 and 4096 tokens: 332 / 247 and 2815 / 1649 microseconds (torch's fused
   kernel; compiled loops were no faster for 3 rows, and many times slower for 39).
-- attention of a chunk of 1,024 tokens behind 1,024, 3,072 and 5,120 others, 9 heads, 2 threads: 23.1 / 18.3, 47.4 / 41.0
-  and 67.3 / 60.8 milliseconds (the triangle apart: torch's fused kernel knows none at the lower right).
+- attention of a chunk of 1,024 tokens behind 1,024, 3,072 and 5,120 others, 9 heads, 2 threads: 23.1 / 18.3,
+  47.4 / 41.0 and 67.3 / 60.8 milliseconds (the triangle apart: torch's fused kernel knows none at the lower right).
 - selection: 326 / 84 where no chunk enters, as with most tiles once a choice has settled; else 820 / 460 (compiled).
 - unpacking 120 chunks of 4 bits: 988 / 378 (compiled).
 - chunk scores of 3 rows, 768 chunks, bf16 and fp16: 2588 / 1398 and 3203 / 1601 (compiled); in fp32 torch takes half

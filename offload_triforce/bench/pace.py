@@ -1,8 +1,8 @@
 """Work that is held up, so that all of it is as many times slower here as on a card.
 
-A CPU does one token at a time nearly as fast as its memory allows, and many in proportion to their number, where a card
-takes them in hardly more time than one. So narrow steps and passes get a pause in each layer: copies go on meanwhile, as
-they would beside a computation that takes so long.
+A CPU does one token at a time nearly as fast as its memory allows, and many in proportion to their number, where a
+card takes them in hardly more time than one. So narrow steps and passes get a pause in each layer: copies go on
+meanwhile, as they would beside a computation that takes so long.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ time to first token is in no proportion to the card's. Nothing of it was measure
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.scheduler.simulate import Speeds
 
 TIMES = {"step": 9, "pass": 3}  # that work is timed; the median counts
+CORRECTIONS = 2  # of the pauses
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SlowMotion:
     Attributes:
         card: its name. card_gbps: its link, GB/s. context: tokens of the text that it was measured at.
         took, card_s: seconds of pieces of work, here and there.
-        proportions: what pieces of work that are held up take here, over what they should.
+        pauses: how long they are held up for that. proportions: what they then take here, over what they should.
     """
 
     card: str
@@ -54,6 +55,7 @@ class SlowMotion:
     context: int
     took: dict[Work, float]
     card_s: dict[Work, float]
+    pauses: dict[Work, float]
     proportions: dict[Work, float]
 
     @property
@@ -71,10 +73,9 @@ class SlowMotion:
         """The emulated link, GB/s in each direction."""
         return self.card_gbps / self.factor
 
-    @property
-    def pace(self) -> Pace:
-        """How long each piece of work is held up."""
-        return Pace({work: self.factor * self.card_s[work] - took for work, took in self.took.items()})
+    def over(self, works: Mapping[Work, float]) -> dict[Work, float]:
+        """Seconds that pieces of work have taken here beyond what they should."""
+        return {work: seconds - self.factor * self.card_s[work] for work, seconds in works.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -111,20 +112,30 @@ def calibrate(model: PreTrainedModel, layout: ModelLayout, machine: Machine, con
     try:
         subject.fill()
         slow = compare({work: _median(subject, work) for work in fitted}, shape, machine, settings, context)
-        with paced(model, slow.pace):
-            held_up = {work: _median(subject, work) for work in fitted + between}
+        for _ in range(CORRECTIONS):  # threads that wake up after a pause are slower
+            over = slow.over(_held_up(subject, slow, fitted))
+            slow = replace(slow, pauses={work: max(0.0, slow.pauses[work] - over[work]) for work in fitted})
+        found = _held_up(subject, slow, fitted + between)
     finally:
         subject.close()
-    card = on_card(held_up, shape, machine, settings, context)
-    return replace(slow, proportions={work: held_up[work] / card[work] / slow.factor for work in held_up})
+    card = on_card(found, shape, machine, settings, context)
+    return replace(slow, proportions={work: found[work] / card[work] / slow.factor for work in found})
+
+
+def _held_up(subject: Subject, slow: SlowMotion, works: Sequence[Work]) -> dict[Work, float]:
+    """Seconds that they take with their pauses."""
+    with paced(subject.model, Pace(slow.pauses)):
+        return {work: _median(subject, work) for work in works}
 
 
 def compare(
     took: dict[Work, float], model: ModelShape, machine: Machine, settings: Settings, context: int
 ) -> SlowMotion:
     """What follows from the seconds that pieces of work took here. Proportions are yet to be measured."""
-    card = on_card(took, model, machine, settings, context)
-    return SlowMotion(machine.name, machine.link_gbps, context, took, card, {})
+    slow = SlowMotion(
+        machine.name, machine.link_gbps, context, took, on_card(took, model, machine, settings, context), {}, {}
+    )
+    return replace(slow, pauses={work: -over for work, over in slow.over(took).items()})
 
 
 def on_card(

@@ -19,6 +19,7 @@ from offload_triforce.bench.contenders import (
     answer_theirs,
     streamed_bytes,
 )
+from offload_triforce.bench.pace import Pace
 from offload_triforce.bench.slow_motion import calibrate, named
 from offload_triforce.bench.stage import Say, Stage, ThroughputQuery, card_machine, check, set_up
 from offload_triforce.bench.tasks import TASKS, find_task, long_text, prompts
@@ -165,7 +166,7 @@ def _answer(stage: Stage, way: str, case: Case, read: Read | None) -> Outcome | 
         return reason
     try:
         if way in OURS:
-            return answer_ours(stage.engine, way, case, read, stage.make_device, stage.slow and stage.slow.pace)
+            return answer_ours(stage.engine, way, case, read, stage.make_device, stage.slow and Pace(stage.slow.pauses))
         if way == "transformers-offloaded":
             return answer_theirs(stage.engine.model, case, offloaded=True)
         return answer_theirs(stage.model_on_cpu, case, offloaded=False)

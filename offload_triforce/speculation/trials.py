@@ -1,7 +1,7 @@
 """Whether the steps of level 1 pay at all, where that is not known: it rests, and is tried now and then.
 
-A step of level 1 reads all weights once. Where a pass hardly costs more than that, as on a CPU that attends to a text in
-its own memory, no tree is worth its steps.
+A step of level 1 reads all weights once. Where a pass hardly costs more than that, as on a CPU that attends to a text
+in its own memory, no tree is worth its steps.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections import deque
 
 # Rounds of the past that count.
 ROUNDS = 16
-# A step of level 1 may cost this share of what a token costs without it: a tree takes several, and not all of them bring
-# a token.
+# A step of level 1 may cost this share of what a token costs without it: a tree takes several, and not each brings one.
 SHARE = 0.5
 # A trial may lose this share of the time since the last one.
 LOSS = 0.03

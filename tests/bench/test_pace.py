@@ -22,12 +22,12 @@ def test_between_what_is_known_it_is_a_straight_line(kind, tokens, seconds):
     assert Pace(PAUSES).pause(kind, tokens) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3.5"])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen3.5"])
 def test_each_piece_of_work_gets_its_own_and_a_prefill_none(monkeypatch, family):
     slept = []
     monkeypatch.setattr(pace.time, "sleep", slept.append)
     model = tiny_model(family)
-    subject = Subject(model, Settings(graphs=False, budget=104, tile=64), torch.arange(120), EmulatedDevice())
+    subject = Subject(model, Settings(graphs=False, budget=104, tile=64), torch.arange(120) % 60, EmulatedDevice())
     try:
         with paced(model, Pace(PAUSES)):
             subject.read()

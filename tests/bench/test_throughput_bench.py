@@ -183,9 +183,8 @@ def test_factor_by_hand(shape):
     assert slow.factor == pytest.approx(1000)
     assert slow.widest == ("step", 12)
     assert slow.gbps == pytest.approx(10 / 1000)
-    assert slow.pace.pause("step", 12) == 0
-    assert slow.pace.pause("step", 1) == pytest.approx(500 * step)
-    assert slow.pace.pause("pass", 1) == pytest.approx(750 * passing)
+    expected = {("step", 1): 500 * step, ("step", 12): 0.0, ("pass", 1): 750 * passing}
+    assert slow.pauses == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_card_bound_by_its_flops(shape):

@@ -186,6 +186,9 @@ class Growth:
             self.held += place.shares is not None
             if place is not root:
                 self._note(place)
+        for place in [root, *self.draft_tokens]:  # what was too unlikely seen from the old root need not be so now
+            if place.shares is not None:
+                self._offer_after(place)
 
     def limit(self, most: int) -> None:
         """There is use for so many draft tokens now."""
@@ -227,8 +230,12 @@ class Growth:
     def read(self, place: Place) -> None:
         """Level 1 reads it: draw its class, and make draft tokens of its candidates."""
         place.shares, self.held = self.draws.shares(), self.held + 1
-        for rank, share in enumerate(place.shares[: self.topk]):
-            chance = place.chance * share
+        self._offer_after(place)
+
+    def _offer_after(self, place: Place) -> None:
+        """Make draft tokens of those candidates that are none yet."""
+        for rank in range(len(place.children), min(self.topk, len(place.shares))):
+            chance = place.chance * place.shares[rank]
             if rank and chance < LEAST_PROBABILITY:
                 return
             child = Place(chance, place.depth + 1)

@@ -141,6 +141,8 @@ class TreeDrafter:
         place = {held: number for number, held in enumerate(tree.held)}
         self._tree = tree.moved_to(end)
         self.level.keep([place[held] for held in self._tree.held])
+        for held in [node for node in (self._tree.root, *self._tree.draft_tokens) if node.candidates is not None]:
+            self._offer_after(held)  # what was too unlikely seen from the old root need not be so now
 
     def forget(self) -> None:
         """Nothing of what was drafted is of use any more."""
@@ -230,8 +232,11 @@ class TreeDrafter:
         return drafted
 
     def _offer_after(self, node: Node) -> None:
-        """Make draft tokens of a node's candidates; and of what follows those, where level 0 has been there before."""
-        for rank in range(min(self.limits.topk, self.acceptance.ranks)):
+        """Make draft tokens of those candidates of a node that are none yet.
+
+        And of what follows those, where level 0 has been there before.
+        """
+        for rank in range(len(node.children), min(self.limits.topk, self.acceptance.ranks)):
             path_probability = node.path_probability * self.acceptance.chance(node.candidates, rank)
             if rank and path_probability < LEAST_PROBABILITY:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from offload_triforce.planner.rounds import Costs, Level0, PassCurve, pass_curve
 from offload_triforce.runtime.runtime import limits_of
 from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.scheduler.simulate import PassTime, chain, rounds
-from offload_triforce.speculation import adaptive, hierarchy
+from offload_triforce.speculation import adaptive, hierarchy, tree_drafter
 from offload_triforce.speculation.acceptance import DraftToken
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController, MeasuredCosts
 from offload_triforce.speculation.draft_selector import DraftSelector
@@ -137,19 +138,20 @@ def run(table, drafted, settings, given, tokens, monkeypatch):
     ids=["overlapped", "not overlapped", "dear steps", "the paper's", "dear passes"],
 )
 def test_rounds_are_those_of_the_real_tree_drafter(first, drafted, given, chosen, tokens, monkeypatch):
-    """Both draw by chance, the real one for some hundred rounds."""
+    """Both draw by chance, for some hundred rounds."""
     table = of_coupled().scaled(first)
     stats, took = run(table, drafted, chosen, given, tokens, monkeypatch)
-    told = walk_rounds(table, Level0(drafted), chosen, given)
+    told = walk_rounds(table, Level0(drafted), chosen, given, rounds=800)
     assert told.tokens == pytest.approx(stats.tokens_per_pass, rel=0.1)
     assert told.steps == pytest.approx((stats.steps - stats.steps_ahead) / stats.passes, rel=0.15)
     assert told.hidden == pytest.approx(stats.steps_ahead / stats.passes, rel=0.2)
-    assert told.picked == pytest.approx(stats.draft_tokens / stats.passes, rel=0.2)
+    assert told.picked == pytest.approx(stats.draft_tokens / stats.passes, rel=0.25)  # the last of them bring little
     assert told.ms_per_token == pytest.approx(1e3 * took / stats.new_tokens, rel=0.1)
 
 
 def test_what_is_known_of_the_controller_is_so():
     assert (walked.ROUNDS, walked.LATE) == (adaptive.ROUNDS, adaptive.LATE)
+    assert (walked.SMALL, walked.SIZES) == (tree_drafter.SMALL, tree_drafter.SIZES)
 
 
 @pytest.mark.parametrize(("rate", "drafted"), [(0.8, 0.35), (0.93, 0.0), (0.7, 0.8)])
@@ -179,6 +181,15 @@ def test_what_is_drafted_ahead_spares_steps_before_the_next_pass():
     ahead = walk_rounds(table, Level0(0.15), Settings(), given)
     alone = walk_rounds(table, Level0(0.15), Settings(overlap=False), given)
     assert ahead.ms_per_token < 0.97 * alone.ms_per_token
+
+
+def test_what_is_drafted_ahead_gets_the_branches_of_a_tree_from_the_root():
+    """A link as slow as a card's, and the longest trees: what was unlikely seen from the old root has become likely."""
+    table, chosen = of_coupled().scaled(0.933), Settings(draft_tokens=768, width=32)
+    given = costs(1.7, 1.6, 0.03, 0.018, 0.0)
+    both = (chosen, replace(chosen, overlap=False))
+    ahead, alone = (walk_rounds(table, Level0(0.15), settings, given).tokens for settings in both)
+    assert ahead > 0.97 * alone
 
 
 def test_a_short_answer_begins_and_ends():

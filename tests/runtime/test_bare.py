@@ -8,7 +8,7 @@ from offload_triforce import TriForce
 from offload_triforce.runtime import runtime
 from offload_triforce.scheduler.host import HostDevice
 from offload_triforce.scheduler.store import TileStore
-from tests.speculation.toys import Turns
+from tests.speculation.toys import Settled
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 HOW = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "chunk": 4, "gamma": 6, "context": 320}
@@ -53,7 +53,7 @@ def test_whoever_settles_what_drafting_costs_gets_level_1(settled):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
 def test_what_level_1_has_not_seen_while_it_rested_it_catches_up_with(monkeypatch, family):
     """Rounds with it and without it in turns: the same text, and its choice is of all that has been said."""
-    monkeypatch.setattr(runtime, "Trials", lambda: Turns((True, True, False)))
+    monkeypatch.setattr(runtime, "Trials", lambda: Settled((True, True, False)))
     result, _, _ = answer(family)
     assert result.token_ids == greedy(tiny_model(family, seed=1, calm=True), PROMPT, NEW)
     assert result.stats.steps > 0

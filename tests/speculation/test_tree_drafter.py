@@ -21,7 +21,7 @@ from offload_triforce.speculation.draft_selector import DraftSelector
 from offload_triforce.speculation.sampling import Sampler
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
-from offload_triforce.speculation.tree_drafter import Limits, TreeDrafter, step_size
+from offload_triforce.speculation.tree_drafter import LEAST_PROBABILITY, Limits, TreeDrafter, step_size
 
 WORDS = 12
 FLAT = ((0.7,) * 16, (0.2,) * 16, (0.05,) * 16)
@@ -160,9 +160,41 @@ def test_what_follows_the_verdict_is_kept():
     assert behind
     tree_drafter.move_to(block[0], child.token)
     assert tree_drafter._tree.root is child
-    assert tree_drafter._tree.draft_tokens == behind
+    assert tree_drafter._tree.draft_tokens[: len(behind)] == behind
     assert level.read == tree_drafter._tree.held
     assert len(level.asked) == steps
+
+
+def offered(node, prior, topk):
+    """As many candidates as are likely enough where the node is."""
+    likely = [rank for rank in range(topk) if not rank or node.path_probability * prior[rank][0] >= LEAST_PROBABILITY]
+    return len(likely)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_was_too_unlikely_to_be_drafted_is_when_its_place_has_become_likely(rank):
+    """It was drafted ahead far from the old root, with fewer candidates per place than it would get from the new one."""
+    tree_drafter, _ = grower(overlap=True, nodes=40, depth=12, width=4, room=400)
+    for _ in range(3):
+        tree_drafter.propose(text(), 30)
+        tree_drafter.passed(7, 1.0, 3, 0.0)
+    tree, child = tree_drafter._tree, tree_drafter._tree.root.children[rank]
+
+    def read():
+        return [node for node in (child, *tree.draft_tokens) if node.candidates is not None and child in node.path()]
+
+    few = [len(node.children) for node in read()]
+    tree_drafter.move_to(tree.root, child.token)
+    tree = tree_drafter._tree
+    kept = [node for node in (tree.root, *tree.draft_tokens) if node.candidates is not None]
+    assert kept
+    assert [len(node.children) for node in kept] == [offered(node, FLAT, 3) for node in kept]
+    assert sum(len(node.children) for node in kept) > sum(few) or rank == 2
+    for node in kept:
+        tokens = [node.candidates.token(number) for number in range(len(node.children))]
+        assert [below.token for below in node.children] == tokens
+    assert all(node in tree.draft_tokens for above in kept for node in above.children)
+    assert len(set(tree.draft_tokens)) == len(tree.draft_tokens)
 
 
 @pytest.mark.parametrize("token", [WORDS - 1])

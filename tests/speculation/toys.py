@@ -213,7 +213,7 @@ class ToyDrafter:
 FLAT = ((0.6,) * 16, (0.3,) * 16, (0.1,) * 16)
 
 
-class Turns:
+class Settled:
     """Trials whose outcome is settled: level 1 rests in the rounds that ``resting`` says, and then begins again."""
 
     def __init__(self, resting):
@@ -272,7 +272,7 @@ class Case:
         text, stats = TokenText(PROMPT, len(PROMPT) + limit + 1), DecodeStats()
         drafts = [] if self.draft == "none" else [ToyDrafter(self.tables, self.draft, rule)]
         target, level = ToyTarget(self.tables, text, self.spare), ToyLevel(self.tables, text)
-        controller = DraftController(make_costs(self.adaptive), Turns(self.resting) if self.resting else None)
+        controller = DraftController(make_costs(self.adaptive), Settled(self.resting) if self.resting else None)
         if self.spare:
             controller.has_time = lambda tokens: not controller.busy
             controller.busy = True

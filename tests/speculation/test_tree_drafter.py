@@ -173,7 +173,7 @@ def offered(node, prior, topk):
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_what_was_too_unlikely_to_be_drafted_is_when_its_place_has_become_likely(rank):
-    """It was drafted ahead far from the old root, with fewer candidates per place than it would get from the new one."""
+    """It was drafted ahead far from the old root, with fewer candidates per place than it gets from the new one."""
     tree_drafter, _ = grower(overlap=True, nodes=40, depth=12, width=4, room=400)
     for _ in range(3):
         tree_drafter.propose(text(), 30)

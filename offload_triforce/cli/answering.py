@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload_triforce.cli.common import check_writable
 from offload_triforce.cli.ending import notes, say
+from offload_triforce.cli.loading import Loading
 from offload_triforce.errors import InputError, TriForceError
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ def answer(
     _check_lengths(engine, questions, sampling["max_new_tokens"])
     with engine, _asked(engine, questions, kept) as asked:
         try:
+            loading = kept and kept.loading
             for number, question in enumerate(questions):
-                _answer(engine, asked, question, seed, sink, verbose, sampling, first=number == 0)
+                _answer(engine, asked, question, seed, sink, verbose, sampling, first=number == 0, loading=loading)
         finally:
             try:
                 sink.finish()
@@ -141,11 +143,12 @@ def _answer(
     verbose: bool,
     sampling: dict[str, Any],
     first: bool,
+    loading: Loading | None,
 ) -> None:
     from offload_triforce.cli import report
 
     stopped: BaseException | None = None
-    with report.bars(notes) as (progress, pinning):
+    with report.bars(notes, loading) as (progress, pinning):
         stream = asked.stream(question.ids, seed=seed, progress=progress, pinning=pinning, **sampling)
         if first:
             say(report.opening(engine))

@@ -75,7 +75,7 @@ class Chat:
         began = False
         try:
             with self.screen.answering(), Stopping() as stopping, contextlib.ExitStack() as bars:
-                progress, pinning = bars.enter_context(self.screen.reading())
+                progress, pinning = bars.enter_context(self.screen.reading(self.store.loading))
                 reply = ask(*args, progress=progress, pinning=pinning)
                 stopping.aim(reply.cancel)
                 with reply:

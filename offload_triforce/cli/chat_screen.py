@@ -12,6 +12,7 @@ from typing import Protocol, TextIO
 
 from offload_triforce.cli import report
 from offload_triforce.cli.ending import notes, say
+from offload_triforce.cli.loading import Loading
 from offload_triforce.errors import InputError
 from offload_triforce.generation.reply_text import CLOSES, OPENS
 from offload_triforce.model.prefill import Progress
@@ -42,8 +43,8 @@ class Screen(Protocol):
     def finish(self) -> None:
         """The answer is over."""
 
-    def reading(self) -> AbstractContextManager[tuple[Progress, Progress]]:
-        """While a prompt is read: progress of the prefill, and of pinning memory."""
+    def reading(self, loading: Loading) -> AbstractContextManager[tuple[Progress, Progress]]:
+        """While a prompt is read: progress of the prefill, and of pinning memory. ``loading``: of a session before."""
 
     def answering(self) -> AbstractContextManager[None]:
         """While an answer comes."""
@@ -119,9 +120,9 @@ class PaintedScreen:
         self._painter.finish()
         self._painter.blank()
 
-    def reading(self) -> AbstractContextManager[tuple[Progress, Progress]]:
+    def reading(self, loading: Loading) -> AbstractContextManager[tuple[Progress, Progress]]:
         """See ``Screen``."""
-        return report.bars(notes)
+        return report.bars(notes, loading)
 
 
 class PlainScreen(PaintedScreen):

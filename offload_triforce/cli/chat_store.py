@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload_triforce.cli.loading import Loading
 from offload_triforce.errors import BusyError, InputError, TriForceError
 from offload_triforce.generation.transcript import FILE, read_messages, write_messages
 from offload_triforce.machine.folders import sessions_folder
@@ -28,13 +29,14 @@ class Store:
     befalls the caches, the messages can be read again.
 
     Attributes:
-        session: that answers. name: of the conversation, or None.
+        session: that answers. name: of the conversation, or None. loading: told how far a saved session is read.
     """
 
     def __init__(self, engine: TriForce, model: str) -> None:
         """``model``: what it was called, for people."""
         self._engine, self._model = engine, model
         self.name: str | None = None
+        self.loading = Loading()
         self._stamp: Stamp | None = None  # of the messages on disk, as they were last read or written here
         self.session: Session = engine.session()
 
@@ -56,7 +58,7 @@ class Store:
         session, why_not = None, None
         if (folder / MANIFEST).exists():
             try:
-                session = self._engine.load_session(folder)
+                session = self._engine.load_session(folder, self.loading)
             except TriForceError as error:
                 why_not = str(error)
         self.session.close()

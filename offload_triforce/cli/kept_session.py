@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from offload_triforce.cli.ending import say
+from offload_triforce.cli.loading import Loading
 from offload_triforce.cli.sessions import bytes_bar
 from offload_triforce.machine.units import gigabytes
 from offload_triforce.runtime.session_folder import MANIFEST, check_free, check_writable, load_manifest, session_path
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class KeptSession:
-    """One session on disk. It is checked before the model is loaded, as far as that goes."""
+    """One session on disk. It is checked before the model is loaded, as far as that goes.
+
+    Attributes:
+        loading: told how far it is read.
+    """
 
     def __init__(self, name: str) -> None:
         """``name``: or a path with a slash in it.
@@ -23,6 +28,7 @@ class KeptSession:
         Raises:
             InputError: no such name, or what is there is damaged. StorageError: nothing can be saved there.
         """
+        self.loading = Loading()
         self.folder = session_path(name)
         self._old = os.path.lexists(self.folder / MANIFEST)
         if self._old:
@@ -38,7 +44,7 @@ class KeptSession:
             InputError: it is of another model, or damaged. StorageError: it cannot be read.
         """
         if self._old:
-            self.session = engine.load_session(self.folder)
+            self.session = engine.load_session(self.folder, self.loading)
             say(f"going on with {self.folder}: {len(self.session.tokens):,} tokens")
         else:
             self.session = engine.session()

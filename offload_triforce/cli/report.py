@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from offload_triforce.cli.loading import Loading
 from offload_triforce.engine import TriForce
 from offload_triforce.generation.answer import Generation
 from offload_triforce.model.prefill import Progress as ProgressCallback
@@ -126,8 +127,11 @@ def comparison(runs: dict[str, DecodeStats]) -> Table:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[tuple[ProgressCallback, ProgressCallback]]:
-    """Progress bars for the prefill and for pinning host memory; they vanish before the first token."""
+def bars(console: Console, loading: Loading | None = None) -> Iterator[tuple[ProgressCallback, ProgressCallback]]:
+    """Progress bars for the prefill and for pinning host memory; they vanish before the first token.
+
+    ``loading``: of a session that may be read first.
+    """
     if not console.is_interactive:  # a file or a pipe has no use for it
         yield (lambda done, total: None), (lambda done, total: None)
         return
@@ -135,6 +139,7 @@ def bars(console: Console) -> Iterator[tuple[ProgressCallback, ProgressCallback]
     with Progress(*columns, console=console, transient=True) as bar:
         prefill = bar.add_task("reading the prompt", total=None)
         memory = bar.add_task("pinning host memory", total=None, visible=False)
+        session = bar.add_task("loading the session", total=None, visible=False)
 
         def read(done: int, total: int) -> None:
             bar.update(prefill, completed=done, total=total)
@@ -144,4 +149,9 @@ def bars(console: Console) -> Iterator[tuple[ProgressCallback, ProgressCallback]
         def pinned(done: int, total: int) -> None:
             bar.update(memory, completed=done, total=total, visible=done < total)
 
-        yield read, pinned
+        loading = loading or Loading()
+        loading.shown = lambda done, total: bar.update(session, completed=done, total=total, visible=done < total)
+        try:
+            yield read, pinned
+        finally:
+            loading.shown = None

@@ -40,7 +40,7 @@ class ListScreen:
     def finish(self):
         self.finished += 1
 
-    def reading(self):
+    def reading(self, loading):
         return contextlib.nullcontext((None, None))
 
     def answering(self):
@@ -65,7 +65,7 @@ def begin():
 
         engine.session = session
         if caches:
-            engine.load_session = lambda path: session()
+            engine.load_session = lambda path, progress: session()
         store = Store(engine, "a model")
         chat = Chat(Dialogue(engine, store.session, seed=1), store, ListScreen())
         chat.sessions = sessions
@@ -355,7 +355,7 @@ def test_caches_that_cannot_be_used_are_read_anew(begin, folder, monkeypatch):
     assert other.dialogue.session is other.sessions[1]
     third = begin(caches=True)
 
-    def refuse(path):
+    def refuse(path, progress):
         raise InputError("of another model")
 
     third.dialogue.engine.load_session = refuse

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from offload_triforce.cli.loading import Loading
 from offload_triforce.generation.answer import TextStream
 from offload_triforce.runtime.session_check import verify_text
 from offload_triforce.runtime.session_folder import load_manifest, session_path
@@ -22,14 +23,18 @@ def asked(model, book, question, *options):
     return done
 
 
-def test_begun_and_gone_on_with(model, book):
+def test_begun_and_gone_on_with(model, book, monkeypatch):
     first = asked(model, book, "Who?", "--session", "book", "--json")
     assert "saved " in first.stderr
     assert json.loads(first.stdout)["reused_tokens"] == 0
     held = load_manifest(session_path("book")).length
+    read = []
+    monkeypatch.setattr(Loading, "__call__", lambda loading, done, total: read.append((done, total)))
     wanted = json.loads(asked(model, book, "When?", "--json").stdout)
     second = asked(model, book, "When?", "--session", "book", "--json")
     assert f"going on with {session_path('book')}: {held:,} tokens" in " ".join(second.stderr.split())
+    assert read
+    assert read[-1][0] == read[-1][1]
     found = json.loads(second.stdout)
     assert found["token_ids"] == wanted["token_ids"]
     assert found["reused_tokens"] > 500  # the book

@@ -1,13 +1,16 @@
 """What is said about a run."""
 
+import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from offload_triforce import TriForce
 from offload_triforce.cli import report
+from offload_triforce.cli.loading import Loading
 from offload_triforce.generation.answer import Generation
 from offload_triforce.speculation.stats import DecodeStats
 from tests.tiny import prompt_ids, tiny_model
@@ -71,3 +74,18 @@ def test_no_link_where_there_is_none():
     stats = DecodeStats(prompt_tokens=9, new_tokens=8, passes=2, **counts)
     assert not any("link" in line for line in report.summary(stats, link=False))
     assert report.summary(stats, link=True)[-1] == "link: 0.1 MB/token; the full KV cache has 10.0 MB, 80.0x as much"
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_session_that_is_read_first_shows_among_the_bars(interactive):
+    """And nobody is told any more when they are gone."""
+    written, loading = io.StringIO(), Loading()
+    console = Console(file=written, force_terminal=interactive, force_interactive=interactive, width=80)
+    loading(1, 2)
+    with report.bars(console, loading) as (progress, _):
+        loading(300, 1000)
+        progress(1, 10)
+    loading(2, 2)
+    said = written.getvalue()
+    assert ("loading the session" in said) is interactive
+    assert ("30%" in said) is interactive

@@ -12,6 +12,7 @@ from benchmarks import gpu_kernels, gpu_link
 from benchmarks.gpu import PARTS
 from benchmarks.gpu_table import table
 
+pytestmark = pytest.mark.xdist_group("rehearsal")  # by one worker: one run of the program is for all tests here
 ROOT = Path(__file__).parents[2]
 KERNELS = {"attention", "chunk scores", "selection, none enters", "selection, all enter", "packed attention"}
 

@@ -18,6 +18,7 @@ from tests.graphs.replay import replaying
 from tests.mtp import OTHERS, load, needs_heads, save_with_head
 from tests.runtime.test_ways import ways
 from tests.tiny import greedy, prompt_ids
+from tests.usual import sampled
 
 pytestmark = needs_heads
 PROMPT, NEW = 179, 32
@@ -59,8 +60,7 @@ def test_any_way_is_plain_decoding(model, plain, way, draft, temperature, seed):
     assert answer(model, temperature, seed, draft=draft, **way).token_ids == plain(temperature, seed)
 
 
-@pytest.mark.parametrize("draft", ["mtp", "mtp+ngram"])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("draft", "temperature"), sampled(["mtp", "mtp+ngram"], [0.0, 0.9], share=2))
 def test_large_trees_and_drafting_ahead(model, plain, draft, temperature):
     way = {"gamma": 48, "draft_tokens": 192, "draft_cost": 0.01, "overlap": True}
     result = answer(model, temperature, draft=draft, **way)

@@ -38,6 +38,7 @@ from tests.scheduler.fake_cuda import FakeCuda, FakeCudaDevice
 from tests.scheduler.test_chaos import EXPECTED, KINDS, run
 from tests.tiny import greedy, prompt_ids, tiny_model
 
+pytestmark = pytest.mark.xdist_group("throughput")  # by one worker: what was measured is for several tests
 NEW = 12
 FIGURES = {"ms_per_token", "tokens_per_s", "ttft_s", "tokens_per_pass", "host_peak_bytes", "device_peak_bytes"}
 

@@ -187,7 +187,7 @@ def test_so_it_is_for_each_noise(case):
 @pytest.mark.parametrize("case", [PASSES], indirect=True, ids=["passes"])
 @pytest.mark.parametrize("mutation", TARGETS, ids=lambda mutation: mutation.__name__.strip("_"))
 def test_a_mistake_with_the_targets_states_shows(mutation, case, monkeypatch):
-    """For some of the noises that there are, drawn at random: those of a walk begin alike, and it comes late to others."""
+    """For some of the noises that there are, drawn at random: a walk begins with those that begin alike."""
     mutation(monkeypatch)
     assert any(says_otherwise(case, RandomChoices(seed, torch.device("cpu"))) for seed in range(400))
 

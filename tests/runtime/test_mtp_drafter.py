@@ -21,7 +21,7 @@ from tests.tiny import greedy, prompt_ids
 from tests.usual import sampled
 
 pytestmark = needs_heads
-PROMPT, NEW = 179, 32
+PROMPT, NEW = 179, 42
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "prefill_chunk": 100}
 # Levels 0 and 1 see everything: what they draft can be computed plainly.
 WHOLE = {**SMALL, "budget": 256, "bits": 16, "draft_cache": 512, "gamma": 6, "adaptive": False, "draft_tokens": 16}

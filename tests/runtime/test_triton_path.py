@@ -43,7 +43,7 @@ def test_passes_agree_with_the_eager_twins(family, monkeypatch):
 @pytest.mark.skipif(WHERE == "cuda", reason="threads that compute are for the CPU")
 def test_bit_identical_under_delays():
     """The kernels' state is carried from tile to tile on another thread, late, and comes out the same."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=2)
     layout = probe(model)
     expected = logits(model, layout, EagerDevice(), PROMPT, passes=2)
     assert_same(logits(model, layout, chaotic(7), PROMPT, passes=2), expected)

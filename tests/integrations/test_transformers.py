@@ -31,7 +31,7 @@ def model():
 
 def both(model, prompt=PROMPT, ours=None, **options):
     """The answers of transformers and of ours to the same call; ``ours``: keywords of our own."""
-    options = {"max_new_tokens": 60, "do_sample": False, **options}
+    options = {"max_new_tokens": 32, "do_sample": False, **options}
     settings = {"triforce_settings": SETTINGS, **(ours or {})}
     expected = model.generate(prompt, **options)
     return expected, model.generate(prompt, **options, custom_generate=triforce_generate, **settings)

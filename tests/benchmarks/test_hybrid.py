@@ -57,7 +57,7 @@ def test_what_was_trained_is_what_is_read(trained):
 
 def test_every_way_says_the_same_and_is_counted(trained):
     folder, _ = trained
-    plan = Plan(tokens=1600, new_tokens=12, texts=1, runs=1, temperatures=(0.0, 0.8))
+    plan = Plan(tokens=2600, new_tokens=12, texts=1, runs=1, temperatures=(0.0, 0.8))
     report = bench_hybrid(folder, plan, lambda line: None)
     cells = {(cell["temperature"], cell["way"]): cell for cell in report["cells"]}
     assert len(cells) == 2 * 2 * len(DRAFTS)

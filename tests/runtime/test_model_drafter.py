@@ -279,6 +279,18 @@ def test_asked_twice_about_the_same_text():
     assert pair.worst < 1e-5
 
 
+def test_draft_tokens_that_are_taken_back_right_after_a_text_was_begun():
+    """The draft is first asked behind draft tokens of others; of which, when it is asked again, some are gone."""
+    pair = Pair("llama", capacity=16, sink=2, prompt=40, room=20)
+    for drafted, kept in ((3, 41), (2, 42), (0, 41)):
+        pair.text.append([1] * drafted)
+        pair.propose(1)
+        pair.text.truncate(kept)
+        pair.reference.keep(kept - 1)
+    pair.propose(1)
+    assert pair.worst < 1e-5
+
+
 def test_one_layer_is_the_plain_model_over_what_is_held():
     """With one layer no key has seen evicted tokens: transformers' own forward over the held tokens, contiguously."""
     pair = Pair("one layer", capacity=16, sink=2, prompt=40, room=500)

@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/offload-triforce demo
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -14,6 +14,17 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_for_children():
+    """Programs that tests start: teams of OpenMP that wait, spinning, slow a busy machine. One that says so itself
+    still takes more threads. (A fixture, so that it is set where tests run, and workers do not inherit it.)
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "OMP_NUM_THREADS" not in os.environ:
+            patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Of torch's: where tensors are tiny, or several threads of ours are at work, a second would be in the way."""

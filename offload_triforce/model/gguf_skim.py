@@ -45,7 +45,7 @@ class _Skimmer(GGUFReader):
 
 @contextmanager
 def skimming() -> Iterator[None]:
-    """While this lasts, GGUF files are read without their long arrays. Not for tokenizers or weights."""
+    """While this lasts, GGUF files are read without their long arrays: for all but tokenizers."""
     before, gguf.GGUFReader = gguf.GGUFReader, _Skimmer
     try:
         yield

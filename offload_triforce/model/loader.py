@@ -142,7 +142,7 @@ def _load(
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
         part = "weights"
-        with placing as options["device_map"]:
+        with placing as options["device_map"], skimming():  # the vocabulary has been read by now
             model, found = AutoModelForCausalLM.from_pretrained(folder, **_REPORTING, **options)
         _check_all_found(source, found)
         _pack(model, packing if gguf else None, quantize_head, device, host_embeddings)

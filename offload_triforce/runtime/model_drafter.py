@@ -83,7 +83,7 @@ class ModelDrafter(OverNodes):
             parts = [range(cache.text, len(text))]
         else:  # at the beginning, or when nobody has asked for so long that little of what is held would stay
             parts = cache.begin(len(text))
-            self._first = len(text) - 1
+            self._first = text.decided - 1  # draft tokens behind it may be taken back
         ids = [token for part in parts for token in text[part.start : part.stop]]
         tokens = [token if token < self._readable else self._stand_in for token in ids]
         drafted = cache.text - (text.decided - 1)  # and the newest decided token, which may be asked about again

@@ -34,7 +34,7 @@ from offload_triforce.speculation.stats import DecodeStats
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.tiny import prompt_ids, tiny_model
 
-TOKENS = 1200
+TOKENS = 1024
 
 
 def chatty():

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import gpu_kernels, gpu_link
-from benchmarks.gpu import PARTS
+from benchmarks.gpu import PARTS, main
 from benchmarks.gpu_table import table
 
+pytestmark = pytest.mark.xdist_group("rehearsal")  # by one worker: one run of the program is for all tests here
 ROOT = Path(__file__).parents[2]
 KERNELS = {"attention", "chunk scores", "selection, none enters", "selection, all enter", "packed attention"}
 
@@ -88,8 +89,12 @@ def test_the_link_in_all_ways(whole):
     assert min(found["h2d_gbps"], found["d2h_gbps"], found["both_at_once_gbps"]) > 0
 
 
-def test_single_parts_and_no_time_left():
-    lines, report = rehearse("--part", "machine", "--part", "kernels", "--minutes", "0")
+def test_single_parts_and_no_time_left(monkeypatch, capsys, one_thread):
+    arguments = ["--rehearse", "--part", "machine", "--part", "kernels", "--minutes", "0"]
+    monkeypatch.setattr("sys.argv", ["gpu", *arguments])
+    main()
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
     assert set(report["parts"]) == {"machine", "kernels"}
     (machine,), (kernels,) = (report["parts"][name].values() for name in ("machine", "kernels"))
     assert "0 minutes are over; --part kernels runs it alone" in kernels["skipped"]

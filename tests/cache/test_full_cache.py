@@ -130,11 +130,12 @@ def test_equals_a_plain_list_over_a_thread(steps, tile, resident):
         rig.run(steps)
 
 
+@pytest.mark.parametrize(("steps", "tile"), [(800, 16), pytest.param(2500, 64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_thousands_of_steps(dtype):
+def test_thousands_of_steps(dtype, steps, tile):
     text = PlainText(dtype=dtype)
-    with FullRig(text, EmulatedDevice, tile=64, tiles=30, keep=20, ring=3, resident=0.4) as rig:
-        rig.run(many_operations(2500, most=4))
+    with FullRig(text, EmulatedDevice, tile=tile, tiles=30, keep=20, ring=3, resident=0.4) as rig:
+        rig.run(many_operations(steps, most=4))
         assert rig.cache.tiles >= 5
 
 

@@ -15,6 +15,7 @@ from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
 from tests.cache.chunk_choice import assert_best_choice, assert_holds, held_tokens
 from tests.cache.plain_text import CPU, RULE, SCALING, PlainText, assert_attends
+from tests.usual import first
 
 BLOCK = 4
 CONTEXT = 20_000
@@ -109,13 +110,13 @@ operations = st.lists(
 
 
 @given(rigs(), st.integers(0, 90), operations)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_holds_the_best_chunks_of_a_growing_text(rig, prompt, steps):
     rig.run([("restart", prompt), *steps])
 
 
 @given(rigs(slots=100), st.integers(0, 90), operations)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_a_budget_for_everything_attends_to_everything(rig, prompt, steps):
     """Then it is the full cache, in another order."""
     for operation in [("restart", prompt), *steps]:
@@ -126,12 +127,13 @@ def test_a_budget_for_everything_attends_to_everything(rig, prompt, steps):
             assert_attends(output, query[layer], torch.cat([text.kv[layer], kv[layer]], dim=2))
 
 
-def test_thousands_of_steps():
+@pytest.mark.parametrize("steps", first(1, [600, 2000]))
+def test_thousands_of_steps(steps):
     chance = random.Random(0)
     rig = RetrievalRig(RetrievalShape(64, 4, 4, 12), tile=256, layers=1)
     names = ["grow"] * 3 + ["draft"] * 5
-    rig.run([("restart", 50), *[(chance.choice(names), chance.randint(1, BLOCK)) for _ in range(2000)]])
-    assert len(rig.text) > 1000
+    rig.run([("restart", 50), *[(chance.choice(names), chance.randint(1, BLOCK)) for _ in range(steps)]])
+    assert len(rig.text) > steps / 2
 
 
 @pytest.mark.parametrize("prompt", range(18, 30))

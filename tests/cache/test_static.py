@@ -12,6 +12,7 @@ from offload_triforce.cache.chunks import make_store
 from offload_triforce.cache.static import Held, StaticView
 from offload_triforce.kernels import ops
 from tests.graphs.replay import ReplayCapture
+from tests.usual import first
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, DIM, GROUPS = 2, 2, 4, 3
@@ -120,11 +121,11 @@ class Twins:
 
 
 @pytest.mark.parametrize("params", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", first(1, range(3)))
 def test_equals_the_growing_buffer(params, seed):
     """Through rollbacks and moves to the front, whatever was held when the step was recorded."""
     twins = Twins(params, seed=seed)
-    twins.live(300)
+    twins.live(150)
     assert sorted(twins.recorded) == [1, 2, 3, 5]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from offload_triforce.cache.streaming import StreamingCache
 from offload_triforce.errors import InputError
 from tests.cache.plain_text import CPU, RULE, PlainText, Rig, assert_attends, many_operations, operations
+from tests.usual import first
 
 
 def stamp(kv, start=0):
@@ -114,11 +115,12 @@ def test_equals_the_policy_on_a_list(steps, sink, extra):
 
 
 @pytest.mark.parametrize(("capacity", "sink"), [(16, 0), (20, 4), (64, 4)])
-def test_thousands_of_steps(capacity, sink):
+@pytest.mark.parametrize("steps", first(1, [1000, 3000]))
+def test_thousands_of_steps(capacity, sink, steps):
     rig = StreamingRig(capacity, sink)
-    rig.run([("restart", 200), *many_operations(3000, most=4)])
-    assert len(rig.text) > 700
-    assert rig.moves > 50
+    rig.run([("restart", 200), *many_operations(steps, most=4)])
+    assert len(rig.text) > 200 + steps / 6
+    assert rig.moves > steps / 60
 
 
 def test_a_long_prompt_is_not_read_in_the_middle():

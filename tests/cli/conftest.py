@@ -1,6 +1,9 @@
 """Tiny models for the command line, and one thread each: there is nothing to share out among several."""
 
+from functools import cache
+
 import pytest
+import typer.main
 
 from tests.byte_tokenizer import save_tiny_llama
 
@@ -8,6 +11,14 @@ from tests.byte_tokenizer import save_tiny_llama
 @pytest.fixture(scope="module", autouse=True)
 def in_one_thread(one_thread):
     pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once():
+    """Typer's test runner would build them all anew for each of a thousand calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", cache(typer.main.get_command), raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

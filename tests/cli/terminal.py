@@ -30,7 +30,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             preexec_fn=_take_terminal,
-            env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **variables},
+            env={**os.environ, "TERM": "xterm-256color", **variables},
         )
         os.close(slave)
 

@@ -108,7 +108,7 @@ def run(path, model, *options):
     check_ending(result, reports=path == ("sessions", "verify"))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_option_with_nonsense(data, model):
     path, option, kind = data.draw(st.sampled_from(OPTIONS))
@@ -120,7 +120,7 @@ def test_an_option_with_nonsense(data, model):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_two_options_with_nonsense(data, model):
     path = data.draw(st.sampled_from(sorted(FUNCTIONS)))

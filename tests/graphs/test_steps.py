@@ -20,7 +20,7 @@ SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 64, "draft_cache": 64, "bu
 SMALL |= {"adaptive": False, "overlap": False}  # by the clock, no two runs would make the same draft tokens
 SETTINGS = Settings(**SMALL)
 EAGER = Settings(**SMALL, graphs=False)
-PROMPT, NEW = prompt_ids(200), 120
+PROMPT, NEW = prompt_ids(200), 64
 FAMILIES = ("llama", "qwen2-sliding", "gemma3", "mistral-sliding", "qwen3-moe", "qwen3.5")
 
 

@@ -20,7 +20,7 @@ from offload_triforce import InputError, Settings, TriForce, UnsupportedModelErr
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny import build, disturbed, prompt_ids, tiny_model
 
-PROMPT = prompt_ids(150)
+PROMPT, NEW = prompt_ids(150), 32
 SETTINGS = Settings(budget=48, gamma=4, gamma1=3, chunk=4, sink=4, recent=16, tile=16, draft_cache=64)
 
 
@@ -31,7 +31,7 @@ def model():
 
 def both(model, prompt=PROMPT, ours=None, **options):
     """The answers of transformers and of ours to the same call; ``ours``: keywords of our own."""
-    options = {"max_new_tokens": 60, "do_sample": False, **options}
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
     settings = {"triforce_settings": SETTINGS, **(ours or {})}
     expected = model.generate(prompt, **options)
     return expected, model.generate(prompt, **options, custom_generate=triforce_generate, **settings)
@@ -116,8 +116,8 @@ def test_return_dict(model):
     assert isinstance(output, GenerateDecoderOnlyOutput)
     assert torch.equal(output.sequences, expected.sequences)
     stats = output.triforce_stats
-    assert (stats.prompt_tokens, stats.new_tokens) == (150, 60)
-    assert stats.passes < 60
+    assert (stats.prompt_tokens, stats.new_tokens) == (150, NEW)
+    assert stats.passes < NEW
     assert not stats.interrupted
 
 
@@ -224,7 +224,7 @@ def test_model_is_left_as_it_was(model, implementation):
     expected, sequences = both(model)
     assert torch.equal(sequences, expected)
     assert model.config._attn_implementation == implementation
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=60, do_sample=False), expected)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=NEW, do_sample=False), expected)
     assert not any("forward" in vars(module) for module in model.modules())
     model.set_attn_implementation("sdpa")
 
@@ -258,13 +258,13 @@ def test_model_is_left_as_it_was_after_an_exception(model, calls):
 def test_stop_strings():
     """generate() drops the tokenizer for callables and then asks for it: a criterion does what the option would."""
     model, tokenizer = tiny_model("qwen2", vocab_size=259), byte_tokenizer()
-    plain = model.generate(PROMPT, max_new_tokens=60, do_sample=False)[0, 150:]
-    stop = next(s for i in range(10, 50) if len(s := tokenizer.decode(plain[i : i + 1])) == 1 and s.isascii())
-    expected = model.generate(PROMPT, max_new_tokens=60, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    plain = model.generate(PROMPT, max_new_tokens=NEW, do_sample=False)[0, 150:]
+    stop = next(s for i in range(10, NEW - 4) if len(s := tokenizer.decode(plain[i : i + 1])) == 1 and s.isascii())
+    expected = model.generate(PROMPT, max_new_tokens=NEW, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     same, sequences = both(model, stopping_criteria=[StopStringCriteria(tokenizer, [stop])])
     assert torch.equal(same, expected)
     assert torch.equal(sequences, expected)
-    assert sequences.shape[1] < 210
+    assert sequences.shape[1] < 150 + NEW
     with pytest.raises(ValueError, match="could not locate a tokenizer"):
         both(model, stop_strings=[stop], tokenizer=tokenizer)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from offload_triforce.kernels import ops, reference
 from offload_triforce.kernels.types import ChunkSelection, CodedChunks
+from tests.usual import sampled
 
 chunk_selection = pytest.importorskip("offload_triforce.kernels.chunk_selection", reason="needs Triton")
 scores = pytest.importorskip("offload_triforce.kernels.chunk_scores", reason="needs Triton")
@@ -141,7 +142,7 @@ def tiles_of_scores(draw_):
 
 
 @given(tiles_of_scores(), st.integers(1, 12))
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_streaming_top_k_is_the_global_one(device, offers, slots):
     """Whatever the tiles, each head holds the best of all; what it holds is what the numbers say."""
     selection = assert_choices(device, [offer.to(device) for offer in offers], slots)
@@ -164,7 +165,7 @@ def test_of_equal_scores_the_held_chunk_wins_then_the_earlier(device):
 
 @pytest.mark.parametrize(("slots", "count"), [(70, 200), (300, 64), (130, 129)])
 def test_choices_larger_than_a_block(device, slots, count):
-    offers = [draw(device, 2, count, seed=seed).mul(20).round() for seed in range(4)]
+    offers = [draw(device, 2, count, seed=seed).mul(20).round() for seed in range(2)]
     assert_choices(device, offers, slots)
 
 
@@ -201,8 +202,11 @@ def test_any_number_of_programs_per_head(device, programs, monkeypatch):
     assert_choices(device, [draw(device, 2, 9, seed=seed) for seed in range(3)], 5)
 
 
-@DTYPES
-@pytest.mark.parametrize(("chunk", "dim"), [(8, 64), (1, 80), (7, 96), (32, 128), (100, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "dim"),
+    sampled([*TOLERANCES], [(8, 64), (1, 80), (7, 96), (32, 128), (100, 128)], share=2),
+    ids=str,
+)
 def test_chunks_are_copied(device, chunk, dim, dtype):
     """Both tile and slots are parts of larger buffers; slots where nothing enters keep their content."""
     tile = draw(device, 2, 3, 9 * chunk + 5, dim, dtype=dtype)[:, :, 3 : 3 + 9 * chunk]

@@ -7,6 +7,7 @@ from offload_triforce.kernels import reference_delta
 from offload_triforce.kernels.reference_delta import node_step
 from offload_triforce.kernels.types import DeltaNodes
 from tests.kernels.delta_trees import Sizes, draw_convolution, draw_tokens, mask_of, random_parents, take
+from tests.usual import sampled
 
 kernels = pytest.importorskip("offload_triforce.kernels.delta_rule", reason="needs Triton")
 
@@ -32,9 +33,10 @@ def close(actual, expected, dtype=torch.float32):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-@DTYPES
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-@pytest.mark.parametrize("steps", [(1,), (5, 1, 3), (17, 20), (40,)], ids=str)
+STEPS = [[1], [5, 1, 3], [17, 20], [40]]
+
+
+@pytest.mark.parametrize(("dtype", "steps", "sizes"), sampled([*TOLERANCES], STEPS, SHAPES, share=3), ids=str)
 def test_trees_in_steps(device, sizes, steps, dtype):
     """Step after step of one tree, behind a state; rows beyond are never read."""
     nodes, room = sum(steps), sum(steps) + 5

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from offload_triforce.kernels import ops, reference, reference_codec
 from offload_triforce.kernels.reference_codec import decode_keys, decode_values, pack, unpack
 from offload_triforce.kernels.types import AttentionParams, ChunkSelection, CodedChunks, TreeMask
+from tests.usual import sampled
 
 # Tolerances of attention in each dtype: both twins round keys, values and weights to it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def draw(device, *shape, dtype=torch.float32, seed=0):
@@ -119,22 +119,20 @@ verify_attention = pytest.importorskip("offload_triforce.kernels.verify_attentio
 states = pytest.importorskip("offload_triforce.kernels.attention_state", reason="needs Triton")
 
 
-SHAPES = pytest.mark.parametrize(
-    ("heads", "slots", "chunk", "dim", "bits"),
-    [
-        (2, 9, 8, 64, 4),
-        (1, 3, 7, 80, 4),
-        (3, 5, 4, 128, 8),
-        (2, 1, 16, 96, 8),
-        (1, 4, 1, 32, 4),
-        (1, 2, 33, 256, 4),
-        (1, 9, 8, 192, 4),
-    ],
+SHAPES = [  # heads, slots, chunk, dim, bits
+    (2, 9, 8, 64, 4),
+    (1, 3, 7, 80, 4),
+    (3, 5, 4, 128, 8),
+    (2, 1, 16, 96, 8),
+    (1, 4, 1, 32, 4),
+    (1, 2, 33, 256, 4),
+    (1, 9, 8, 192, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "slots", "chunk", "dim", "bits"), sampled([*TOLERANCE], SHAPES, share=2), ids=str
 )
-
-
-@DTYPES
-@SHAPES
 def test_what_enters_is_packed(device, heads, slots, chunk, dim, bits, dtype):
     """Codes may differ by one where a number lies in the middle of two; there are few of those."""
     count = slots + 3
@@ -158,8 +156,9 @@ def test_what_enters_is_packed(device, heads, slots, chunk, dim, bits, dtype):
         assert float((apart > 0).float().mean()) < 0.02
 
 
-@DTYPES
-@SHAPES
+@pytest.mark.parametrize(
+    ("dtype", "heads", "slots", "chunk", "dim", "bits"), sampled([*TOLERANCE], SHAPES, share=2), ids=str
+)
 def test_decode_keys(device, heads, slots, chunk, dim, bits, dtype):
     coded, _ = filled(device, heads, slots, chunk, dim, bits)
     for count in {slots, max(1, slots // 2)}:
@@ -182,9 +181,11 @@ def attention_of(eager, update, packed, near, params):
     return functions.attention_finish(state, packed.shape[0], torch.float32), functions.attention_logsumexp(state)
 
 
-@DTYPES
-@SHAPES
-@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "slots", "chunk", "dim", "bits", "rows"),
+    sampled([*TOLERANCE], SHAPES, [1, 21], share=3),
+    ids=str,
+)
 def test_attention(device, heads, slots, chunk, dim, bits, dtype, rows):
     coded, _ = filled(device, heads, slots, chunk, dim, bits)
     packed = draw(device, heads, rows, dim, dtype=dtype, seed=2)
@@ -288,7 +289,7 @@ def test_offsets_past_two_to_the_31(device, arena):
     heads=st.integers(1, 3), slots=st.integers(1, 12), chunk=st.integers(1, 9), half=st.sampled_from([8, 16, 24, 40]),
     rows=st.integers(1, 40), bits=st.sampled_from([4, 8]), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(device, heads, slots, chunk, half, rows, bits, seed):
     coded, _ = filled(device, heads, slots, chunk, 2 * half, bits)
     packed = draw(device, heads, rows, 2 * half, seed=seed)

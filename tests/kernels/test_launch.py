@@ -9,6 +9,7 @@ import pytest
 from tests.without_interpreter import run_compiling
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compiled")  # by one worker: its one report is for all tests here
 
 
 @pytest.fixture(scope="module")

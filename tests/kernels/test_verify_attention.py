@@ -10,13 +10,13 @@ import torch
 from offload_triforce.kernels import ops, reference
 from offload_triforce.kernels.reference import causal_mask, pack_queries
 from offload_triforce.kernels.types import AttentionParams, TreeMask
+from tests.usual import sampled
 
 attention = pytest.importorskip("offload_triforce.kernels.verify_attention", reason="needs Triton")
 states = pytest.importorskip("offload_triforce.kernels.attention_state", reason="needs Triton")
 
 # (relative, absolute). Unlike their twin, the kernels round the softmax weights to the type of the values.
 TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.bfloat16: (2e-2, 1e-2), torch.float16: (2e-3, 1e-3)}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def draw(device, *shape, dtype=torch.float32, seed=0):
@@ -58,10 +58,11 @@ def assert_twins(query, steps, params, kv_heads, behind=None):
     return actual
 
 
-@DTYPES
+HEADS = [(1, 1, 1, 128), (3, 1, 5, 64), (1, 3, 13, 80), (3, 4, 1, 96), (1, 4, 5, 256), (1, 1, 123, 64)]
+
+
 @pytest.mark.parametrize(
-    ("kv_heads", "groups", "tokens", "dim"),
-    [(1, 1, 1, 128), (3, 1, 5, 64), (1, 3, 13, 80), (3, 4, 1, 96), (1, 4, 5, 256), (1, 1, 123, 64)],
+    ("dtype", "kv_heads", "groups", "tokens", "dim"), sampled([*TOLERANCES], HEADS, share=2), ids=str
 )
 def test_tiles_of_any_size(device, kv_heads, groups, tokens, dim, dtype):
     """Prefix tiles that all see, then the queries' own keys under a causal mask, then again a tile."""
@@ -143,7 +144,7 @@ def test_masks_of_any_strides(device):
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("length", [0, 3, 5, 64, 70, 122, 123])
+@pytest.mark.parametrize("length", [0, 3, 5, 64, 123, *(pytest.param(n, marks=pytest.mark.slow) for n in (70, 122))])
 def test_what_lies_behind_the_length_is_not_read(device, length, window):
     """A buffer of 123 keys with NaN behind ``length``. Where the mask is longer, its first columns are of no use."""
     query = draw(device, 3, 5, 64, seed=1)
@@ -190,7 +191,7 @@ def test_any_number_of_splits(device, splits, monkeypatch):
     monkeypatch.setattr(states, "split_count", lambda *_: splits)
     monkeypatch.setattr(states, "state_layout", states.state_layout.__wrapped__)
     query = draw(device, 6, 5, 80, seed=1)
-    tiles = draw_tiles(device, 2, (1, 300, 7, 200), 80)
+    tiles = draw_tiles(device, 2, (1, 260, 7, 40), 80)
     tree_mask = (None, None, TreeMask(causal_mask(5, 5, device=device)), None)
     assert_twins(query, zip(tiles, tree_mask, strict=True), AttentionParams(0.1), 2)
 

@@ -18,6 +18,7 @@ from tests.byte_tokenizer import save_tiny_llama
 from tests.packed import bytes_taken, compute_in_their_dtype
 from tests.tiny import greedy, prompt_ids, tiny_model
 from tests.tiny_gguf import save_tiny_gguf
+from tests.usual import sampled
 
 CPU = torch.device("cpu")
 SMALL = {"budget": 64, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "gamma": 4}
@@ -29,8 +30,7 @@ def source(request, tmp_path_factory):
     return str(save_tiny_llama(folder) if request.param == "folder" else save_tiny_gguf(folder / "tiny.gguf"))
 
 
-@pytest.mark.parametrize("draft", ["ngram", "self"])
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize(("quantize", "draft"), sampled([None, "nf4"], ["ngram", "self"], share=2))
 def test_greedy_tokens_are_the_models_own(source, quantize, draft, monkeypatch):
     """And drawn ones those of plain decoding with the same seed: one head for all levels."""
     pytest.importorskip("bitsandbytes")

@@ -106,8 +106,22 @@ def by_hand(name, budget):
     return total
 
 
-@pytest.mark.parametrize("name", WIDTHS)
-def test_every_model_on_every_card_by_hand(monkeypatch, name):
+def models_and_cards():
+    """Each model with all cards; the normal run takes a few for each, other ones for the next, the largest for all."""
+    for number, name in enumerate(WIDTHS):
+        few = [
+            card
+            for place, card in enumerate(CARDS)
+            if (place - number) % 5 == 0 or card.gib == max(c.gib for c in CARDS)
+        ]
+        yield name, few
+        yield pytest.param(name, CARDS, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "cards"), [*models_and_cards()], ids=lambda part: part if type(part) is str else len(part)
+)
+def test_every_model_on_every_card_by_hand(monkeypatch, name, cards):
     """Totals to 1 %; what is missing is what the card has less than that. How fast it is has tests of its own."""
     monkeypatch.setattr(predict, "walk_rounds", lambda *_, **__: A_ROUND)
     settings = Settings(budget=4096, wire="raw", tile=None, hidden_states="device", embeddings="device")
@@ -115,7 +129,7 @@ def test_every_model_on_every_card_by_hand(monkeypatch, name):
     expected = by_hand(name, 4096)
     assert used.vram_bytes == pytest.approx(expected, rel=0.01)
     assert used.host_bytes - HOST_OVERHEAD == EXPECTED[name][1] * CONTEXT + kept_by_hand(name)
-    for card in CARDS:
+    for card in cards:
         asked = PlanQuery(shape(name), CONTEXT, of_card(card), settings, FIXED)
         found = make_report(asked)
         short = used.vram_bytes - card.gib * 2**30 * (0.92 if card.ecc else 0.975)

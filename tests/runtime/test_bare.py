@@ -12,7 +12,7 @@ from tests.speculation.toys import Settled
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 HOW = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "chunk": 4, "gamma": 6, "context": 320}
-PROMPT, NEW = prompt_ids(200), 60
+PROMPT, NEW = prompt_ids(200), 36
 
 
 def answer(family, temperature=0.0, **changes):

@@ -66,7 +66,7 @@ def drift(new):
     return apart("state"), apart("tail"), stats
 
 
-@pytest.mark.parametrize("new", [600, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("new", [250, pytest.param(5000, marks=pytest.mark.slow)])
 def test_no_state_drifts(new):
     state, tail, stats = drift(new)
     assert state <= 1e-4

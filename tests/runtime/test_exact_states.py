@@ -17,6 +17,7 @@ from offload_triforce.speculation.acceptance import Coupled, Resampled
 from offload_triforce.speculation.sampling import RandomChoices
 from tests.runtime.hybrid_case import CoarseScores, FewNoises, HybridCase, coarse
 from tests.speculation.speculation_toys import walks
+from tests.usual import sampled
 
 CHAIN = {"tokens": 3, "gamma": 2, "topk": 1, "width": 1, "overlap": False}
 TREE = {"tokens": 3, "gamma": 2, "draft_tokens": 4, "topk": 2, "width": 2, "overlap": False}
@@ -55,13 +56,14 @@ def error(case, rule):
 
 @pytest.fixture
 def case(request):
-    made = HybridCase(**{"seed": 2, **request.param})
+    """``request.param``: a name of ``CASES``, or settings."""
+    settings = CASES[request.param] if isinstance(request.param, str) else request.param
+    made = HybridCase(**{"seed": 2, **settings})
     yield made
     made.close()
 
 
-@pytest.mark.parametrize("rule", ["coupled", "resampled"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES, indirect=True)
+@pytest.mark.parametrize(("case", "rule"), sampled([*CASES], ["coupled", "resampled"], share=2), indirect=["case"])
 def test_the_targets_own_distribution_comes_out(case, rule):
     wrong, level1, level2, ahead = error(case, rule)
     assert wrong < 1e-9
@@ -185,8 +187,9 @@ def test_so_it_is_for_each_noise(case):
 @pytest.mark.parametrize("case", [PASSES], indirect=True, ids=["passes"])
 @pytest.mark.parametrize("mutation", TARGETS, ids=lambda mutation: mutation.__name__.strip("_"))
 def test_a_mistake_with_the_targets_states_shows(mutation, case, monkeypatch):
+    """For some of the noises that there are, drawn at random: a walk begins with those that begin alike."""
     mutation(monkeypatch)
-    assert any(wrong for _, wrong in walks(partial(says_otherwise, case)))
+    assert any(says_otherwise(case, RandomChoices(seed, torch.device("cpu"))) for seed in range(400))
 
 
 SMALLEST = {**CHAIN, "gamma": 1}

@@ -44,7 +44,7 @@ def brute_force(ids, shortest, longest):
     return 0, 0
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(
     st.integers(1, 3).flatmap(lambda tokens: st.lists(st.integers(0, tokens), min_size=1, max_size=30)),
     st.integers(1, 4),
@@ -241,13 +241,15 @@ class Pair:
 @pytest.mark.parametrize(
     ("capacity", "sink", "gamma", "gamma1", "prompt", "tokens"),
     [
-        (48, 4, 12, 4, 60, 700),
-        (16, 2, 4, 2, 60, 1500),
-        (17, 0, 6, 3, 1, 500),
-        (36, 4, 12, 4, 36, 300),
-        (4, 0, 0, 4, 9, 300),
-        (8, 1, 1, 4, 3, 300),
-        (12, 0, 4, 9, 12, 300),
+        (48, 4, 12, 4, 60, 200),
+        (16, 2, 4, 2, 60, 250),
+        (17, 0, 6, 3, 1, 180),
+        (36, 4, 12, 4, 36, 120),
+        (4, 0, 0, 4, 9, 150),
+        (8, 1, 1, 4, 3, 150),
+        (12, 0, 4, 9, 12, 120),
+        pytest.param(48, 4, 12, 4, 60, 700, marks=pytest.mark.slow),
+        pytest.param(16, 2, 4, 2, 60, 1500, marks=pytest.mark.slow),
     ],
 )
 def test_model_draft_is_streaming_llm(name, capacity, sink, gamma, gamma1, prompt, tokens):
@@ -274,6 +276,18 @@ def test_asked_twice_about_the_same_text():
         pair.text.truncate(10)
         pair.reference.keep(9)
     torch.testing.assert_close(*rows)
+    assert pair.worst < 1e-5
+
+
+def test_draft_tokens_that_are_taken_back_right_after_a_text_was_begun():
+    """The draft is first asked behind draft tokens of others; of which, when it is asked again, some are gone."""
+    pair = Pair("llama", capacity=16, sink=2, prompt=40, room=20)
+    for drafted, kept in ((3, 41), (2, 42), (0, 41)):
+        pair.text.append([1] * drafted)
+        pair.propose(1)
+        pair.text.truncate(kept)
+        pair.reference.keep(kept - 1)
+    pair.propose(1)
     assert pair.worst < 1e-5
 
 

@@ -18,9 +18,10 @@ from tests.graphs.replay import replaying
 from tests.mtp import OTHERS, load, needs_heads, save_with_head
 from tests.runtime.test_ways import ways
 from tests.tiny import greedy, prompt_ids
+from tests.usual import sampled
 
 pytestmark = needs_heads
-PROMPT, NEW = 179, 50
+PROMPT, NEW = 179, 42
 SMALL = {"budget": 64, "sink": 8, "recent": 16, "tile": 32, "draft_cache": 64, "prefill_chunk": 100}
 # Levels 0 and 1 see everything: what they draft can be computed plainly.
 WHOLE = {**SMALL, "budget": 256, "bits": 16, "draft_cache": 512, "gamma": 6, "adaptive": False, "draft_tokens": 16}
@@ -53,14 +54,13 @@ def answer(model, temperature=0.0, seed=0, prompt=PROMPT, **way):
         return engine.generate(prompt_ids(prompt), **options)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(ways(), st.sampled_from(["mtp", "mtp+ngram", "auto"]), st.sampled_from([0.0, 0.7, 1.3]), st.integers(0, 1))
 def test_any_way_is_plain_decoding(model, plain, way, draft, temperature, seed):
     assert answer(model, temperature, seed, draft=draft, **way).token_ids == plain(temperature, seed)
 
 
-@pytest.mark.parametrize("draft", ["mtp", "mtp+ngram"])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("draft", "temperature"), sampled(["mtp", "mtp+ngram"], [0.0, 0.9], share=2))
 def test_large_trees_and_drafting_ahead(model, plain, draft, temperature):
     way = {"gamma": 48, "draft_tokens": 192, "draft_cost": 0.01, "overlap": True}
     result = answer(model, temperature, draft=draft, **way)

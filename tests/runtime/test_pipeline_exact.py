@@ -27,6 +27,7 @@ from offload_triforce.scheduler.store import Leaving
 from offload_triforce.speculation.tree import Node
 from tests.scheduler.devices import EagerDevice, LateDevice, chaotic
 from tests.tiny import prompt_ids, tiny_model
+from tests.usual import first
 
 SETTINGS = Settings(
     chunk=2,
@@ -114,14 +115,15 @@ def assert_same(actual, expected):
             assert torch.equal(part, same)
 
 
-@pytest.mark.parametrize("tens", range(0, 20, 2))
+# A missing wait shows with fewer seeds than the normal run takes, see below.
+@pytest.mark.parametrize("tens", first(2, range(0, 20, 2)))
 def test_bit_identical_under_200_seeds(llama, tens):
     model, layout, expected = llama
     for seed in range(10 * tens, 10 * tens + 20):
         assert_same(logits(model, layout, chaotic(seed)), expected)
 
 
-@pytest.mark.parametrize("tens", range(4))
+@pytest.mark.parametrize("tens", first(1, range(4)))
 def test_so_is_a_hybrid_under_40(tens):
     model, layout, expected = prepared(MODELS["hybrid"]())
     assert any(part.dim() == 4 and part.shape[0] == 4 for part in expected[1]), "the states of its recurrent layers"
@@ -129,10 +131,11 @@ def test_so_is_a_hybrid_under_40(tens):
         assert_same(logits(model, layout, chaotic(seed)), expected)
 
 
-def test_drafting_ahead_changes_no_bit_of_a_pass(any_model):
+@pytest.mark.parametrize("seeds", first(1, [range(6), range(6, 20)]), ids=str)
+def test_drafting_ahead_changes_no_bit_of_a_pass(any_model, seeds):
     """The retrieval level reads its cache with the same weights while the pass writes there. States are shared, too."""
     model, layout, expected = any_model
-    for seed in range(20):
+    for seed in seeds:
         assert_same(logits(model, layout, chaotic(seed, longest_ms=0.5), ahead=True), expected)
     assert_same(logits(model, layout, LateDevice(), ahead=True), expected)
 
@@ -231,11 +234,10 @@ def test_cuda_waits_for_nothing_in_a_pass(monkeypatch, settings):
 def test_smollm2(smollm2):
     model, tokenizer = smollm2
     layout = probe(model)
-    prompt = tokenizer("The link is never idle. " * 60, return_tensors="pt").input_ids[0]
-    settings = Settings(budget=128, bits=16, gamma=3, draft_tokens=4, tile=32, ring=3)
+    prompt = tokenizer("The link is never idle. " * 24, return_tensors="pt").input_ids[0]
+    settings = Settings(budget=96, bits=16, gamma=3, draft_tokens=4, tile=16, ring=3, recent=32)
     expected = logits(model, layout, EagerDevice(), prompt, passes=2, settings=settings)
-    for seed in range(2):
-        assert_same(logits(model, layout, chaotic(seed, longest_ms=0.5), prompt, 2, settings), expected)
+    assert_same(logits(model, layout, chaotic(0, longest_ms=0.5), prompt, 2, settings), expected)
 
 
 # --- every wait, removed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from offload_triforce.speculation.tree_drafter import TreeDrafter
 from tests.matchers import END, ComputingMatcher, FillingMatcher
 from tests.stateful import Counting, Forking, ForkingSuccessor, Fussy, Moody, Sequence, Successor
 from tests.tiny import VOCABULARY, disturbed, greedy, tiny_model
+from tests.usual import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:drafts are made without")
 
@@ -38,7 +40,7 @@ PAIRS = (("none", "tree"), ("ngram", "chain"), ("self", "tree"), ("model", "ahea
 
 PROMPT = torch.tensor([[5, 6, 7, 11, 12, 40, 41, 42, 8, 9] * 12])
 SAID = [11, 12, 13, 14, 15, 16, 17, 18]
-NEW = 24
+NEW = 16
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +97,33 @@ def options_of(brought):
     return {"max_new_tokens": NEW, "eos_token_id": END, **BROUGHT[brought][0]()}
 
 
-@pytest.mark.parametrize("brought", BROUGHT)
-def test_greedy_is_transformers_own(model, answer, brought):
+@pytest.fixture(scope="module")
+def expected_of(model, answer):
+    """Answers without drafts, each made once: greedy ones by transformers, at a temperature by plain decoding."""
+
+    @cache
+    def find(brought, **sampling):
+        if not sampling:
+            return greedy(model, PROMPT, NEW, **options_of(brought))
+        return answer("none", "plain", **sampling, **options_of(brought)).token_ids
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("brought", "draft", "way"), sampled([*BROUGHT], [("none", "plain"), ("ngram", "ahead"), *PAIRS], share=3)
+)
+def test_greedy_is_transformers_own(answer, expected_of, brought, draft, way):
     """Token for token, whoever drafts and however. It says what drafts had to do without."""
-    expected = greedy(model, PROMPT, NEW, **options_of(brought))
-    for draft, way in (("none", "plain"), ("ngram", "ahead"), *PAIRS):
-        result = answer(draft, way, do_sample=False, **options_of(brought))
-        assert result.token_ids == expected, way
-        assert result.stats.as_dict()["target_only"] == (BROUGHT[brought][1] if way != "plain" else [])
+    result = answer(draft, way, do_sample=False, **options_of(brought))
+    assert result.token_ids == expected_of(brought)
+    assert result.stats.as_dict()["target_only"] == (BROUGHT[brought][1] if way != "plain" else [])
 
 
-@pytest.mark.parametrize("brought", BROUGHT)
-def test_sampling_is_plain_decoding_with_the_same_seed(answer, brought):
+@pytest.mark.parametrize(("brought", "draft", "way"), sampled([*BROUGHT], PAIRS, share=2))
+def test_sampling_is_plain_decoding_with_the_same_seed(answer, expected_of, brought, draft, way):
     options = {"temperature": 1.2, "seed": 7}
-    plain = answer("none", "plain", **options, **options_of(brought)).token_ids
-    for draft, way in PAIRS:
-        assert answer(draft, way, **options, **options_of(brought)).token_ids == plain
+    assert answer(draft, way, **options, **options_of(brought)).token_ids == expected_of(brought, **options)
 
 
 @pytest.mark.parametrize("brought", ["counts its calls", "counts its calls, forks"])
@@ -178,8 +191,8 @@ def test_as_a_decoding_method_of_transformers(model):
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_nothing_is_left_to_say(model, answer, draft):
     """Greedy decoding takes token 0 then, as transformers does; drawing is refused in words, where it fails there."""
-    options = {"max_new_tokens": 40, "no_repeat_ngram_size": 1, "suppress_tokens": [*range(30, VOCABULARY)]}
-    expected = greedy(model, PROMPT, 40, **options)
+    options = {"max_new_tokens": 24, "no_repeat_ngram_size": 1, "suppress_tokens": [*range(18, VOCABULARY)]}
+    expected = greedy(model, PROMPT, 24, **options)
     assert expected.count(0) > 10
     for way in ("plain", "tree", "ahead"):
         assert answer(draft, way, do_sample=False, **options).token_ids == expected

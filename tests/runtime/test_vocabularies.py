@@ -13,7 +13,7 @@ from tests.tiny import greedy, tiny_model
 
 SMALL = {"budget": 48, "gamma": 5, "gamma1": 3, "chunk": 4, "sink": 4, "recent": 16, "tile": 16, "draft_cache": 32}
 SMALL |= {"draft_cost": 0.05}
-WIDE, NARROW, NEW = 320, 264, 24
+WIDE, NARROW, NEW = 320, 264, 16
 FAR = 300  # an id that only the wide model knows
 
 

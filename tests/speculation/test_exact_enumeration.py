@@ -17,6 +17,7 @@ from offload_triforce.speculation.processors import Kind
 from tests.speculation import toys
 from tests.speculation.speculation_toys import distribution_of, walks
 from tests.speculation.toys import BROUGHT, Case, Scores, real_sampler
+from tests.usual import sampled
 
 
 def measured(case, rule=Resampled, sampler=Scores):
@@ -45,8 +46,7 @@ def error_with(brought, case):
 DRAFTS = [("none", 0), ("onehot", 1), ("onehot", 2), ("sampled", 1), ("sampled", 2)]
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 3])
-@pytest.mark.parametrize(("draft", "gamma1"), DRAFTS)
+@pytest.mark.parametrize(("gamma", "draft", "gamma1"), sampled([1, 2, 3], DRAFTS, share=2))
 def test_chains(gamma, draft, gamma1):
     """TriForce's own shape. The text could have gone on, so no pass is cut short by the limit."""
     wrong, (level1, level2) = error(Case(draft, gamma, gamma1, tokens=3 if gamma < 3 else 2))
@@ -89,8 +89,7 @@ def test_drafting_ahead(case, seed):
     assert error(Case(**case, seed=seed))[0] < 1e-12
 
 
-@pytest.mark.parametrize("cost", [0.01, 0.3])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("cost", "seed"), sampled([0.01, 0.3], [0, 1], share=2))
 def test_adaptive_length(cost, seed):
     """How far it pays to draft depends on what has been drawn, but never on what is yet to be judged."""
     case = Case(gamma=3, nodes=4, topk=2, tokens=3, more=0, adaptive=cost, seed=seed)
@@ -135,11 +134,10 @@ BRINGING = {
 }
 
 
-@pytest.mark.parametrize("brought", BROUGHT)
-@pytest.mark.parametrize("case", BRINGING.values(), ids=BRINGING)
+@pytest.mark.parametrize(("case", "brought"), sampled([*BRINGING], [*BROUGHT], share=2))
 def test_processors_of_users(case, brought):
     """With a state that nobody can copy, with forks, and with errors off the path: as if the target were alone."""
-    wrong, (_, level2) = error_with(brought, Case(**case))
+    wrong, (_, level2) = error_with(brought, Case(**BRINGING[case]))
     assert wrong < 1e-5
     assert level2 > 0.05
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offload_triforce.errors import TriForceError
 from offload_triforce.machine.memory import free_on_host
-from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
+from offload_triforce.runtime.held import HeldText, TextSource, text_bytes, text_worth
 from offload_triforce.runtime.prefix import Start, common_prefix, find_start
 from offload_triforce.runtime.session import Session
 
@@ -108,7 +108,7 @@ class SessionPool:
         session.fork = self._fork(session, prompt, start)
         text = wanted or (best if best is not None and not best.owned else self.add())
         before = self.seated
-        if before is not None and self._is_worth_keeping(len(session.ids), before, text, start, best):
+        if before is not None and self._is_worth_keeping(session.worth, before, text, start, best):
             before.parked = self._park(session.source(), (text, best))
         if best is None or best is not before:
             self.seated = None  # until what is in the caches is known again
@@ -118,7 +118,7 @@ class SessionPool:
             self.seat(session, prompt, wanted)
             return
         rest, text.parked = text.parked, None
-        if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
+        if rest is not None and self._is_worth_keeping(text_worth(rest), text, text, start, best):
             self.add(rest).used = self._clock - 1
         else:
             self._drop(rest)
@@ -144,15 +144,15 @@ class SessionPool:
         return True
 
     def _is_worth_keeping(self, held: int, text: Text, following: Text, start: Start, best: Text | None) -> bool:
-        """Whether to keep what a text of ``held`` tokens would lose, when ``following`` goes on from ``start`` of
+        """Whether to keep what a text worth ``held`` tokens would lose, when ``following`` goes on from ``start`` of
         ``best``. A user's session that goes back has done so on purpose; other texts may be wanted again."""
         if text.owned:
             return text is not following and held > 0
-        return held - (start.tokens if text is best and text is following else 0) > WORTH_KEEPING
+        return held - (start.worth if text is best and text is following else 0) > WORTH_KEEPING
 
     def unseat(self, session: Session) -> None:
         """Park the text that is in the caches: they are about to go."""
-        if self.seated is not None and len(session.ids):
+        if self.seated is not None and session.worth:
             self.seated.parked = self._park(session.source(), (self.seated,))
         self.seated = None
 
@@ -164,7 +164,7 @@ class SessionPool:
             self.shelf.put(session.source())
         for text in self._texts:
             if isinstance(text.parked, HeldText) and not text.owned:
-                self.shelf.put(text.parked)
+                self._put(text.parked)
 
     def make_way(self) -> bool:
         """Let all parked texts that nobody owns leave memory; returns whether there were any."""
@@ -196,7 +196,7 @@ class SessionPool:
         for text in sorted(self._texts, key=lambda each: (each is not wanted, each is not self.seated, -each.used)):
             start = session.start(prompt) if text is self.seated else _parked_start(text.parked, prompt, session)
             least = 1 if text is self.seated or text is wanted else LEAST_SHARED
-            if start is not None and start.tokens >= max(least, most.tokens + 1):
+            if start is not None and start.worth >= max(least, most.worth + 1):
                 best, most = text, start
         return best, most
 
@@ -215,19 +215,26 @@ class SessionPool:
 
     def _park(self, source: TextSource, staying: Sequence[Text | None]) -> TextSource | None:
         """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` are about to be used."""
-        size = text_bytes(source)
+        return HeldText.copy(source) if self._make_room(text_bytes(source), staying) else self._put(source)
+
+    def has_room(self, size: int) -> bool:
+        """Whether host memory may hold so many bytes more of the text in the caches; parked ones make way."""
+        return self.seated is not None and self._make_room(size, ())
+
+    def _make_room(self, size: int, staying: Sequence[Text | None]) -> bool:
+        """The least recently used of parked texts leave until so many bytes fit; False if they cannot. Some stay."""
         if self._limit is not None and size > self._limit:
-            return self._put(source)
+            return False
         while size > self._room():
             parked = [text for text in self._texts if isinstance(text.parked, HeldText) and text not in staying]
             if not parked:
-                return self._put(source)
+                return False
             oldest = min(parked, key=lambda each: each.used)
             oldest.parked = self._put(oldest.parked)
-        return HeldText.copy(source)
+        return True
 
     def _put(self, source: TextSource) -> TextSource | None:
-        return None if self.shelf is None else self.shelf.put(source)
+        return self.shelf.put(source) if self.shelf is not None and len(source.tokens) else None
 
     def _drop(self, source: TextSource | None) -> None:
         if self.shelf is not None:
@@ -245,6 +252,8 @@ def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
     shared = common_prefix(parked.tokens, prompt[:-1])
+    if shared == len(parked.tokens) and session.goes_on(parked.part, shared, prompt):
+        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, parked.part.worth)
     if session.cuttable:
         return find_start(len(parked.tokens), (), shared, len(prompt) - 1, lambda tokens: True)
     known = [point for point in parked.checkpoints if point.tokens <= shared]

@@ -20,10 +20,19 @@ def common_prefix(one: Tensor, other: Tensor) -> int:
 
 
 class Start(NamedTuple):
-    """So many tokens stay. ``checkpoint``: of just those, where the caches cannot be cut without."""
+    """So many tokens stay. ``checkpoint``: of just those, where the caches cannot be cut without.
+
+    ``part``: behind them a prefill goes on that was stopped, as if it had read so many tokens whole; 0: none does.
+    """
 
     tokens: int
     checkpoint: Checkpoint | None = None
+    part: int = 0
+
+    @property
+    def worth(self) -> int:
+        """Reading so many tokens is saved."""
+        return self.tokens + self.part
 
 
 def find_start(

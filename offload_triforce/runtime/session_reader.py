@@ -83,7 +83,7 @@ class TextOnDisk:
     ) -> None:
         """See ``open_text``."""
         self.folder, self.manifest, self.shape = folder, manifest, shape
-        self.tokens, self.long = tokens, manifest.long
+        self.tokens, self.long, self.part = tokens, manifest.long, None
         self.checkpoints: Sequence[Checkpoint] = [CheckpointOnDisk.of(folder, point) for point in manifest.points]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object

@@ -72,7 +72,7 @@ class Texts:
             self.pool.unseat(self.session)
             self.give_back()
         if self.session is None:
-            self.session = Session(self._make_runtime(needed, grown, pinning), keep=True)
+            self.session = Session(self._make_runtime(needed, grown, pinning), True, self.pool.has_room)
         return self.session
 
     def seat(self, prompt: Tensor, text: Text | None) -> None:

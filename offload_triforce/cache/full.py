@@ -196,11 +196,11 @@ class FullCache:
         return self._gather(layer, start, stop, self.tiles)
 
     def filled(self, layer: int, start: int, stop: int) -> Tensor:
-        """The same of a layer that ``fill`` has given all ``stop`` tokens, whether the others have theirs or not.
+        """A copy of the same, of a layer that ``fill`` has given all ``stop`` tokens, whether others have theirs or not.
 
         After ``landed``, and when the device has caught up.
         """
-        return self._gather(layer, start, stop, self._whole_tiles(stop))
+        return self._gather(layer, start, stop, self._whole_tiles(stop)).clone()
 
     def _gather(self, layer: int, start: int, stop: int, tiles: int) -> Tensor:
         """The layer's first ``tiles`` tiles lie in the store, the rest in the tail."""

@@ -84,9 +84,9 @@ class WindowCache(GrowingBuffer):
         kv.copy_(self.kv[layer, :, :, self.committed - kv.shape[2] : self.committed])
 
     def filled(self, layer: int, start: int, stop: int) -> Tensor:
-        """Of a layer that ``fill`` has given all ``stop`` tokens, those from ``start`` on that it keeps."""
+        """Of a layer that ``fill`` has given all ``stop`` tokens, a copy of those from ``start`` on that it keeps."""
         held = min(stop, self.reach)
-        return self.kv[layer, :, :, max(0, held - (stop - start)) : held].cpu()
+        return self.kv[layer, :, :, max(0, held - (stop - start)) : held].to("cpu", copy=True)
 
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""

@@ -17,9 +17,12 @@ from offload_triforce.scheduler.store import Leaving
 
 def part_bytes(runtime: Runtime, tokens: int, layers: int) -> int:
     """About as much is kept of so many tokens that are through so many layers."""
-    width = runtime.model.config.get_text_config().hidden_size
-    held = sum(runtime.layout.held_bytes(layer, tokens) for layer in range(min(layers, len(runtime.layout.layers))))
-    return tokens * width * runtime.model.dtype.itemsize + held
+    config, layout = runtime.model.config.get_text_config(), runtime.layout
+    through = range(min(layers, len(layout.layers)))
+    held = sum(layout.held_bytes(layer, tokens) for layer in through)
+    queries = sum(layout.layers[layer].head_dim for layer in through if layer in layout.full)
+    queries *= PREFILL_QUERIES * config.num_attention_heads
+    return held + (tokens * config.hidden_size + queries) * runtime.model.dtype.itemsize
 
 
 class GroupReading:

@@ -196,7 +196,7 @@ class FullCache:
         return self._gather(layer, start, stop, self.tiles)
 
     def filled(self, layer: int, start: int, stop: int) -> Tensor:
-        """A copy of the same, of a layer that ``fill`` has given all ``stop`` tokens, whether others have theirs or not.
+        """A copy of the same, of a layer that ``fill`` has given ``stop`` tokens, whether others have theirs or not.
 
         After ``landed``, and when the device has caught up.
         """

@@ -88,7 +88,7 @@ class TargetCaches:
             self.full.stream.device.catch_up()
 
     def filled(self, layer: int, window: int | None, start: int, stop: int) -> Tensor:
-        """A copy of the keys and values that ``fill`` has put down of tokens [start, stop), [2, K, n, D] in host memory.
+        """A copy of the keys and values that ``fill`` has put down of tokens [start, stop), [2, K, n, D] for the host.
 
         All, or those that windows reach; ``stop`` tokens is what the layer was given. See ``load_state`` for others.
         """

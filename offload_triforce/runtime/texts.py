@@ -60,6 +60,13 @@ class Texts:
         session = self.session  # looked at once: others may ask while it changes
         return None if session is None else session.runtime
 
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of host memory that texts take which are not in the caches, and what was read in part of that there."""
+        session = self.session
+        part = None if session is None else session.part
+        return self.pool.parked_bytes + (0 if part is None else part.size)
+
     def ensure(self, needed: int, pinning: Progress | None = None) -> Session:
         """Caches for so many tokens. Where those that there are do not suffice, their text is parked meanwhile.
 

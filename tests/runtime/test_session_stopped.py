@@ -176,7 +176,7 @@ def test_a_longer_prompt_goes_on_too(family):
         for after in (1, 4, 3 * layers):
             stop(session, TEXT[:30], after)
             rest = Steps()
-            assert session.prepare(TEXT, rest) == 0
+            assert session.prepare(TEXT, rest) == Start(0, None, max(1, after * 13 // layers))
             assert missing(rest.seen)[3 * layers - after :] == missing(whole)
             assert_same(contents(session), expected)
             session.forget()

@@ -41,7 +41,8 @@ class Halt:
     Attributes:
         layer: all tokens are through the layers before this one.
         chunk: so many chunks are through this one too.
-        states: hidden states of all tokens, [n, width], as they come to the next step of their chunk.
+        states: hidden states of all tokens, [n, width], as they come to the next step of their chunk; where all are
+            through all layers, none.
         parts: what each of those layers has made of the tokens, without what was held before them; of a layer with a
             window, at least the newest that it reaches. Of ``layer`` too, if a chunk is through it.
         handed: what layers have handed on to later ones for each chunk, where some do: see ``handed_on``.
@@ -54,13 +55,6 @@ class Halt:
     states: Tensor
     parts: Sequence[LayerPart]
     handed: Sequence[dict[str, Any]] = ()
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        tensors = [tensor for part in self.parts for tensor in part if isinstance(tensor, Tensor)]
-        tensors += [tensor for held in self.handed for pair in held.values() for tensor in pair]
-        return self.states.nbytes + sum(tensor.nbytes for tensor in tensors)
 
 
 def prefill(
@@ -173,7 +167,7 @@ class Prefill:
         if chunk:
             parts.append(self._view.halted())
         handed = [handed_on(calls) for calls in self._calls]
-        none = self._stretch.tokens.new_empty(0, 0) if states is None else states
+        none = torch.empty(0, 0, dtype=self._model.dtype) if states is None else states
         return Halt(layer, chunk, none, parts, handed if any(handed) else ())
 
     def _record(self, halt: Halt | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from offload_triforce.model.layer_view import AttentionPart, LayerPart, RecurrentPart
 from offload_triforce.model.prefill import Prefill, Progress
 from offload_triforce.model.recording import Stretch
-from offload_triforce.runtime.part import PartRead
+from offload_triforce.runtime.part import PartRead, taken_apart
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.scheduler.store import Leaving
 
@@ -40,9 +40,9 @@ class GroupReading:
         """Read it."""
         hidden, told, halt = self._runtime.caches.hidden, None, None
         if self._part is not None:
-            halt = self._part.halt
-            if hidden is not None and self._part.hidden and self._part.hidden["rows"].nbytes == hidden.nbytes:
-                hidden.restore(self._part.hidden)
+            halt, rows = self._part.halt(self._runtime.layout), self._part.hidden
+            if hidden is not None and rows and rows["rows"].nbytes == hidden.nbytes:
+                hidden.restore(rows)
         if hidden is not None:
             told = partial(self._keep_hidden, self._whole)
         self._prefill.run(partial(fill, self._runtime), progress, told, halt)
@@ -67,10 +67,10 @@ class GroupReading:
         halt = self._prefill.halt(self._filled)
         if halt is None:
             return None
-        layers = len(runtime.layout.layers)
-        ending = halt.layer + bool(halt.chunk) >= layers
+        ending = halt.layer + bool(halt.chunk) >= len(runtime.layout.layers)
         hidden = caches.hidden.snapshot() if ending and caches.hidden is not None else {}
-        return PartRead(self._held, self._tokens.clone(), runtime.settings.prefill_chunk, layers, halt, hidden)
+        kept, chunk = taken_apart(halt, hidden), runtime.settings.prefill_chunk
+        return PartRead(self._held, self._tokens.clone(), chunk, halt.layer, halt.chunk, kept)
 
     def _filled(self, layer: int, done: AttentionPart | None) -> LayerPart:
         caches = self._runtime.caches

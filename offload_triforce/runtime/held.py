@@ -138,8 +138,3 @@ def text_bytes(source: TextSource) -> int:
     """Bytes of a text in host memory, or what it would take there."""
     part = 0 if source.part is None else source.part.size
     return len(source.tokens) * source.shape.token_bytes + sum(point.size for point in source.checkpoints) + part
-
-
-def text_worth(source: TextSource) -> int:
-    """Reading so many tokens would be about as much work as what there is of a text."""
-    return len(source.tokens) + (0 if source.part is None else source.part.worth)

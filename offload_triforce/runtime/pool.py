@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offload_triforce.errors import TriForceError
 from offload_triforce.machine.memory import free_on_host
-from offload_triforce.runtime.held import HeldText, TextSource, text_bytes, text_worth
+from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
 from offload_triforce.runtime.prefix import Start, common_prefix, find_start
 from offload_triforce.runtime.session import Session
 
@@ -118,7 +118,7 @@ class SessionPool:
             self.seat(session, prompt, wanted)
             return
         rest, text.parked = text.parked, None
-        if rest is not None and self._is_worth_keeping(text_worth(rest), text, text, start, best):
+        if rest is not None and self._is_worth_keeping(_worth(rest, session), text, text, start, best):
             self.add(rest).used = self._clock - 1
         else:
             self._drop(rest)
@@ -160,7 +160,7 @@ class SessionPool:
         """Let all texts leave for the shelf, that of ``session`` in the caches too, if there is a shelf."""
         if self.shelf is None:
             return
-        if self.seated is not None and not self.seated.owned and session is not None and len(session.ids):
+        if self.seated is not None and not self.seated.owned and session is not None and session.worth:
             self.shelf.put(session.source())
         for text in self._texts:
             if isinstance(text.parked, HeldText) and not text.owned:
@@ -186,7 +186,7 @@ class SessionPool:
 
     def source(self, text: Text, session: Session | None) -> TextSource | None:
         """Where a text can be read from; None where nothing of it is held. ``session``: what the caches hold."""
-        if text is self.seated and session is not None and len(session.ids):
+        if text is self.seated and session is not None and session.worth:
             return session.source()
         return text.parked
 
@@ -234,7 +234,7 @@ class SessionPool:
         return True
 
     def _put(self, source: TextSource) -> TextSource | None:
-        return self.shelf.put(source) if self.shelf is not None and len(source.tokens) else None
+        return None if self.shelf is None else self.shelf.put(source)
 
     def _drop(self, source: TextSource | None) -> None:
         if self.shelf is not None:
@@ -247,13 +247,18 @@ class SessionPool:
         return self._limit - self.parked_bytes
 
 
+def _worth(parked: TextSource, session: Session) -> int:
+    """Reading so many tokens would be about as much work as what there is of a parked text."""
+    return len(parked.tokens) + session.part_worth(parked.part)
+
+
 def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -> Start | None:
     """How much of a parked text a prompt goes on with."""
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
     shared = common_prefix(parked.tokens, prompt[:-1])
     if shared == len(parked.tokens) and session.goes_on(parked.part, shared, prompt):
-        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, parked.part.worth)
+        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, session.part_worth(parked.part))
     if session.cuttable:
         return find_start(len(parked.tokens), (), shared, len(prompt) - 1, lambda tokens: True)
     known = [point for point in parked.checkpoints if point.tokens <= shared]

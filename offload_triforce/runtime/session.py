@@ -104,7 +104,7 @@ class Session:
             return None  # something was interrupted where it should not have been, or keys are of no use
         shared = common_prefix(self.ids, prompt[:-1])
         if shared == caches.length and self.goes_on(self.part, shared, prompt):
-            return Start(shared, None, self.part.worth)
+            return Start(shared, None, self.part_worth(self.part))
         return find_start(caches.length, self.checkpoints, shared, len(prompt) - 1, caches.can_cut)
 
     def goes_on(self, part: PartRead | None, held: int, prompt: Tensor) -> bool:
@@ -122,7 +122,11 @@ class Session:
     @property
     def worth(self) -> int:
         """Reading so many tokens would be about as much work as what there is."""
-        return len(self.ids) + (0 if self.part is None else self.part.worth)
+        return len(self.ids) + self.part_worth(self.part)
+
+    def part_worth(self, part: PartRead | None) -> int:
+        """The same of what was read in part, see ``PartRead.worth``."""
+        return 0 if part is None else part.worth(len(self.runtime.layout.layers))
 
     @property
     def cuttable(self) -> bool:
@@ -144,11 +148,15 @@ class Session:
     def take(self, source: TextSource, start: Start) -> None:
         """Hold the first tokens of a text that was read before. ``start``: how many, see ``find_start``."""
         self.forget()
+        part = source.part if start.part else None
+        if part is not None:
+            part = part.in_memory()
+            part.check(self.runtime.layout, self.runtime.model.config.get_text_config().hidden_size)
         parts = start.checkpoint.parts if start.checkpoint else {}
         if start.tokens:
             self.runtime.caches.adopt(start.tokens, source.read, parts)
         self._ids, self.long = source.tokens, source.long
-        self.part = source.part if start.part else None
+        self.part = part
         points = [point for point in source.checkpoints if point.tokens <= start.tokens]
         self.checkpoints = [Checkpoint(point.tokens, dict(point.parts)) for point in points]  # which may lie on disk
 

@@ -101,6 +101,13 @@ class Texts:
             return session.ids.clone()
         return torch.empty(0, dtype=torch.long) if parked is None else parked.tokens
 
+    def part_tokens(self, text: Text) -> int:
+        """How many tokens behind those are read in part."""
+        session, parked = self.session, text.parked
+        held = session if text is self.pool.seated and session is not None else parked
+        part = None if held is None else held.part
+        return 0 if part is None else len(part.tokens)
+
     def give_back(self) -> None:
         """Free the caches. The text in them is lost; those that are parked stay."""
         self._drafters.close()

@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from offload_triforce.config import Settings, replace_settings
-from offload_triforce.errors import MemoryLimitError
+from offload_triforce.errors import InputError, MemoryLimitError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layer_view import LayerView
 from offload_triforce.model.layers import layers_of
 from offload_triforce.model.layout import probe
 from offload_triforce.planner import sizes
-from offload_triforce.runtime.held import HeldText
+from offload_triforce.runtime.held import HeldText, KVShape
 from offload_triforce.runtime.prefix import Start
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
+from offload_triforce.runtime.session_check import verify_text
+from offload_triforce.runtime.session_folder import load_manifest
 from offload_triforce.scheduler.states import DeviceStates
 from tests.runtime import test_pipeline_exact as pipeline
+from tests.runtime.saved_texts import check_same, reopen, save
 from tests.scheduler.devices import EagerDevice, chaotic
 from tests.tiny import prompt_ids, tiny_model
 
@@ -215,7 +218,7 @@ def test_a_part_is_parked_with_its_text(family, held):
         parked = HeldText.copy(session.source())
         session.prepare(prompt_ids(90, seed=3)[0])
         checkpoint = parked.checkpoints[-1] if parked.checkpoints else None
-        session.take(parked, Start(len(parked.tokens), checkpoint, parked.part.worth))
+        session.take(parked, Start(len(parked.tokens), checkpoint, session.part_worth(parked.part)))
         rest = Steps()
         session.prepare(TEXT, rest)
         assert missing(before + rest.seen) == missing(whole)
@@ -375,32 +378,36 @@ def _refused():
     raise MemoryLimitError("no")
 
 
-def _one_chunk_late(halt):
-    return replace(halt, chunk=halt.chunk + 1)
+def _one_chunk_late(part):
+    return replace(part, done=part.done + 1)
 
 
-def _one_chunk_early(halt):
-    return replace(halt, chunk=halt.chunk - 1)
+def _one_chunk_early(part):
+    return replace(part, done=part.done - 1)
 
 
-def _one_layer_late(halt):
-    return replace(halt, layer=halt.layer + 1)
+def _one_layer_late(part):
+    return changed(replace(part, layer=part.layer + 1), **{"kv.2": part.tensors["kv.1"]}, of="1", to="2")
 
 
-def _a_stale_state(halt):
+def _a_stale_state(part):
     """Of the first chunk, as if it had not come through the layer."""
-    states = halt.states.clone()
+    states = part.tensors["states"].clone()
     states[:13] = states[13:26]
-    return replace(halt, states=states)
+    return changed(part, states=states)
 
 
-def _a_layer_that_is_not_its_own(halt):
-    return replace(halt, parts=[halt.parts[1], *halt.parts[1:]])
+def _a_layer_that_is_not_its_own(part):
+    return changed(part, **{"kv.0": part.tensors["kv.0"].flip(2)})
 
 
-def _other_queries(halt):
-    parts = [part._replace(queries=part.queries.flip(0)) for part in halt.parts]
-    return replace(halt, parts=parts)
+def _other_queries(part):
+    return changed(part, **{"queries.0": part.tensors["queries.0"].flip(0)})
+
+
+def changed(part, of=None, to=None, **tensors):
+    more = {n.replace(f".{of}", f".{to}"): tensor for n, tensor in part.tensors.items() if n.endswith(f".{of}")}
+    return replace(part, tensors={**part.tensors, **more, **tensors})
 
 
 MUTATIONS = (_one_chunk_late, _one_chunk_early, _one_layer_late, _a_stale_state, _a_layer_that_is_not_its_own)
@@ -411,7 +418,7 @@ def test_a_wrong_place_shows(mutation):
     expected, _ = plain("llama", TEXT)
     with session_of("llama") as session:
         stop(session, TEXT, 4 * 3 + 3 + 2)  # two of three chunks are through the second layer
-        session.part = replace(session.part, halt=mutation(session.part.halt))
+        session.part = mutation(session.part)
         try:
             session.prepare(TEXT)
         except (RuntimeError, IndexError):
@@ -443,7 +450,67 @@ def test_copies_are_of_memory_of_their_own(monkeypatch):
     """A part holds nothing of the caches, which go on with other texts."""
     with session_of("gemma3") as session:
         stop(session, TEXT, 4 * 3 + 3 * 2 + 1)
-        kept = [part.kv.clone() for part in session.part.halt.parts]
         part = session.part
+        kept = {name: tensor.clone() for name, tensor in part.tensors.items()}
         session.prepare(prompt_ids(100, seed=5)[0])
-        assert all(torch.equal(one.kv, other) for one, other in zip(part.halt.parts, kept, strict=True))
+        assert_same(part.tensors, kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5", "gemma4-shared", "gpt-oss"])
+@pytest.mark.parametrize("held", [0, 25])
+def test_a_part_lies_on_disk_with_its_text(family, held, tmp_path):
+    """And what is saved when it has been read leaves nothing of it there."""
+    first = [TEXT[:held]] if held else []
+    expected, whole = plain(family, *first, TEXT)
+    expected.pop("hidden")
+    shape = KVShape.of(model_of(family)[1])
+    with session_of(family) as session:
+        for each in first:
+            session.prepare(each)
+        before = stop(session, TEXT, 7)
+        parked = HeldText.copy(session.source())
+        save(tmp_path / "s", session.source())
+    assert verify_text(tmp_path / "s").length == max(0, held - 1)
+    found = reopen(tmp_path / "s", parked)
+    check_same(found, parked)
+    with session_of(family) as session:
+        checkpoint = found.checkpoints[-1] if found.checkpoints else None
+        session.take(found, Start(len(found.tokens), checkpoint, session.part_worth(found.part)))
+        rest = Steps()
+        session.prepare(TEXT, rest)
+        assert missing(before + rest.seen) == missing(whole)
+        here = contents(session)
+        assert_same({name: here[name] for name in expected}, expected)
+        save(tmp_path / "s", session.source())
+    assert load_manifest(tmp_path / "s").part is None
+    assert not list((tmp_path / "s").glob("part-*"))
+    assert shape == found.shape
+
+
+def _without(name):
+    return lambda tensors: {n: tensor for n, tensor in tensors.items() if n != name}
+
+
+WRONG = {
+    "a layer missing": _without("kv.0"),
+    "no hidden states": _without("states"),
+    "of another width": lambda tensors: {**tensors, "states": tensors["states"][:, 1:]},
+    "of fewer tokens": lambda tensors: {**tensors, "kv.0": tensors["kv.0"][:, :, 1:]},
+    "a layer too many": lambda tensors: {**tensors, "kv.9": tensors["kv.0"]},
+    "whole numbers": lambda tensors: {**tensors, "kv.0": tensors["kv.0"].int()},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_part_of_something_else_is_refused(wrong):
+    """Whatever its checksums say: before anything is done with it."""
+    with session_of("llama") as session:
+        stop(session, TEXT, 7)
+        parked = HeldText.copy(session.source())
+        parked.part = replace(parked.part, tensors=WRONG[wrong](parked.part.tensors))
+        with pytest.raises(InputError, match=r"^what was read in part of 40 tokens is not of this model \("):
+            session.take(parked, Start(0, None, 1))
+        for place in ({"layer": 3, "done": 1}, {"layer": 9}, {"done": 5}, {"layer": 0, "done": 0}):
+            parked.part = replace(session.part or parked.part, **place)
+            with pytest.raises(InputError):
+                session.take(parked, Start(0, None, 1))

@@ -2,7 +2,8 @@
 
 A prefill takes a group layer by layer, so where it is stopped, no token of the group is through all layers. What the
 layers have made of the tokens till then, and their hidden states, are kept in host memory, or on disk. A prompt that
-goes on with all tokens of the group takes up the work at the very step where it was left.
+goes on with all tokens of the group takes up the work at the very step where it was left. One that parts from it does
+so with the whole chunks that both begin with, where all layers attend to everything: keys and values can be cut.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.model.layer_view import AttentionPart, LayerPart, RecurrentPart
 from offload_triforce.model.layout import ModelLayout
 from offload_triforce.model.prefill import Halt
+from offload_triforce.runtime.ids import common_prefix
+from offload_triforce.runtime.runtime import PREFILL_QUERIES
 
 HIDDEN = "hidden."  # before the names of what a drafter reads
 
@@ -47,18 +50,37 @@ class PartRead:
         """Bytes in host memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @property
-    def steps(self) -> int:
-        """Chunks that went through a layer, summed up over all layers."""
-        return self.layer * -(-len(self.tokens) // self.chunk) + self.done
+    def worth(self, layers: int, tokens: int) -> int:
+        """Reading so many tokens whole, through all ``layers``, would have been about as much work.
 
-    def worth(self, layers: int) -> int:
-        """Reading so many tokens whole, through all ``layers``, would have been about as much work; at least 1."""
-        return max(1, self.steps * self.chunk // layers)
+        ``tokens``: of the group, those that are of use. At least 1, where there are any.
+        """
+        chunks = -(-tokens // self.chunk)
+        return max(min(1, tokens), (self.layer * chunks + min(self.done, chunks)) * self.chunk // layers)
 
-    def begins(self, rest: Tensor) -> bool:
-        """Whether all tokens of the group are the first of those that follow what is held, (m,)."""
-        return torch.equal(self.tokens, rest[: len(self.tokens)])
+    def usable(self, rest: Tensor, cuttable: bool) -> int:
+        """How many tokens of the group are of use for a text that goes on with ``rest`` (m,): all, some chunks, or 0.
+
+        ``cuttable``: whether it is of a model whose layers all attend to everything. Some tokens have to follow then,
+        as for any text that is cut: see ``find_start``.
+        """
+        shared = common_prefix(self.tokens, rest)
+        if shared == len(self.tokens):
+            return shared
+        return max(0, min(shared, len(rest) - PREFILL_QUERIES)) // self.chunk * self.chunk if cuttable else 0
+
+    def cut(self, tokens: int) -> PartRead:
+        """The same of the first tokens alone, whole chunks: as if the group had ended there."""
+        if tokens == len(self.tokens):
+            return self
+        kept = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("kv."):
+                kept[name] = tensor[:, :, :tokens].clone()
+            elif not name.startswith(HIDDEN):
+                kept[name] = tensor[:tokens].clone() if name == "states" else tensor
+        done = min(self.done, tokens // self.chunk)
+        return PartRead(self.held, self.tokens[:tokens].clone(), self.chunk, self.layer, done, kept)
 
     def in_memory(self) -> PartRead:
         """The same, nothing of which lies on disk.

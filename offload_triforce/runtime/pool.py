@@ -16,7 +16,8 @@ from torch import Tensor
 from offload_triforce.errors import TriForceError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
-from offload_triforce.runtime.prefix import Start, common_prefix, find_start
+from offload_triforce.runtime.ids import common_prefix
+from offload_triforce.runtime.prefix import Start, find_start
 from offload_triforce.runtime.session import Session
 
 # Fewer tokens than these are read again rather than kept: about what one pass of the target reads in the time that
@@ -280,8 +281,9 @@ def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
     shared = common_prefix(parked.tokens, prompt[:-1])
-    if shared == len(parked.tokens) and session.goes_on(parked.part, shared, prompt):
-        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, session.part_worth(parked.part))
+    if shared == len(parked.tokens) and (usable := session.usable(parked.part, shared, prompt)):
+        worth = session.part_worth(parked.part, usable)
+        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, worth)
     if session.cuttable:
         return find_start(len(parked.tokens), (), shared, len(prompt) - 1, lambda tokens: True)
     known = [point for point in parked.checkpoints if point.tokens <= shared]

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.held import Checkpoint
 from offload_triforce.runtime.runtime import PREFILL_QUERIES
-
-
-def common_prefix(one: Tensor, other: Tensor) -> int:
-    """How many ids both begin with. (n,) and (m,)."""
-    most = min(len(one), len(other))
-    differ = (one[:most] != other[:most]).nonzero()
-    return int(differ[0]) if len(differ) else most
 
 
 class Start(NamedTuple):

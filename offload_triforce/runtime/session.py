@@ -17,8 +17,9 @@ from offload_triforce.model.prefill import Progress
 from offload_triforce.planner.sizes import CHECKPOINT_BYTES, group_tokens
 from offload_triforce.runtime.group_reading import GroupReading, fill
 from offload_triforce.runtime.held import Checkpoint, KVShape, LiveText, TextSource, thin
+from offload_triforce.runtime.ids import common_prefix
 from offload_triforce.runtime.part import PartRead
-from offload_triforce.runtime.prefix import Start, Told, common_prefix, find_start
+from offload_triforce.runtime.prefix import Start, Told, find_start
 from offload_triforce.runtime.reading import Reading, on_device
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.scheduler.device import on
@@ -82,8 +83,8 @@ class Session:
         if start is None:
             self.begin(wanted, progress)
         else:
-            if not start.part:
-                self.part = None
+            usable = self.usable(self.part, start.tokens, prompt) if start.part else 0
+            self.part = self.part.cut(usable) if usable else None
             if start.tokens < caches.length:
                 self._go_back(start)
             caches.drop_pending()
@@ -103,17 +104,15 @@ class Session:
         if not caches.whole or not self.turned_alike(self.long, prompt):
             return None  # something was interrupted where it should not have been, or keys are of no use
         shared = common_prefix(self.ids, prompt[:-1])
-        if shared == caches.length and self.goes_on(self.part, shared, prompt):
-            return Start(shared, None, self.part_worth(self.part))
+        if shared == caches.length and (usable := self.usable(self.part, shared, prompt)):
+            return Start(shared, None, self.part_worth(self.part, usable))
         return find_start(caches.length, self.checkpoints, shared, len(prompt) - 1, caches.can_cut)
 
-    def goes_on(self, part: PartRead | None, held: int, prompt: Tensor) -> bool:
-        """Whether a prompt (n,), of which ``held`` tokens are held, goes on with a part that was read, as it was."""
-        return (
-            part is not None
-            and (part.held, part.chunk) == (held, self.runtime.settings.prefill_chunk)
-            and part.begins(prompt[held:-1])
-        )
+    def usable(self, part: PartRead | None, held: int, prompt: Tensor) -> int:
+        """How much of what was read in part is of use for a prompt (n,) of which ``held`` tokens are held: tokens."""
+        if part is None or (part.held, part.chunk) != (held, self.runtime.settings.prefill_chunk):
+            return 0
+        return part.usable(prompt[held:-1], self.cuttable)
 
     def turned_alike(self, long: bool, prompt: Tensor) -> bool:
         """Whether keys of a text that was ``long`` are those of a prompt (n,), where longrope turns them."""
@@ -124,9 +123,11 @@ class Session:
         """Reading so many tokens would be about as much work as what there is."""
         return len(self.ids) + self.part_worth(self.part)
 
-    def part_worth(self, part: PartRead | None) -> int:
-        """The same of what was read in part, see ``PartRead.worth``."""
-        return 0 if part is None else part.worth(len(self.runtime.layout.layers))
+    def part_worth(self, part: PartRead | None, usable: int | None = None) -> int:
+        """The same of what was read in part, see ``PartRead.worth``; of ``usable`` tokens of it, or of all."""
+        if part is None:
+            return 0
+        return part.worth(len(self.runtime.layout.layers), len(part.tokens) if usable is None else usable)
 
     @property
     def cuttable(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from offload_triforce.cache.layer import Snapshot
 from offload_triforce.errors import InputError, StorageError
 from offload_triforce.runtime.held import Checkpoint, TextSource
-from offload_triforce.runtime.prefix import common_prefix
+from offload_triforce.runtime.ids import common_prefix
 from offload_triforce.runtime.session_folder import check_file, open_file
 from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry
 from offload_triforce.runtime.session_reader import DTYPES, PartsOnDisk, open_text

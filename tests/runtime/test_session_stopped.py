@@ -17,8 +17,9 @@ from offload_triforce.model.layers import layers_of
 from offload_triforce.model.layout import probe
 from offload_triforce.planner import sizes
 from offload_triforce.runtime.held import HeldText, KVShape
+from offload_triforce.runtime.ids import common_prefix
 from offload_triforce.runtime.prefix import Start
-from offload_triforce.runtime.runtime import Runtime
+from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
 from offload_triforce.runtime.session import Session
 from offload_triforce.runtime.session_check import verify_text
 from offload_triforce.runtime.session_folder import load_manifest
@@ -188,18 +189,23 @@ def test_a_longer_prompt_goes_on_too(family):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
 @pytest.mark.parametrize("held", [0, 25])
 def test_another_prompt_finds_what_was_held_before(family, held):
-    """One that parts within the group, or ends there, drops the part: as if it had never been begun."""
+    """One that parts within the group, or ends there, drops the part, as if it had never been begun; where all that is
+    kept can be cut, it goes on with the whole chunks that both begin with."""
     first = [TEXT[:held]] if held else []
     parting = [torch.cat([TEXT[:same], TEXT[:40]]) for same in (held + 38, held + 1, 20)]
     for prompt in (*parting, TEXT[: held + 39], TEXT[: held + 10]):
-        expected, whole = plain(family, *first, prompt)
+        same = common_prefix(prompt, TEXT) - max(0, held - 1)
+        chunks = max(0, min(same, len(prompt) - max(1, held) - PREFILL_QUERIES)) // 13 if family == "llama" else 0
+        cut = [TEXT[: max(0, held - 1) + 13 * chunks + 1]] if chunks else []
+        expected, whole = plain(family, *first, *cut, prompt)
         with session_of(family) as session:
             for each in first:
                 session.prepare(each)
-            stop(session, TEXT, 5)
+            stop(session, TEXT, 6)
             rest = Steps()
             session.prepare(prompt, rest)
-            assert rest.seen == whole
+            done = min(4, chunks) + min(2, chunks)  # four through the first layer, two through the second
+            assert missing(rest.seen)[3 * chunks - done if chunks else 0 :] == missing(whole)
             assert_same(contents(session), expected)
             assert session.part is None
 

@@ -23,7 +23,7 @@ from offload_triforce.cache.sizes import RetrievalShape
 from offload_triforce.config import Settings
 from offload_triforce.engine import TriForce
 from offload_triforce.model.adapter import attached
-from offload_triforce.runtime.session import Reading
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.noise import Noise
 

@@ -16,7 +16,7 @@ from offload_triforce.errors import InputError
 from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import run
 from offload_triforce.model.layout import ModelLayout
-from offload_triforce.runtime.session import Reading
+from offload_triforce.runtime.reading import Reading
 
 
 def attention_shares(query: Tensor, key: Tensor, params: ops.AttentionParams) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from offload_triforce.generation.checks import check_length
 from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.fetch import find_source
-from offload_triforce.runtime.session import Reading
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.scheduler.device import on
 from offload_triforce.speculation.acceptance import GAP
 

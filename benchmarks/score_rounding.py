@@ -32,7 +32,7 @@ from offload_triforce.kernels import ops
 from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.fetch import fetch_model
-from offload_triforce.runtime.session import Reading
+from offload_triforce.runtime.reading import Reading
 
 WAYS = ("float32", "bfloat16, means in float32", "bfloat16, means rounded")
 

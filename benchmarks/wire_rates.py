@@ -31,7 +31,7 @@ from offload_triforce.kernels import ops
 from offload_triforce.kernels.wire_format import BLOCK, WireFormat, parts
 from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import fetch_model
-from offload_triforce.runtime.session import Reading
+from offload_triforce.runtime.reading import Reading
 
 REPEATS = 5
 TOKENS = {"smollm2": 4096, "qwen-coder": 2048}

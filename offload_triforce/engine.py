@@ -254,8 +254,8 @@ class TriForce:
 
     @property
     def parked_bytes(self) -> int:
-        """Bytes of host memory that texts take which are kept beside the one in the caches. Any thread may ask."""
-        return self._texts.pool.parked_bytes
+        """Bytes of host memory that texts take beside caches, and what was read of one in part. Any thread may ask."""
+        return self._texts.parked_bytes
 
     def session(self) -> Conversation:
         """A text of its own, kept from question to question whatever else is asked of this engine."""

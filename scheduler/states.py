@@ -34,6 +34,15 @@ class HiddenStates(Protocol):
     def put(self, index: int, states: Tensor, keep: bool = True) -> None:
         """What became of a chunk. Without ``keep`` nobody will take it again."""
 
+    def kept(self) -> Tensor | None:
+        """A copy of what all chunks have come to, [tokens, width], in host memory. Before ``end``.
+
+        None if a step that was interrupted has changed what it took.
+        """
+
+    def go_on(self, states: Tensor, index: int, last: bool) -> None:
+        """After ``begin``: all are as ``kept`` had them; chunk ``index`` is taken next, in the last layer or not."""
+
     def end(self) -> None:
         """The prompt has been read, or given up."""
 
@@ -44,6 +53,7 @@ class DeviceStates:
     def __init__(self, chunk: int) -> None:
         """``chunk``: tokens of every chunk but the last."""
         self._chunk, self._held = chunk, torch.empty(0)
+        self._version = 0  # as torch counts changes in place: when the newest chunk was taken, or put
 
     def begin(self, first: Tensor, tokens: int) -> None:
         """See ``HiddenStates``."""
@@ -51,16 +61,34 @@ class DeviceStates:
 
     def take(self, index: int) -> Tensor:
         """See ``HiddenStates``."""
-        return self._held[:, index * self._chunk : (index + 1) * self._chunk]
+        self._version = _version(self._held)
+        return self._place(index)
 
     def put(self, index: int, states: Tensor, keep: bool = True) -> None:
         """See ``HiddenStates``."""
         if keep:
-            self.take(index).copy_(states)
+            self._place(index).copy_(states)
+        self._version = _version(self._held)
+
+    def kept(self) -> Tensor | None:
+        """See ``HiddenStates``."""
+        return self._held[0].to("cpu", copy=True) if _version(self._held) == self._version else None
+
+    def go_on(self, states: Tensor, index: int, last: bool) -> None:
+        """See ``HiddenStates``."""
+        self._held[0].copy_(states)
+        self._version = _version(self._held)
 
     def end(self) -> None:
         """See ``HiddenStates``."""
         self._held = torch.empty(0)
+
+    def _place(self, index: int) -> Tensor:
+        return self._held[:, index * self._chunk : (index + 1) * self._chunk]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class HostStates:
@@ -87,6 +115,7 @@ class HostStates:
         self._slots: Tensor | None = None
         self._tokens = self._chunks = self._used = 0
         self._arriving: deque[Event] = deque()
+        self._sent: Event | None = None  # what left last
         self._left: list[Event | None] = []  # when each slot may be overwritten
 
     def begin(self, first: Tensor, tokens: int) -> None:
@@ -120,13 +149,33 @@ class HostStates:
             device.launch("put hidden states", slot.copy_, states)
             if self._pinner:
                 self._pinner.wait(index // self._per_piece)
-            self._left[number] = device.outgoing.submit(self._place(index), slot, after=device.record())
+            self._left[number] = self._sent = device.outgoing.submit(self._place(index), slot, after=device.record())
         else:
             self._left[number] = device.release(slot)
         following = self._used + depth
         if following >= self._chunks and (keep or index + depth < self._chunks):
             self._fetch(following)
         self._used += 1
+
+    def kept(self) -> Tensor | None:
+        """See ``HiddenStates``. A step changes what lies in host memory only with ``put``."""
+        if self._sent is not None:
+            self._sent.reach()  # and with it all that left before
+        return torch.cat([self._place(index)[0] for index in range(self._chunks)])
+
+    def go_on(self, states: Tensor, index: int, last: bool) -> None:
+        """See ``HiddenStates``."""
+        if self._sent is not None:
+            self._sent.reach()  # of a prompt that was given up
+        for number in range(self._chunks):
+            self._place(number).copy_(states[number * self._chunk :][: self._length(number)])
+        self._used = self._chunks + index
+        end = 2 * self._chunks if last else self._used + len(self._left)
+        if self._pinner:
+            self._pinner.wait(len(self._pieces) - 1)
+        self._left = [self._device.record()] * len(self._left)  # their memory may have been somebody else's
+        for use in range(self._used, min(end, self._used + len(self._left))):
+            self._fetch(use)
 
     def _fetch(self, use: int) -> None:
         index, number = use % self._chunks, use % len(self._left)

@@ -15,8 +15,9 @@ from offload_triforce.generation.answer import TextStream
 from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
 from offload_triforce.runtime.levels import RetrievalLevel
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.runtime.runtime import Runtime
-from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.device import Device, on
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.speculation.tree import chain

@@ -15,8 +15,9 @@ from offload_triforce.errors import InputError
 from offload_triforce.machine.describe import describe_machine
 from offload_triforce.model.fetch import check_source, find_source
 from offload_triforce.planner.nodes import MULTIPLES, grown
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.runtime.runtime import Runtime
-from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.runtime.session import Session
 from offload_triforce.scheduler.emulated import EmulatedDevice
 from offload_triforce.speculation.stats import DecodeStats
 

@@ -13,9 +13,9 @@ from offload_triforce.config import Settings
 from offload_triforce.kernels.ops import AttentionParams
 from offload_triforce.machine.measure import synchronize
 from offload_triforce.model.adapter import attached
+from offload_triforce.model.layer_view import AttentionPart, LayerPart, RecurrentPart
 from offload_triforce.model.layout import probe
 from offload_triforce.model.outline import LayerShape, RecurrentShape
-from offload_triforce.model.prefill import AttentionPart, LayerPart, RecurrentPart
 from offload_triforce.runtime.levels import RetrievalLevel
 from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime, choosing
 from offload_triforce.runtime.session import Session

@@ -193,12 +193,24 @@ class FullCache:
 
     def copy_out(self, layer: int, start: int, stop: int) -> Tensor:
         """Committed tokens [start, stop) of one layer, [2, K, stop - start, D], in host memory. After ``still``."""
-        plan, store, parts = self.stream.plan, self.stream.store, []
-        for index in range(start // plan.tile_tokens, min(self.tiles, -(-stop // plan.tile_tokens))):
-            first = index * plan.tile_tokens
+        return self._gather(layer, start, stop, self.tiles)
+
+    def filled(self, layer: int, start: int, stop: int) -> Tensor:
+        """A copy of the same, of a layer that ``fill`` has given ``stop`` tokens, whether others have theirs or not.
+
+        After ``landed``, and when the device has caught up.
+        """
+        return self._gather(layer, start, stop, self._whole_tiles(stop)).clone()
+
+    def _gather(self, layer: int, start: int, stop: int, tiles: int) -> Tensor:
+        """The layer's first ``tiles`` tiles lie in the store, the rest in the tail."""
+        tile, store, parts = self.stream.plan.tile_tokens, self.stream.store, []
+        for index in range(start // tile, min(tiles, -(-stop // tile))):
+            first = index * tile
             parts.append(store.read(layer, index)[:, :, max(0, start - first) : stop - first].cpu())
-        if stop > self.tiled or not parts:
-            parts.append(self.tail.settled[layer][:, :, max(0, start - self.tiled) : max(0, stop - self.tiled)].cpu())
+        tiled = tiles * tile
+        if stop > tiled or not parts:
+            parts.append(self.tail.kv[layer][:, :, max(0, start - tiled) : max(0, stop - tiled)].cpu())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def adopt(self, tokens: int, read: Callable[[int, int, int], Tensor]) -> None:

@@ -77,6 +77,24 @@ class TargetCaches:
         """The same of a recurrent layer, see ``RecurrentCache.load``."""
         return self.recurrent.load(self.place[layer])
 
+    def land_fill(self) -> None:
+        """Before ``filled``, in the middle of a prefill: what has left is in host memory.
+
+        Raises:
+            MemoryLimitError: see ``Leaving.wait``.
+        """
+        if self.full is not None:
+            self.full.landed()
+            self.full.stream.device.catch_up()
+
+    def filled(self, layer: int, window: int | None, start: int, stop: int) -> Tensor:
+        """A copy of the keys and values that ``fill`` has put down of tokens [start, stop), [2, K, n, D] for the host.
+
+        All, or those that windows reach; ``stop`` tokens is what the layer was given. See ``load_state`` for others.
+        """
+        cache = self.full if window is None else self.window
+        return cache.filled(self.place[layer], start, stop)
+
     def end_step(self, tokens: int) -> None:
         """A step of the target is through all layers: its tokens are pending."""
         for cache in self._committing():

@@ -83,6 +83,11 @@ class WindowCache(GrowingBuffer):
         """One layer's newest committed tokens, into ``kv`` [2, K, at most reach, D]."""
         kv.copy_(self.kv[layer, :, :, self.committed - kv.shape[2] : self.committed])
 
+    def filled(self, layer: int, start: int, stop: int) -> Tensor:
+        """Of a layer that ``fill`` has given all ``stop`` tokens, a copy of those from ``start`` on that it keeps."""
+        held = min(stop, self.reach)
+        return self.kv[layer, :, :, max(0, held - (stop - start)) : held].to("cpu", copy=True)
+
     def end_fill(self, tokens: int) -> None:
         """All layers have been filled with ``tokens`` tokens."""
         self.length = min(tokens, self.reach)

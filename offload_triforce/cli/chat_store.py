@@ -112,7 +112,7 @@ class Store:
         # First: they are what cannot be had again.
         self._write(name, self._stamp if name == self.name else None, messages)
         self.name = name
-        if len(self.session.tokens):
+        if len(self.session.tokens) or self.session.part_tokens:
             self.session.save(folder)
         return folder
 

@@ -45,7 +45,7 @@ class KeptSession:
         """
         if self._old:
             self.session = engine.load_session(self.folder, self.loading)
-            say(f"going on with {self.folder}: {len(self.session.tokens):,} tokens")
+            say(f"going on with {self.folder}: {len(self.session.tokens):,} tokens{self._in_part()}")
         else:
             self.session = engine.session()
 
@@ -55,9 +55,13 @@ class KeptSession:
         Raises:
             InputError, BusyError, StorageError: what was saved before is there still.
         """
-        if not len(self.session.tokens):
+        if not len(self.session.tokens) and not self.session.part_tokens:
             return  # it was stopped before anything was read
         with bytes_bar(f"saving {self.folder.name}") as told:
             saved = self.session.save(self.folder, told)
-        size = f"{saved.tokens:,} tokens, {gigabytes(saved.size)}, of these {gigabytes(saved.written)} anew"
-        say(f"saved {saved.folder}: {size}")
+        size = f"{gigabytes(saved.size)}, of these {gigabytes(saved.written)} anew"
+        say(f"saved {saved.folder}: {saved.tokens:,} tokens{self._in_part()}, {size}")
+
+    def _in_part(self) -> str:
+        part = self.session.part_tokens
+        return f", and {part:,} more in part" if part else ""

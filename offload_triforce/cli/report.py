@@ -75,6 +75,7 @@ def summary(stats: DecodeStats, link: bool) -> list[str]:
     accepted += f"retrieval {percent(stats.retrieval.rate)}"
     saved = stats.full_kv_bytes / stats.link_bytes_per_token if stats.link_bytes else 0.0
     held = f" ({stats.reused_tokens:,} of them held before)" if stats.reused_tokens else ""
+    held += f" (a prefill that was stopped went on after {stats.resumed_tokens:,} more)" if stats.resumed_tokens else ""
     lines = [
         f"prompt {stats.prompt_tokens:,} tokens{held}, answer {stats.new_tokens:,} tokens in {stats.passes:,} passes: "
         f"{stats.tokens_per_pass:.2f} tokens per pass",

@@ -71,7 +71,7 @@ def show(
     values = {
         "folder": row["path"],
         "model": row["model"],
-        "tokens": f"{row['tokens']:,}",
+        "tokens": f"{row['tokens']:,}" + (f", and {row['tokens_in_part']:,} in part" if row["tokens_in_part"] else ""),
         "size": f"{gigabytes(row['bytes'])} in {row['files']:,} files",
         "saved": row["saved"],
         "keys and values": f"{row['layers']} layers of {row['kv_heads']} KV heads of {row['head_dim']}, {row['dtype']}",
@@ -136,6 +136,7 @@ def as_row(one: Any) -> dict[str, Any]:
     return row | {
         "model": manifest.model.name,
         "tokens": manifest.length,
+        "tokens_in_part": manifest.ids - manifest.length,
         "bytes": manifest.size,
         "files": len(manifest.contents) + 1,
         "saved": time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.saved)),

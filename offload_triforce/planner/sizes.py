@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 LOGITS = 3
 
 
-# Tokens of a prompt that are read layer by layer at a time. After each such group the text can be gone on with, should
-# the rest be interrupted; each brings what was read before it over the link once more, which makes one and a half
-# passes for all groups of 128K tokens.
+# Tokens of a prompt that are read layer by layer at a time. After each such group the text can be gone on with by any
+# prompt, should the rest be interrupted (within a group by those that have all its tokens: ``runtime/part``); each
+# brings what was read before it over the link once more, which makes one and a half passes for all groups of 128K
+# tokens.
 GROUP = 32_768
 # The same where layers have a window or a state: those are kept after each group, so that the text can be cut there.
 MARKED_GROUP = 8_192

@@ -62,6 +62,11 @@ class Session:
         """Ids of the tokens that are held, int64 (n,)."""
         return self._texts.tokens(self.text)
 
+    @property
+    def part_tokens(self) -> int:
+        """Tokens behind those that a stopped prefill has read in part: a prompt that has them too goes on there."""
+        return self._texts.part_tokens(self.text)
+
     def save(self, path: str | Path, progress: Progress | None = None) -> SavedText:
         """Write what is held to a folder; what lies there already of the same text is not written again.
 

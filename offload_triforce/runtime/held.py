@@ -12,6 +12,7 @@ from torch import Tensor
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.layer import Snapshot
 from offload_triforce.model.layout import ModelLayout
+from offload_triforce.runtime.part import PartRead
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class TextSource(Protocol):
         checkpoints: ascending; the last is of all n tokens. None, where caches can be cut anywhere.
         shape: of the keys and values.
         long: whether keys were turned by longrope's long frequencies; False for all other models.
+        part: of the tokens behind them, what a stopped prefill has read.
     """
 
     tokens: Tensor
     checkpoints: Sequence[Checkpoint]
     shape: KVShape
     long: bool
+    part: PartRead | None
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """Keys and values of tokens [start, stop) of one layer, [2, K, stop - start, D], in host memory.
@@ -96,6 +99,7 @@ class LiveText:
     shape: KVShape
     full: FullCache | None
     long: bool = False
+    part: PartRead | None = None
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """See ``TextSource``."""
@@ -111,13 +115,14 @@ class HeldText:
     shape: KVShape
     kv: Sequence[Tensor]
     long: bool = False
+    part: PartRead | None = None
 
     @classmethod
     def copy(cls, source: TextSource) -> HeldText:
         """The same text in memory of its own."""
         count = len(source.tokens)
         kv = [source.read(layer, 0, count).clone() for layer in range(source.shape.layers)]
-        return cls(source.tokens, list(source.checkpoints), source.shape, kv, source.long)
+        return cls(source.tokens, list(source.checkpoints), source.shape, kv, source.long, source.part)
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """See ``TextSource``."""
@@ -131,4 +136,5 @@ class HeldText:
 
 def text_bytes(source: TextSource) -> int:
     """Bytes of a text in host memory, or what it would take there."""
-    return len(source.tokens) * source.shape.token_bytes + sum(point.size for point in source.checkpoints)
+    part = 0 if source.part is None else source.part.size
+    return len(source.tokens) * source.shape.token_bytes + sum(point.size for point in source.checkpoints) + part

@@ -16,7 +16,8 @@ from torch import Tensor
 from offload_triforce.errors import TriForceError
 from offload_triforce.machine.memory import free_on_host
 from offload_triforce.runtime.held import HeldText, TextSource, text_bytes
-from offload_triforce.runtime.prefix import Start, common_prefix, find_start
+from offload_triforce.runtime.ids import common_prefix
+from offload_triforce.runtime.prefix import Start, find_start
 from offload_triforce.runtime.session import Session
 
 # Fewer tokens than these are read again rather than kept: about what one pass of the target reads in the time that
@@ -35,19 +36,29 @@ class Text:
     Attributes:
         owned: it is a user's session, and goes on only where that asks for it.
         parked: where it lies; None is in the caches, or nowhere yet.
+        home: where an older state of it lies on the shelf, while it is in the caches or in host memory.
         used: when, as a number that grows.
     """
 
     owned: bool = False
     parked: TextSource | None = None
+    home: TextSource | None = None
     used: int = field(default=0)
+
+    def go_home(self) -> None:
+        """Its newest state is lost: the older one is what there is."""
+        if self.parked is None:
+            self.parked, self.home = self.home, None
 
 
 class Shelf(Protocol):
     """Where texts go that memory has no room for."""
 
-    def put(self, source: TextSource) -> TextSource | None:
-        """Keep a text; returns where it lies from now on, if it could be kept."""
+    def holds(self, source: TextSource | None) -> bool:
+        """Whether a text lies there."""
+
+    def put(self, source: TextSource, home: TextSource | None = None) -> TextSource | None:
+        """Keep a text; returns where it lies from now on, if it could be kept. ``home``: where it lay before."""
 
     def drop(self, source: TextSource | None) -> None:
         """Forget one that was put there; others are left alone."""
@@ -93,8 +104,9 @@ class SessionPool:
         """Forget a text."""
         if text in self._texts:
             self._texts.remove(text)
-        self._drop(text.parked)
-        text.parked = None
+        for source in (text.parked, text.home):
+            self._drop(source)
+        text.parked = text.home = None
         if self.seated is text:
             self.seated = None
 
@@ -108,8 +120,10 @@ class SessionPool:
         session.fork = self._fork(session, prompt, start)
         text = wanted or (best if best is not None and not best.owned else self.add())
         before = self.seated
-        if before is not None and self._is_worth_keeping(len(session.ids), before, text, start, best):
-            before.parked = self._park(session.source(), (text, best))
+        if before is not None and self._is_worth_keeping(session.worth, before, text, start, best):
+            self._park(before, session.source(), (text, best))
+        if before is not None and before is not text and before is not best:
+            before.go_home()
         if best is None or best is not before:
             self.seated = None  # until what is in the caches is known again
         if best is None:
@@ -118,10 +132,11 @@ class SessionPool:
             self.seat(session, prompt, wanted)
             return
         rest, text.parked = text.parked, None
-        if rest is not None and self._is_worth_keeping(len(rest.tokens), text, text, start, best):
-            self.add(rest).used = self._clock - 1
-        else:
-            self._drop(rest)
+        if rest is not None and self._is_worth_keeping(_worth(rest, session), text, text, start, best):
+            kept = self.add(rest)
+            kept.used, kept.home, text.home = self._clock - 1, text.home, None
+        elif self.shelf is not None and self.shelf.holds(rest):
+            text.home = rest  # it stays valid there meanwhile, whatever ends this process
         self.seated, text.used = text, self._clock
         others = [each for each in self._texts if (each.owned or each.parked is not None) and each is not text]
         self._texts = [*others, text]
@@ -144,49 +159,51 @@ class SessionPool:
         return True
 
     def _is_worth_keeping(self, held: int, text: Text, following: Text, start: Start, best: Text | None) -> bool:
-        """Whether to keep what a text of ``held`` tokens would lose, when ``following`` goes on from ``start`` of
+        """Whether to keep what a text worth ``held`` tokens would lose, when ``following`` goes on from ``start`` of
         ``best``. A user's session that goes back has done so on purpose; other texts may be wanted again."""
         if text.owned:
             return text is not following and held > 0
-        return held - (start.tokens if text is best and text is following else 0) > WORTH_KEEPING
+        return held - (start.worth if text is best and text is following else 0) > WORTH_KEEPING
 
     def unseat(self, session: Session) -> None:
         """Park the text that is in the caches: they are about to go."""
-        if self.seated is not None and len(session.ids):
-            self.seated.parked = self._park(session.source(), (self.seated,))
-        self.seated = None
+        if self.seated is not None and session.worth:
+            self._park(self.seated, session.source(), (self.seated,))
+        self.lose()
 
     def keep_all(self, session: Session | None) -> None:
         """Let all texts leave for the shelf, that of ``session`` in the caches too, if there is a shelf."""
         if self.shelf is None:
             return
-        if self.seated is not None and not self.seated.owned and session is not None and len(session.ids):
-            self.shelf.put(session.source())
+        if self.seated is not None and not self.seated.owned and session is not None and session.worth:
+            self.shelf.put(session.source(), self.seated.home)
         for text in self._texts:
             if isinstance(text.parked, HeldText) and not text.owned:
-                self.shelf.put(text.parked)
+                self._put(text, text.parked)
 
     def make_way(self) -> bool:
         """Let all parked texts that nobody owns leave memory; returns whether there were any."""
         leaving = [text for text in self._texts if isinstance(text.parked, HeldText) and not text.owned]
         for text in leaving:
-            text.parked = self._put(text.parked)
+            self._put(text, text.parked)
         return bool(leaving)
 
     def clear(self) -> None:
         """Forget all texts."""
         for text in self._texts:
-            text.parked = None
+            text.parked = text.home = None
         self._texts = [text for text in self._texts if text.owned]
         self.seated = None
 
     def lose(self) -> None:
-        """The caches are gone, and the text that was there."""
+        """The caches are gone, and the text that was there, but for what lies on the shelf."""
+        if self.seated is not None:
+            self.seated.go_home()
         self.seated = None
 
     def source(self, text: Text, session: Session | None) -> TextSource | None:
         """Where a text can be read from; None where nothing of it is held. ``session``: what the caches hold."""
-        if text is self.seated and session is not None and len(session.ids):
+        if text is self.seated and session is not None and session.worth:
             return session.source()
         return text.parked
 
@@ -196,7 +213,7 @@ class SessionPool:
         for text in sorted(self._texts, key=lambda each: (each is not wanted, each is not self.seated, -each.used)):
             start = session.start(prompt) if text is self.seated else _parked_start(text.parked, prompt, session)
             least = 1 if text is self.seated or text is wanted else LEAST_SHARED
-            if start is not None and start.tokens >= max(least, most.tokens + 1):
+            if start is not None and start.worth >= max(least, most.worth + 1):
                 best, most = text, start
         return best, most
 
@@ -213,21 +230,35 @@ class SessionPool:
         shared = max((common_prefix(ids, prompt[:-1]) for ids in alike), default=0)
         return shared if shared - start.tokens > WORTH_KEEPING else 0
 
-    def _park(self, source: TextSource, staying: Sequence[Text | None]) -> TextSource | None:
+    def _park(self, text: Text, source: TextSource, staying: Sequence[Text | None]) -> None:
         """Keep a text out of the caches: in memory, on disk, or not at all. ``staying`` are about to be used."""
-        size = text_bytes(source)
+        if self._make_room(text_bytes(source), staying):
+            text.parked = HeldText.copy(source)
+        else:
+            self._put(text, source)
+
+    def has_room(self, size: int) -> bool:
+        """Whether host memory may hold so many bytes more of the text in the caches; parked ones make way."""
+        return self.seated is not None and self._make_room(size, ())
+
+    def _make_room(self, size: int, staying: Sequence[Text | None]) -> bool:
+        """The least recently used of parked texts leave until so many bytes fit; False if they cannot. Some stay."""
         if self._limit is not None and size > self._limit:
-            return self._put(source)
+            return False
         while size > self._room():
             parked = [text for text in self._texts if isinstance(text.parked, HeldText) and text not in staying]
             if not parked:
-                return self._put(source)
+                return False
             oldest = min(parked, key=lambda each: each.used)
-            oldest.parked = self._put(oldest.parked)
-        return HeldText.copy(source)
+            self._put(oldest, oldest.parked)
+        return True
 
-    def _put(self, source: TextSource) -> TextSource | None:
-        return None if self.shelf is None else self.shelf.put(source)
+    def _put(self, text: Text, source: TextSource) -> None:
+        """Let it leave for the shelf, if there is one; what lay there before stays, if that fails."""
+        text.parked = None if self.shelf is None else self.shelf.put(source, text.home)
+        if text.parked is None:
+            text.go_home()
+        text.home = None
 
     def _drop(self, source: TextSource | None) -> None:
         if self.shelf is not None:
@@ -240,11 +271,19 @@ class SessionPool:
         return self._limit - self.parked_bytes
 
 
+def _worth(parked: TextSource, session: Session) -> int:
+    """Reading so many tokens would be about as much work as what there is of a parked text."""
+    return len(parked.tokens) + session.part_worth(parked.part)
+
+
 def _parked_start(parked: TextSource | None, prompt: Tensor, session: Session) -> Start | None:
     """How much of a parked text a prompt goes on with."""
     if parked is None or not session.turned_alike(parked.long, prompt):
         return None
     shared = common_prefix(parked.tokens, prompt[:-1])
+    if shared == len(parked.tokens) and (usable := session.usable(parked.part, shared, prompt)):
+        worth = session.part_worth(parked.part, usable)
+        return Start(shared, parked.checkpoints[-1] if parked.checkpoints else None, worth)
     if session.cuttable:
         return find_start(len(parked.tokens), (), shared, len(prompt) - 1, lambda tokens: True)
     known = [point for point in parked.checkpoints if point.tokens <= shared]

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from offload_triforce.model.prefill import Progress
 from offload_triforce.runtime.held import Checkpoint
 from offload_triforce.runtime.runtime import PREFILL_QUERIES
 
 
-def common_prefix(one: Tensor, other: Tensor) -> int:
-    """How many ids both begin with. (n,) and (m,)."""
-    most = min(len(one), len(other))
-    differ = (one[:most] != other[:most]).nonzero()
-    return int(differ[0]) if len(differ) else most
-
-
 class Start(NamedTuple):
-    """So many tokens stay. ``checkpoint``: of just those, where the caches cannot be cut without."""
+    """So many tokens stay. ``checkpoint``: of just those, where the caches cannot be cut without.
+
+    ``part``: behind them a prefill goes on that was stopped, as if it had read so many tokens whole; 0: none does.
+    """
 
     tokens: int
     checkpoint: Checkpoint | None = None
+    part: int = 0
+
+    @property
+    def worth(self) -> int:
+        """Reading so many tokens is saved."""
+        return self.tokens + self.part
 
 
 def find_start(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from offload_triforce.errors import TriForceError
 from offload_triforce.model.adapter import attached
-from offload_triforce.model.layout import ModelLayout
-from offload_triforce.model.prefill import AttentionPart, LayerPart, Progress, RecurrentPart, prefill
+from offload_triforce.model.layer_view import LayerPart
+from offload_triforce.model.prefill import Progress
 from offload_triforce.planner.sizes import CHECKPOINT_BYTES, group_tokens
+from offload_triforce.runtime.group_reading import GroupReading, fill
 from offload_triforce.runtime.held import Checkpoint, KVShape, LiveText, TextSource, thin
-from offload_triforce.runtime.prefix import Start, Told, common_prefix, find_start
-from offload_triforce.runtime.runtime import PREFILL_QUERIES, Runtime
+from offload_triforce.runtime.ids import common_prefix
+from offload_triforce.runtime.part import PartRead
+from offload_triforce.runtime.prefix import Start, Told, find_start
+from offload_triforce.runtime.reading import Reading, on_device
+from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.scheduler.device import on
-from offload_triforce.scheduler.store import Leaving
 from offload_triforce.speculation.acceptance import AcceptanceRule
 from offload_triforce.speculation.draft_selector import Drafter
 from offload_triforce.speculation.hierarchy import decode
@@ -34,14 +37,19 @@ class Session:
     Attributes:
         checkpoints: of what cannot be cut, ascending.
         long: see ``TextSource``.
+        part: of the tokens behind those that are held, what a stopped prefill has read; or None.
         fork: after so many tokens a text is marked as it is read, beside where that is done anyway; 0: nowhere.
     """
 
-    def __init__(self, runtime: Runtime, keep: bool = False) -> None:
-        """``keep``: the text will be gone back in, so its turns are marked."""
-        self.runtime, self.keep = runtime, keep
+    def __init__(self, runtime: Runtime, keep: bool = False, room: Callable[[int], bool] = lambda _: True) -> None:
+        """``keep``: the text will be gone back in, so its turns are marked, and what is stopped is kept in part.
+
+        ``room``: whether host memory may hold so many bytes more.
+        """
+        self.runtime, self.keep, self.room = runtime, keep, room
         self.checkpoints: list[Checkpoint] = []
         self.long, self.fork = False, 0
+        self.part: PartRead | None = None
         self._ids = torch.empty(0, dtype=torch.long)  # of the text; the caches may be behind
         self._chosen = False  # whether the retrieval cache's choice was made over all that is held
 
@@ -55,7 +63,7 @@ class Session:
         """Empty the caches."""
         self.runtime.caches.reset()
         self.checkpoints.clear()
-        self._ids, self._chosen = self._ids[:0], False
+        self._ids, self._chosen, self.part = self._ids[:0], False, None
 
     def begin(self, tokens: Tensor, progress: Progress | None = None) -> None:
         """Read ``tokens`` (n,) into empty caches. They are ready to continue from when it ends.
@@ -65,8 +73,8 @@ class Session:
         self.forget()
         self._read(tokens, progress)
 
-    def prepare(self, prompt: Tensor, progress: Progress | None = None) -> int:
-        """Let the caches hold ``prompt`` (n,) but for its last token; returns how many tokens of it they held before.
+    def prepare(self, prompt: Tensor, progress: Progress | None = None) -> Start:
+        """Let the caches hold ``prompt`` (n,) but for its last token; returns from where they were filled.
 
         What is interrupted leaves all that has been read till then. Otherwise as ``begin``.
         """
@@ -75,18 +83,20 @@ class Session:
         if start is None:
             self.begin(wanted, progress)
         else:
+            usable = self.usable(self.part, start.tokens, prompt) if start.part else 0
+            self.part = self.part.cut(usable) if usable else None
             if start.tokens < caches.length:
                 self._go_back(start)
             caches.drop_pending()
             self._ids = prompt
             missing = len(wanted) - start.tokens
-            if 0 < missing <= self.runtime.settings.news and self._chosen:
+            if 0 < missing <= self.runtime.settings.news and self._chosen and not start.part:
                 self._read_in_passes(prompt[start.tokens : -1].tolist())
             elif missing:
                 self._read(wanted, progress)
         if self.keep:
             self._mark()
-        return 0 if start is None else start.tokens
+        return start or Start(0)
 
     def start(self, prompt: Tensor) -> Start | None:
         """How much of what is held stays, to go on with ``prompt`` (n,)."""
@@ -94,11 +104,30 @@ class Session:
         if not caches.whole or not self.turned_alike(self.long, prompt):
             return None  # something was interrupted where it should not have been, or keys are of no use
         shared = common_prefix(self.ids, prompt[:-1])
+        if shared == caches.length and (usable := self.usable(self.part, shared, prompt)):
+            return Start(shared, None, self.part_worth(self.part, usable))
         return find_start(caches.length, self.checkpoints, shared, len(prompt) - 1, caches.can_cut)
+
+    def usable(self, part: PartRead | None, held: int, prompt: Tensor) -> int:
+        """How much of what was read in part is of use for a prompt (n,) of which ``held`` tokens are held: tokens."""
+        if part is None or (part.held, part.chunk) != (held, self.runtime.settings.prefill_chunk):
+            return 0
+        return part.usable(prompt[held:-1], self.cuttable)
 
     def turned_alike(self, long: bool, prompt: Tensor) -> bool:
         """Whether keys of a text that was ``long`` are those of a prompt (n,), where longrope turns them."""
         return long == self._is_long(prompt)
+
+    @property
+    def worth(self) -> int:
+        """Reading so many tokens would be about as much work as what there is."""
+        return len(self.ids) + self.part_worth(self.part)
+
+    def part_worth(self, part: PartRead | None, usable: int | None = None) -> int:
+        """The same of what was read in part, see ``PartRead.worth``; of ``usable`` tokens of it, or of all."""
+        if part is None:
+            return 0
+        return part.worth(len(self.runtime.layout.layers), len(part.tokens) if usable is None else usable)
 
     @property
     def cuttable(self) -> bool:
@@ -114,16 +143,21 @@ class Session:
         caches = self.runtime.caches
         caches.still()
         self._mark()
-        return LiveText(
-            self.ids.clone(), list(self.checkpoints), KVShape.of(self.runtime.layout), caches.full, self.long
-        )
+        shape = KVShape.of(self.runtime.layout)
+        return LiveText(self.ids.clone(), list(self.checkpoints), shape, caches.full, self.long, self.part)
 
     def take(self, source: TextSource, start: Start) -> None:
         """Hold the first tokens of a text that was read before. ``start``: how many, see ``find_start``."""
         self.forget()
+        part = source.part if start.part else None
+        if part is not None:
+            part = part.in_memory()
+            part.check(self.runtime.layout, self.runtime.model.config.get_text_config().hidden_size)
         parts = start.checkpoint.parts if start.checkpoint else {}
-        self.runtime.caches.adopt(start.tokens, source.read, parts)
+        if start.tokens:
+            self.runtime.caches.adopt(start.tokens, source.read, parts)
         self._ids, self.long = source.tokens, source.long
+        self.part = part
         points = [point for point in source.checkpoints if point.tokens <= start.tokens]
         self.checkpoints = [Checkpoint(point.tokens, dict(point.parts)) for point in points]  # which may lie on disk
 
@@ -138,9 +172,10 @@ class Session:
         """Read on to the end of ``wanted`` (n,), all of the text but its last token."""
         runtime, caches = self.runtime, self.runtime.caches
         self._ids = wanted
-        held = caches.length
+        first = [] if self.part is None else [self.part.tokens]  # as it was cut then, wherever it would be now
+        held = caches.length + sum(map(len, first))
         parts = (wanted[held : self.fork], wanted[max(held, self.fork) :])
-        groups = [group for part in parts if len(part) for group in part.split(group_tokens(runtime.layout))]
+        groups = first + [group for part in parts if len(part) for group in part.split(group_tokens(runtime.layout))]
         told = Told(progress, len(runtime.layout.layers), runtime.settings.prefill_chunk, [len(g) for g in groups])
         for group in groups:
             self._read_group(group, len(wanted), told)
@@ -154,28 +189,32 @@ class Session:
             torch.cuda.current_stream(runtime.layout.device).synchronize()
 
     def _read_group(self, tokens: Tensor, whole: int, progress: Progress) -> None:
-        """Layer by layer, behind what is held. Where that fails, the text is what it was."""
-        runtime, caches = self.runtime, self.runtime.caches
-        held, before, back = caches.length, None, caches.reset
-        if held:
-            before = caches
+        """Layer by layer, behind what is held. Where that is stopped, the text is what it was, beside a part."""
+        caches = self.runtime.caches
+        reading = GroupReading(self.runtime, tokens, whole, self.part)
+        back = caches.reset
+        if caches.length:
             caches.begin_fill()
             back = partial(caches.restore, caches.snapshot_text())
-        chunk, states = runtime.settings.prefill_chunk, runtime.states
-
-        def work() -> None:
-            self._chosen = False
-            read = (runtime.model, runtime.layout, tokens, chunk, PREFILL_QUERIES, self._fill)
-            told = None if caches.hidden is None else partial(self._keep_hidden, whole)
-            prefill(*read, progress, states, before, whole, told)
-            caches.end_fill(held + len(tokens))
-            self._chosen = True
-
+        self._chosen = False
         try:
-            work()
-        except BaseException:
-            back()
+            reading.run(progress)
+            self._chosen = True
+        except BaseException as error:
+            try:
+                if self.keep:
+                    self._keep_part(reading, error)
+            finally:
+                back()
             raise
+        finally:
+            reading.end()
+        self.part = None
+
+    def _keep_part(self, reading: GroupReading, error: BaseException) -> None:
+        """What was read of a group, if it was stopped. What an earlier one had come to is there still, else."""
+        with contextlib.suppress(TriForceError, MemoryError, RuntimeError):  # memory is short: it is read again
+            self.part = reading.stopped(error, self.room) or self.part
 
     def _read_in_passes(self, tokens: Sequence[int]) -> None:
         """Read on by passes of the target, which see all that is held."""
@@ -188,30 +227,18 @@ class Session:
 
     def _mark(self) -> None:
         """Keep what could not be cut later, if there is any such."""
-        if self.cuttable:
-            return
         length = self.runtime.caches.length
+        if self.cuttable or not length:
+            return
         before = [point for point in self.checkpoints if point.tokens < length]
         point = Checkpoint(length, self.runtime.caches.checkpoint())
         self.checkpoints = thin([*before, point], CHECKPOINT_BYTES)
-
-    def _fill(self, layer: int, part: LayerPart) -> Leaving | None:
-        if isinstance(part, RecurrentPart):
-            self.runtime.caches.fill_state(layer, *part)
-            return None
-        return self.runtime.caches.fill(layer, *part)
-
-    def _keep_hidden(self, total: int, part: range, states: Tensor) -> None:
-        """``part`` of a text of ``total`` tokens is through all layers: keep what a drafter may want of it."""
-        window, norm = self.runtime.caches.hidden, self.runtime.model.get_decoder().norm
-        for piece in window.wanted(part, total):
-            window.fill(piece.start, norm(states[piece.start - part.start : piece.stop - part.start]))
 
     def begin_with(self, tokens: int, layers: Iterable[LayerPart]) -> None:
         """The same with ``tokens`` tokens, what each layer makes of which is there: ``layers``, on the device."""
         self.forget()
         for index, part in enumerate(layers):
-            leaving = self._fill(index, part)
+            leaving = fill(self.runtime, index, part)
             if leaving:
                 leaving.wait()
         self.runtime.caches.end_fill(tokens)
@@ -249,7 +276,8 @@ class Session:
         runtime, started = self.runtime, time.perf_counter()
         crossed, up = runtime.link_bytes, runtime.brought_up
         stats.prompt_tokens = len(text)
-        stats.reused_tokens = self.prepare(text.ids, progress)
+        held = self.prepare(text.ids, progress)
+        stats.reused_tokens, stats.resumed_tokens = held.tokens, held.part
         self._ids = text.buffer
         resumed = time.perf_counter()
         stats.prefill_s = resumed - started
@@ -266,46 +294,3 @@ class Session:
             stats.full_kv_bytes = runtime.full_kv_bytes(len(text) - 1)  # the newest token has no KV yet
             yield tokens
             resumed = time.perf_counter()  # the reader's own time does not count
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a prefill has computed, to begin any number of sessions with, over caches of any settings.
-
-    Attributes:
-        tokens: (n,). layers: what each has made of them.
-    """
-
-    tokens: Tensor
-    layers: list[LayerPart]
-
-    @property
-    def size(self) -> int:
-        """Bytes of what is kept in host memory."""
-        return sum(part.kv.nbytes for part in self.layers if isinstance(part, AttentionPart))
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        layout: ModelLayout,
-        tokens: Sequence[int],
-        chunk: int = 1024,
-        progress: Progress | None = None,
-    ) -> Reading:
-        """Read a text; its KV stays in host memory."""
-        ids, layers = torch.as_tensor(tokens, dtype=torch.long), []
-
-        def keep(index: int, part: LayerPart) -> None:
-            if isinstance(part, AttentionPart):
-                part = part._replace(kv=part.kv.to("cpu", copy=True), queries=part.queries.clone())
-            layers.append(part)
-
-        with on(layout.device), attached(model), torch.no_grad():
-            prefill(model, layout, ids, chunk, PREFILL_QUERIES, keep, progress)
-        return cls(ids, layers)
-
-
-def on_device(part: LayerPart, device: torch.device) -> LayerPart:
-    """The part with its largest tensor on a device: the others are there."""
-    return part._replace(kv=part.kv.to(device)) if isinstance(part, AttentionPart) else part

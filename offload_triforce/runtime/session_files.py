@@ -12,7 +12,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,9 @@ from offload_triforce.runtime.session_folder import (
 from offload_triforce.runtime.session_manifest import (
     FileEntry,
     Manifest,
+    PartEntry,
     PointEntry,
+    part_name,
     point_name,
     shard_name,
     tokens_name,
@@ -95,7 +97,7 @@ def save_text(
         BusyError: another process is saving there.
         StorageError: the disk is full or refuses. What was there before is there still, whole.
     """
-    if not len(source.tokens):
+    if not len(source.tokens) and source.part is None:
         raise InputError("there is nothing to save yet: the session has not read any text")
     created = _make(folder)
     try:
@@ -148,21 +150,23 @@ class _Save:
 
     def __init__(self, folder: Path, source: TextSource, identity: ModelIdentity, block: int) -> None:
         self.folder, self.source, self.stamp = folder, source, secrets.token_hex(8)
-        self.ids = source.tokens
+        self.ids, self.part = source.tokens, source.part
+        if self.part is not None:
+            self.ids = torch.cat([self.ids, self.part.tokens])
         if int(self.ids.min()) < 0 or int(self.ids.max()) >= 2**31:
             raise ValueError("token ids are not negative, and have 31 bits")
-        _check_ascending(source.checkpoints, len(self.ids))
+        _check_ascending(source.checkpoints, len(source.tokens))
         shape, empty = source.shape, FileEntry("", 0, "")
         self.old = _older(folder, identity, shape)
         self.new = Manifest(
             int(time.time()), identity, shape.layers, shape.kv_heads, shape.head_dim, DTYPE_NAMES[shape.dtype],
-            source.long, len(self.ids), block, empty, (), (),
+            source.long, len(source.tokens), block, empty, (), (),
         )  # fmt: skip
 
     def run(self, progress: Progress | None) -> SavedText:
         """Write what is new, then make it count."""
         clear_strays(self.folder)
-        kept = kept_blocks(self.folder, self.old, self.new, self.source, self.ids)
+        kept = kept_blocks(self.folder, self.old, self.new, self.source, self.source.tokens)
         points = [known_point(self.folder, self.old, point) for point in self.source.checkpoints]
         total = self._bytes_to_write(kept, points)
         free = os.statvfs(self.folder)
@@ -185,11 +189,11 @@ class _Save:
         return SavedText(self.folder, manifest.length, size, writer.written + len(data), writer.files + 1)
 
     def _bytes_to_write(self, kept: int, points: Sequence[PointEntry | None]) -> int:
-        new, size = self.new, size_of([tokens_of(self.new.length)])
+        new, size = self.new, size_of([tokens_of(len(self.ids))])
         size += new.layers * sum(size_of([new.kv(block)]) for block in range(kept, new.blocks))
         for point, known in zip(self.source.checkpoints, points, strict=True):
-            size += 0 if known else size_of(entries_of(point))
-        return size
+            size += 0 if known else size_of(entries_of(point.parts))
+        return size + (0 if self.part is None else size_of(entries_of(self.part.tensors)))
 
     def _write(self, writer: ShardWriter, kept: int, points: Sequence[PointEntry | None]) -> Manifest:
         """All files that are not there yet. Returns the manifest that names them."""
@@ -202,18 +206,28 @@ class _Save:
             coming.append(shards)
         checkpoints = []
         for point, known in zip(self.source.checkpoints, points, strict=True):
-            entries, data = entries_of(point), data_of(point)
+            entries, data = entries_of(point.parts), data_of(point.parts)
             file = known.file if known else writer.write(point_name(point.tokens, self.stamp), entries, data)
             checkpoints.append((point.tokens, file, tuple(entries)))
         ids = bytes_of(self.ids.to(torch.int32))
-        tokens = writer.write(tokens_name(self.stamp), [tokens_of(new.length)], [ids])
+        tokens = writer.write(tokens_name(self.stamp), [tokens_of(len(self.ids))], [ids])
+        part = self._write_part(writer)
         writer.finish()
         return replace(
             new,
+            part=None if part is None else part(),
             tokens=tokens.result(),
             shards=tuple(tuple(_there(file) for file in shards) for shards in coming),
             points=tuple(PointEntry(count, _there(file), parts) for count, file, parts in checkpoints),
         )
+
+    def _write_part(self, writer: ShardWriter) -> Callable[[], PartEntry] | None:
+        """What was read in part. It is written anew each time: it changes as a whole. Returns its entry for later."""
+        if (part := self.part) is None:
+            return None
+        entries, data, tokens = entries_of(part.tensors), data_of(part.tensors), len(part.tokens)
+        file = writer.write(part_name(tokens, self.stamp), entries, data)
+        return lambda: PartEntry(tokens, part.chunk, part.layer, part.done, _there(file), tuple(entries))
 
     def _kv(self, layer: int, block: int) -> Tensor:
         start, stop = self.new.reach(block)

@@ -15,9 +15,10 @@ from torch import Tensor
 from offload_triforce.errors import BusyError, InputError, TriForceError
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, KVShape
+from offload_triforce.runtime.part import PartRead
 from offload_triforce.runtime.session_check import THREADS, Progress, read_into
 from offload_triforce.runtime.session_folder import check_files, damaged, load_manifest
-from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry, tokens_of
+from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PartEntry, PointEntry, tokens_of
 from offload_triforce.runtime.shard_header import TensorEntry, in_order
 
 DTYPES = {
@@ -41,7 +42,7 @@ def open_text(folder: Path, identity: ModelIdentity, expected: KVShape, progress
     manifest = load_manifest(folder)
     check_model(folder, manifest, identity, expected)
     check_files(folder, manifest)
-    ids = _read(folder, manifest.tokens, [tokens_of(manifest.length)])["tokens"]
+    ids = _read(folder, manifest.tokens, [tokens_of(manifest.ids)])["tokens"]
     if int(ids.min()) < 0:
         raise damaged(folder, f"{manifest.tokens.name} holds a negative id")
     return TextOnDisk(folder, manifest, expected, ids.long(), progress)
@@ -81,9 +82,13 @@ class TextOnDisk:
     def __init__(
         self, folder: Path, manifest: Manifest, shape: KVShape, tokens: Tensor, progress: Progress | None
     ) -> None:
-        """See ``open_text``."""
+        """See ``open_text``. ``tokens``: ids, those of what was read in part too."""
         self.folder, self.manifest, self.shape = folder, manifest, shape
-        self.tokens, self.long = tokens, manifest.long
+        self.tokens, self.long = tokens[: manifest.length], manifest.long
+        self.part: PartRead | None = None
+        if (part := manifest.part) is not None:
+            parts = PartsOnDisk(folder, part)
+            self.part = PartRead(manifest.length, tokens[manifest.length :], part.chunk, part.layer, part.done, parts)
         self.checkpoints: Sequence[Checkpoint] = [CheckpointOnDisk.of(folder, point) for point in manifest.points]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object
@@ -193,13 +198,13 @@ class CheckpointOnDisk(Checkpoint):
 
 
 class PartsOnDisk(Mapping[str, Tensor]):
-    """The parts of a checkpoint by name.
+    """The parts of a checkpoint, or of what was read in part, by name.
 
     Attributes:
         folder: of the session. entry: what its manifest says of them.
     """
 
-    def __init__(self, folder: Path, entry: PointEntry) -> None:
+    def __init__(self, folder: Path, entry: PointEntry | PartEntry) -> None:
         self.folder, self.entry = folder, entry
         self._parts: dict[str, Tensor] | None = None
 

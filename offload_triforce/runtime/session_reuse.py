@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offload_triforce.cache.layer import Snapshot
 from offload_triforce.errors import InputError, StorageError
 from offload_triforce.runtime.held import Checkpoint, TextSource
-from offload_triforce.runtime.prefix import common_prefix
+from offload_triforce.runtime.ids import common_prefix
 from offload_triforce.runtime.session_folder import check_file, open_file
 from offload_triforce.runtime.session_manifest import FileEntry, Manifest, PointEntry
 from offload_triforce.runtime.session_reader import DTYPES, PartsOnDisk, open_text
@@ -63,8 +64,8 @@ def known_point(folder: Path, old: Manifest | None, point: Checkpoint) -> PointE
     for other in old.points if old else ():
         if isinstance(point.parts, PartsOnDisk) and (point.parts.folder, point.parts.entry) == (folder, other):
             return other if _is_there(folder, other.file) else None  # that one was read from here, or will be
-        if other.tokens == point.tokens and list(other.parts) == entries_of(point):
-            same = checksum_of(header_of(other.parts), data_of(point)) == other.file.checksum
+        if other.tokens == point.tokens and list(other.parts) == entries_of(point.parts):
+            same = checksum_of(header_of(other.parts), data_of(point.parts)) == other.file.checksum
             return other if same and _is_there(folder, other.file) else None
     return None
 
@@ -77,16 +78,16 @@ def _is_there(folder: Path, file: FileEntry) -> bool:
     return True
 
 
-def entries_of(point: Checkpoint) -> list[TensorEntry]:
-    """What the file of a checkpoint holds, in order."""
-    if isinstance(point.parts, PartsOnDisk):
-        return list(point.parts.entry.parts)
-    return in_order([TensorEntry(n, DTYPE_NAMES[part.dtype], tuple(part.shape)) for n, part in point.parts.items()])
+def entries_of(parts: Snapshot) -> list[TensorEntry]:
+    """What the file of a checkpoint holds, or of what was read in part, in order."""
+    if isinstance(parts, PartsOnDisk):
+        return list(parts.entry.parts)
+    return in_order([TensorEntry(n, DTYPE_NAMES[part.dtype], tuple(part.shape)) for n, part in parts.items()])
 
 
-def data_of(point: Checkpoint) -> list[memoryview]:
+def data_of(parts: Snapshot) -> list[memoryview]:
     """Its bytes."""
-    return [bytes_of(point.parts[entry.name]) for entry in entries_of(point)]
+    return [bytes_of(parts[entry.name]) for entry in entries_of(parts)]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

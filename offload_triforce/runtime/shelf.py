@@ -25,9 +25,16 @@ class Shelf:
         self._folder, self._identity, self._shape = folder.expanduser(), identity, shape
         self._own: weakref.WeakSet[TextOnDisk] = weakref.WeakSet()  # a user's session may lie in the same folder
 
-    def put(self, source: TextSource) -> TextSource | None:
-        """Save a text; returns where it lies from now on, or None if it could not be saved."""
-        folder = self._folder / f"text-{secrets.token_hex(6)}"
+    def holds(self, source: TextSource | None) -> bool:
+        """Whether it lies here."""
+        return isinstance(source, TextOnDisk) and source in self._own
+
+    def put(self, source: TextSource, home: TextSource | None = None) -> TextSource | None:
+        """Save a text; returns where it lies from now on, or None if it could not be saved.
+
+        ``home``: where an older state of it lies here, if one does: only what is new is written.
+        """
+        folder = home.folder if self.holds(home) else self._folder / f"text-{secrets.token_hex(6)}"
         try:
             save_text(folder, source, self._identity)
             return self._open(folder)
@@ -37,7 +44,7 @@ class Shelf:
 
     def drop(self, source: TextSource | None) -> None:
         """Remove a text of this shelf; others are left alone."""
-        if isinstance(source, TextOnDisk) and source in self._own:
+        if self.holds(source):
             try:
                 remove_text(source.folder)
             except TriForceError as error:

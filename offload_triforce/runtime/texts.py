@@ -60,6 +60,13 @@ class Texts:
         session = self.session  # looked at once: others may ask while it changes
         return None if session is None else session.runtime
 
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of host memory that texts take which are not in the caches, and what was read in part of that there."""
+        session = self.session
+        part = None if session is None else session.part
+        return self.pool.parked_bytes + (0 if part is None else part.size)
+
     def ensure(self, needed: int, pinning: Progress | None = None) -> Session:
         """Caches for so many tokens. Where those that there are do not suffice, their text is parked meanwhile.
 
@@ -72,7 +79,7 @@ class Texts:
             self.pool.unseat(self.session)
             self.give_back()
         if self.session is None:
-            self.session = Session(self._make_runtime(needed, grown, pinning), keep=True)
+            self.session = Session(self._make_runtime(needed, grown, pinning), True, self.pool.has_room)
         return self.session
 
     def seat(self, prompt: Tensor, text: Text | None) -> None:
@@ -93,6 +100,13 @@ class Texts:
         if text is self.pool.seated and session is not None:
             return session.ids.clone()
         return torch.empty(0, dtype=torch.long) if parked is None else parked.tokens
+
+    def part_tokens(self, text: Text) -> int:
+        """How many tokens behind those are read in part."""
+        session, parked = self.session, text.parked
+        held = session if text is self.pool.seated and session is not None else parked
+        part = None if held is None else held.part
+        return 0 if part is None else len(part.tokens)
 
     def give_back(self) -> None:
         """Free the caches. The text in them is lost; those that are parked stay."""

@@ -30,6 +30,7 @@ FINEST = 1000
 SHOWN = (
     "prompt_tokens",
     "reused_tokens",
+    "resumed_tokens",
     "new_tokens",
     "passes",
     "tokens_per_pass",

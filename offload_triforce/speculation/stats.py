@@ -34,7 +34,8 @@ class Acceptance:
 class DecodeStats:
     """Counts and times of one run. Times in seconds, sizes in bytes.
 
-    ``reused_tokens``: of the prompt, held from before and not read again.
+    ``reused_tokens``: of the prompt, held from before and not read again. ``resumed_tokens``: beside them, a prefill
+    that had been stopped went on, as far as if it had read so many whole.
     ``steps`` of the retrieval level took ``draft_s``; ``steps_ahead`` of them, made while a pass was under way,
     ``ahead_s``, and all read ``step_tokens``. ``draft_tokens``: those that the target read, over all passes.
     ``link_bytes`` are wire bytes, ``raw_link_bytes`` what they were before coding, both while decoding.
@@ -47,6 +48,7 @@ class DecodeStats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    resumed_tokens: int = 0
     new_tokens: int = 0
     passes: int = 0
     draft: Acceptance = field(default_factory=Acceptance)
@@ -136,6 +138,7 @@ class DecodeStats:
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
+            "resumed_tokens": self.resumed_tokens,
             "new_tokens": self.new_tokens,
             "passes": self.passes,
             "tokens_per_pass": self.tokens_per_pass,

@@ -28,8 +28,9 @@ from offload_triforce.bench.speculation_report import draw, table
 from offload_triforce.bench.tasks import TASKS, common_start, find_task, long_text, loops, prompts
 from offload_triforce.config import Settings, replace_settings
 from offload_triforce.errors import InputError
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.runtime.runtime import Runtime
-from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.runtime.session import Session
 from offload_triforce.speculation.stats import DecodeStats
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.tiny import prompt_ids, tiny_model

@@ -43,8 +43,9 @@ from offload_triforce.kernels import ops
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
 from offload_triforce.runtime.levels import TargetLevel
+from offload_triforce.runtime.reading import Reading
 from offload_triforce.runtime.runtime import Runtime
-from offload_triforce.runtime.session import Reading, Session
+from offload_triforce.runtime.session import Session
 from offload_triforce.speculation.tree import chain
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.tiny import prompt_ids, tiny_model

@@ -8,8 +8,9 @@ from offload_triforce.cli.loading import Loading
 from offload_triforce.generation.answer import TextStream
 from offload_triforce.runtime.session_check import verify_text
 from offload_triforce.runtime.session_folder import load_manifest, session_path
+from offload_triforce.scheduler.states import DeviceStates
 from tests.byte_tokenizer import save_tiny_llama
-from tests.cli.calling import FEW, check_mistake, generate, refused
+from tests.cli.calling import FEW, call, check_mistake, generate, refused
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,37 @@ def test_ctrl_c_saves_what_there_is(model, book, monkeypatch):
     assert load_manifest(session_path("book")).length > 500
     again = json.loads(asked(model, book, "Who?", "--session", "book", "--json").stdout)
     assert again["reused_tokens"] > 500
+
+
+def test_ctrl_c_in_a_first_prefill_loses_nothing(model, book, monkeypatch):
+    """Of the only group, one layer has read its tokens: the next process goes on with the second."""
+    take, taken = DeviceStates.take, []
+
+    def interrupted(states, index):
+        taken.append(index)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return take(states, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceStates, "take", interrupted)
+        done = generate("--model", model, "--prompt-file", book, "--raw", "--session", "book", *FEW)
+    assert done.exit_code == 130
+    assert "0 tokens, and " in done.stderr
+    manifest = verify_text(session_path("book"))
+    assert manifest.length == 0
+    assert (manifest.part.layer, manifest.part.done) == (1, 0)
+    assert f"and {manifest.part.tokens:,} in part" in call("sessions", "show", "book").stdout
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceStates, "take", interrupted)
+        again = generate("--model", model, "--prompt-file", book, "--raw", "--session", "book", "--json", *FEW)
+    found = json.loads(again.stdout)
+    assert len(taken) == 3
+    assert found["reused_tokens"] == 0
+    assert found["resumed_tokens"] > 200
+    fresh = generate("--model", model, "--prompt-file", book, "--raw", "--json", *FEW)
+    assert found["token_ids"] == json.loads(fresh.stdout)["token_ids"]
+    assert load_manifest(session_path("book")).part is None
 
 
 def test_an_answer_is_not_lost_where_the_disk_is_full(model, book, monkeypatch):

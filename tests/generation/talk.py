@@ -55,6 +55,8 @@ class ScriptedStream:
 class ScriptedSession:
     """Answers in turn; what it was asked is in ``asked``: (text, options)."""
 
+    part_tokens = 0
+
     def __init__(self, tokenizer, *answers, error=None, ending="stop"):
         self.answers, self.asked, self.closed = list(answers), [], False
         self._tokenizer, self._error, self._ending = tokenizer, error, ending

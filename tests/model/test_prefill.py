@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from offload_triforce import Settings
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.model.prefill import AttentionPart, Stretch, _record, prefill
+from offload_triforce.model.prefill import AttentionPart, prefill
+from offload_triforce.model.recording import Stretch, record
 from offload_triforce.planner.sizes import rotary_numbers
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
@@ -209,7 +210,7 @@ def test_sines_and_cosines_are_those_that_are_planned(family):
     """Beside the hidden states, what is kept of each token from layer to layer, each tensor once."""
     model, tokens = model_of(family), prompt_ids(64)[0]
     with attached(model), torch.no_grad():
-        _, calls = _record(model, Stretch(probe(model), tokens, 0, len(tokens)), slice(0, 64))
+        _, calls = record(model, Stretch(probe(model), tokens, 0, len(tokens)), slice(0, 64))
     kept = {}
     for call in calls:
         for tensor in tree_leaves((call.args, call.kwargs)):

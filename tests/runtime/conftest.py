@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from offload_triforce.planner import sizes
-from offload_triforce.runtime import pool, saving
+from offload_triforce.runtime import pool, saving, shelf
 from offload_triforce.runtime.session_files import save_text
 
 
@@ -16,7 +16,8 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(sizes, "MARKED_GROUP", 24)
     monkeypatch.setattr(pool, "WORTH_KEEPING", 12)
     monkeypatch.setattr(pool, "LEAST_SHARED", 4)
-    monkeypatch.setattr(saving, "save_text", partial(save_text, block=32))
+    for module in (saving, shelf):
+        monkeypatch.setattr(module, "save_text", partial(save_text, block=32))
 
 
 @pytest.fixture

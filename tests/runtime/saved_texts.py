@@ -4,16 +4,20 @@ import torch
 
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import Checkpoint, HeldText, KVShape
+from offload_triforce.runtime.part import PartRead
 from offload_triforce.runtime.session_files import open_text, save_text
 
 IDENTITY = ModelIdentity("ToyForCausalLM, 0.01e9 weights", "a" * 32, "b" * 32, "c" * 32)
 BLOCK = 16  # tokens of a shard
 
 
-def make_text(tokens, seed=0, layers=2, kv_heads=2, head_dim=4, dtype=torch.bfloat16, every=0, fork=None, long=False):
+def make_text(
+    tokens, seed=0, layers=2, kv_heads=2, head_dim=4, dtype=torch.bfloat16, every=0, fork=None, long=False, part=0
+):
     """A text whose shorter versions are its beginnings: what each token leaves depends on it and those before it.
 
-    ``every``: tokens from one checkpoint to the next. ``fork``: from this token on, it is another text.
+    ``every``: tokens from one checkpoint to the next. ``fork``: from this token on, it is another text. ``part``: so
+    many tokens behind it were read in part.
     """
     ids = [(seed * 7919 + i * 31) % 50_000 for i in range(tokens)]
     if fork is not None:
@@ -22,7 +26,8 @@ def make_text(tokens, seed=0, layers=2, kv_heads=2, head_dim=4, dtype=torch.bflo
     kv = [_numbers(ids, seed + layer, kv_heads, head_dim, dtype) for layer in range(layers)]
     counts = list(range(every, tokens, every)) if every else []
     points = [Checkpoint(n, _parts(n, ids, choice=False)) for n in counts] + [Checkpoint(tokens, _parts(tokens, ids))]
-    return HeldText(torch.tensor(ids), points, shape, kv, long)
+    behind = PartRead(tokens, torch.arange(part), 8, 1, 2, _parts(tokens + part, ids, choice=False)) if part else None
+    return HeldText(torch.tensor(ids), points, shape, kv, long, behind)
 
 
 def _numbers(ids, seed, kv_heads, head_dim, dtype):
@@ -65,9 +70,21 @@ def check_same(found, wanted):
     for one, other in zip(found.checkpoints, wanted.checkpoints, strict=True):
         assert set(one.parts) == set(other.parts)
         assert one.size == other.size
-        for name, part in other.parts.items():
-            assert (one.parts[name].shape, one.parts[name].dtype) == (part.shape, part.dtype)
-            assert torch.equal(bits(one.parts[name]), bits(part))
+        check_same_parts(one.parts, other.parts)
+    if wanted.part is None:
+        assert found.part is None
+        return
+    one, other = found.part, wanted.part
+    assert (one.held, one.chunk, one.layer, one.done) == (other.held, other.chunk, other.layer, other.done)
+    assert torch.equal(one.tokens, other.tokens)
+    check_same_parts(one.tensors, other.tensors)
+
+
+def check_same_parts(found, wanted):
+    assert set(found) == set(wanted)
+    for name, part in wanted.items():
+        assert (found[name].shape, found[name].dtype) == (part.shape, part.dtype)
+        assert torch.equal(bits(found[name]), bits(part))
 
 
 def save(folder, text, identity=IDENTITY, **options):

@@ -9,7 +9,7 @@ from offload_triforce import Settings, TriForce
 from offload_triforce.errors import MemoryLimitError
 from offload_triforce.model.adapter import attached
 from offload_triforce.model.layout import probe
-from offload_triforce.model.prefill import prefill
+from offload_triforce.model.prefill import Prefill
 from offload_triforce.planner import sizes
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
@@ -72,12 +72,14 @@ def test_late_tiles_are_there_between_two_prefills(runtime, monkeypatch):
     store = runtime.caches.full.stream.store
     seen = []
 
+    run = Prefill.run
+
     def watched(*args):
         seen.append(len(store.late.places))
-        prefill(*args)
+        run(*args)
         seen.append(len(store.late.places))
 
-    monkeypatch.setattr("offload_triforce.runtime.session.prefill", watched)
+    monkeypatch.setattr(Prefill, "run", watched)
     for number, tokens in enumerate((250, 100)):
         begun(runtime, tokens, number)
         assert len(store.late.places) == late_in(runtime.plan, runtime.caches.full.tiles) > 0

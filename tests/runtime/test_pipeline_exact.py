@@ -14,8 +14,8 @@ from offload_triforce.cache.full import FullCache
 from offload_triforce.config import Settings
 from offload_triforce.kernels import ops, reference
 from offload_triforce.model.adapter import attached
+from offload_triforce.model.layer_view import LayerView
 from offload_triforce.model.layout import probe
-from offload_triforce.model.prefill import _LayerView
 from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
 from offload_triforce.runtime.runtime import Runtime
 from offload_triforce.runtime.session import Session
@@ -278,7 +278,7 @@ def _attention(monkeypatch):
 def _source(monkeypatch):
     """A prefill writes the next layer's keys and values over those that are leaving."""
     nothing = property(lambda self: None, lambda self, value: None)
-    monkeypatch.setattr(_LayerView, "leaving", nothing, raising=False)
+    monkeypatch.setattr(LayerView, "leaving", nothing, raising=False)
 
 
 def _source_behind_a_recurrent_layer(monkeypatch):
@@ -287,7 +287,7 @@ def _source_behind_a_recurrent_layer(monkeypatch):
     def put(self, leaving):
         self._left = None if leaving is getattr(self, "_left", None) else leaving
 
-    monkeypatch.setattr(_LayerView, "leaving", property(lambda self: self._left, put), raising=False)
+    monkeypatch.setattr(LayerView, "leaving", property(lambda self: self._left, put), raising=False)
 
 
 def _prompt(monkeypatch):

@@ -93,7 +93,68 @@ def test_an_interrupted_prefill_goes_on_where_it_stopped(desk):
     desk.interrupt(0, 3, chunks // 2)
     held = len(desk.sessions[0].tokens)
     assert 24 <= held < 150
-    assert desk.ask(0, KEEPS["all"], 5, 8, 0.0).stats.reused_tokens == held
+    session = desk.engine._texts.session
+    worth = session.part_worth(session.part)
+    stats = desk.ask(0, KEEPS["all"], 5, 8, 0.0).stats
+    assert (stats.reused_tokens, stats.resumed_tokens) == (held, worth)
+
+
+class Counted:
+    """Progress of a prefill."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, done, total):
+        self.seen.append((done, total))
+
+
+def test_a_first_prompt_that_is_interrupted_early_loses_nothing(desk):
+    """Nor does it when another text is asked about in between: what was read of it is parked in part."""
+    for between in (False, True):
+        desk.texts[0] = draw_ids(2 + between, 36)
+        desk.sessions[0].close()
+        desk.sessions[0] = desk.engine.session()
+        desk.interrupt(0, 0, 3)
+        assert len(desk.sessions[0].tokens) == 0
+        kept = desk.engine.parked_bytes
+        assert kept > 36 * 4 * 40
+        if between:
+            desk.ask(1, KEEPS["all"], 30, 4, 0.0)
+            assert desk.engine.parked_bytes == kept
+        counted = Counted()
+        stats = desk.ask(0, KEEPS["all"], 0, 8, 0.0, progress=counted).stats
+        assert stats.reused_tokens == 0
+        assert stats.resumed_tokens > 0
+        assert counted.seen[0][0] == 5
+        assert counted.seen[-1][0] == counted.seen[-1][1] == len(counted.seen) + 4
+        if not between:
+            assert desk.engine.parked_bytes == 0
+
+
+def test_a_text_of_nobody_goes_on_too(desk):
+    desk.texts[2] = draw_ids(5, 36)
+    desk.interrupt(2, 0, 3)
+    desk.ask(0, KEEPS["all"], 30, 4, 0.0)
+    assert desk.ask(2, KEEPS["all"], 8, 4, 0.0).stats.resumed_tokens > 0
+
+
+def test_where_a_prompt_parts_from_what_was_read_in_part_whole_chunks_stay(desk):
+    """Where keys and values are all that is kept; windows and states are of the whole group."""
+    desk.texts[0] = draw_ids(6, 36)
+    desk.interrupt(0, 0, 3)
+    stats = desk.ask(0, KEEPS["half"], 20, 8, 0.0).stats
+    assert stats.reused_tokens == 0
+    assert bool(stats.resumed_tokens) == (desk.family == "llama")
+    assert desk.engine.parked_bytes == 0
+
+
+def test_parts_keep_to_the_limit_of_session_memory():
+    with TriForce(model_of("llama"), session_memory=1000, **HOW) as engine:
+        desk = Desk("llama", engine)
+        desk.interrupt(0, 6, 3)
+        assert engine.parked_bytes == 0
+        assert desk.ask(0, KEEPS["all"], 0, 8, 0.0).stats.resumed_tokens == 0
 
 
 def test_an_interrupted_answer_goes_on(desk):

@@ -18,7 +18,7 @@ from offload_triforce.runtime.session_manifest import MOST_BYTES, ManifestError,
 from offload_triforce.runtime.shard_header import header_of
 from tests.runtime.saved_texts import IDENTITY, check_same, make_text
 
-TEXT = make_text(50, every=20, long=True)
+TEXT = make_text(50, every=20, long=True, part=9)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,8 @@ def read_all(folder):
         found.read(layer, 0, len(found.tokens))
     for point in found.checkpoints:
         assert dict(point.parts)
+    if found.part is not None:
+        assert found.part.in_memory().size
     return found
 
 
@@ -61,6 +63,7 @@ FILES = {
     "first shard": lambda manifest: manifest.shards[0][0].name,
     "last shard": lambda manifest: manifest.shards[-1][-1].name,
     "checkpoint": lambda manifest: manifest.points[0].file.name,
+    "part": lambda manifest: manifest.part.file.name,
     "last checkpoint": lambda manifest: manifest.points[-1].file.name,
 }
 
@@ -264,6 +267,15 @@ HOSTILE = {
     "a negative dimension": _set("points", 0, 2, 0, 2, to=[-1, -8]),
     "too many dimensions": _set("points", 0, 2, 0, 2, to=[1] * 9),
     "too many parts": _set("points", 0, 2, to=lambda parts: parts * 500),
+    "more read in part than there is": _set("part", 0, to=2**50),
+    "no tokens read in part": _set("part", 0, to=0),
+    "a chunk of nothing": _set("part", 1, to=0),
+    "a layer before the first": _set("part", 2, to=-1),
+    "chunks that are no number": _set("part", 3, to="2"),
+    "nothing said of what was read in part": _set("part", to=None),
+    "what was read in part of another length": _set("part", 0, to=8),
+    "a file that is not that of what was read in part": _set("part", 4, 0, to="../../x"),
+    "a huge tensor of what was read in part": _set("part", 5, 0, 2, to=[2**40] * 8),
     "a part twice": _set("points", 0, 2, to=lambda parts: [parts[0], *parts]),
     "a part with a path for a name": _set("points", 0, 2, 0, 0, to="../../x"),
     "a part of an unknown dtype": _set("points", 0, 2, 0, 1, to="P8"),
@@ -347,10 +359,10 @@ def test_a_huge_manifest_is_not_read(folder):
 
 def test_a_newer_version_says_so_and_is_not_replaced(folder):
     whole = json.loads((folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).write_text(json.dumps(whole | {"version": 2}))
+    (folder / MANIFEST).write_text(json.dumps(whole | {"version": 3}))
     before = sorted(os.listdir(folder))
     for work in (read_all, verify_text, lambda f: save_text(f, TEXT, IDENTITY)):
-        refused(work, folder, "version 2", "only version 1")
+        refused(work, folder, "version 3", "only versions 1 and 2")
     assert sorted(os.listdir(folder)) == before
 
 

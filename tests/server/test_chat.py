@@ -10,6 +10,8 @@ import openai
 import pytest
 import torch
 
+from tests.model.test_lock import until
+
 TOKENS = 24
 
 
@@ -215,6 +217,36 @@ def test_a_client_that_goes_away_frees_the_engine(client, service):
     assert not service.line.busy
     assert service.metrics._requests.labels("cancelled")._value.get() == before + 1
     assert service.stats.new_tokens < 1900
+
+
+def test_what_was_read_for_a_client_that_goes_away_is_not_read_again(client, engine, service):
+    """In its first prefill: the next one goes on at the very chunk, in the very layer."""
+    messages, seen, reached = said("What was read is kept. " * 40), [], threading.Event()
+
+    def watch(*_):
+        seen.append(None)
+        if len(seen) == 5:
+            reached.set()
+            until(lambda: engine._turns._queue[0].cancelled)
+
+    hook = engine.model.model.layers[0].mlp.register_forward_pre_hook(watch)
+    try:
+        gone = threading.Thread(target=lambda: _give_up_at(client, messages, reached))
+        gone.start()
+        gone.join()
+        until(lambda: not service.line.busy)
+        assert len(seen) == 5
+        answer = ask(client, messages)
+    finally:
+        hook.remove()
+    assert service.stats.resumed_tokens == 5 * 64 // len(engine.layout.layers)
+    assert answer.choices[0].message.content == own(engine, messages, 1).text
+
+
+def _give_up_at(client, messages, reached):
+    stream = ask(client, messages, stream=True)
+    assert reached.wait(20)
+    stream.close()
 
 
 def test_one_that_waits_and_goes_away_leaves_the_line(client, service):

@@ -18,11 +18,11 @@ from offload_triforce.server.conversation import Conversation, prepare
 from offload_triforce.server.errors import invalid
 from offload_triforce.server.logprobs import chat_logprobs
 from offload_triforce.server.replies import Part, Reasoning, Text, ToolCall, text_of
-from offload_triforce.server.reporter import Ended, Pause, Progress, Said
+from offload_triforce.server.reporter import Ended, Progress, Said
 from offload_triforce.server.sampling import HARMLESS, Sampling
 from offload_triforce.server.service import Service
 from offload_triforce.server.shapes import new_id, progress, usage
-from offload_triforce.server.streaming import ALIVE, DONE, EventStream, event, unless_gone
+from offload_triforce.server.streaming import DONE, EventStream, event, unless_gone
 
 MOST_LOGPROBS = 20
 
@@ -117,9 +117,7 @@ class Chat:
         parser = self.conversation.parser(self.service)
         yield self._chunk({"role": "assistant", "content": ""})
         async for happened in self.answering.events():
-            if isinstance(happened, Pause):
-                yield ALIVE
-            elif isinstance(happened, Progress) and self.asked.return_progress:
+            if isinstance(happened, Progress) and self.asked.return_progress:
                 yield self._chunk({}, prompt_progress=progress(happened))
             elif isinstance(happened, Said):
                 deltas = list(self._deltas(parser.feed(happened.text)))
@@ -193,7 +191,7 @@ def chat_routes(service: Service) -> APIRouter:
         asked, model, conversation, answering = await answer_to(service, request, ChatRequest, question)
         chat = Chat(service, asked, model, conversation, answering)
         if asked.stream:
-            return EventStream(chat.stream(), answering.cancel)
+            return EventStream(chat.stream(), answering.cancel, service.options.ping_seconds)
         return JSONResponse(await unless_gone(request, chat.whole()))
 
     return router

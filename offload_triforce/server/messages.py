@@ -94,7 +94,7 @@ def message_routes(service: Service) -> APIRouter:
         asked, model, conversation, answering = await answer_to(service, request, MessagesRequest, question)
         message = Message(service, model, conversation, answering)
         if asked.stream:
-            return EventStream(message.stream(), answering.cancel, anthropic=True)
+            return EventStream(message.stream(), answering.cancel, service.options.ping_seconds, anthropic=True)
         return JSONResponse(await unless_gone(request, message.whole()))
 
     @router.post("/v1/messages/count_tokens")

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from offload_triforce.server.answering import Answering, Question
 from offload_triforce.server.asking import answer_to
+from offload_triforce.server.bodies import Texts
 from offload_triforce.server.chat import StreamOptions
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.logprobs import completion_logprobs
@@ -29,7 +30,7 @@ MOST_LOGPROBS = 5
 class CompletionRequest(Sampling):
     """A request for what follows a text."""
 
-    prompt: str | list[int] | list[str]
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | Texts
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] = None
     best_of: int | None = None

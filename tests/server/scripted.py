@@ -7,6 +7,8 @@ that it has none; and where the template has opened the reasoning, it goes on wi
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from tokenizers import AddedToken
 
@@ -61,6 +63,6 @@ def scripted_engine(**settings) -> TriForce:
         head = model.get_output_embeddings().weight.zero_()
         for script in SCRIPTS:
             ids = tokenizer.convert_tokens_to_ids(list(script))
-            for token, following in zip(ids, ids[1:], strict=False):
+            for token, following in itertools.pairwise(ids):
                 head[following, token] = SURE
     return TriForce(model, tokenizer, **{**SMALL, **settings})

@@ -17,6 +17,7 @@ from offload_triforce.server.prompting import text_prompt
 from offload_triforce.server.service import Service
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+READ = ["GET", "HEAD"]
 
 
 class TextBody(Body):
@@ -29,14 +30,14 @@ class TextBody(Body):
 class TokenBody(Body):
     """Tokens to be spelled."""
 
-    tokens: list[Id]
+    tokens: Annotated[list[Id], Field(fail_fast=True)]
 
 
 def health_route(service: Service) -> APIRouter:
     """The one path that needs no key: it says nothing but that the server lives, and whether it is busy."""
     router = APIRouter()
 
-    @router.api_route("/health", methods=["GET", "HEAD"])  # what watches servers often asks for the head alone
+    @router.api_route("/health", methods=READ)  # what watches servers often asks for the head alone
     async def health() -> dict[str, Any]:
         line = service.line
         return {"status": "ok", "busy": line.busy, "waiting": line.waiting, "version": __version__}
@@ -54,15 +55,15 @@ def about_routes(service: Service) -> APIRouter:
         about = {"id": name, "object": "model", "created": service.started, "owned_by": "offload-triforce"}
         return {**about, "max_model_len": length}
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=READ)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model(name) for name in service.options.names]}
 
-    @router.get("/v1/models/{name:path}")
+    @router.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> dict[str, Any]:
         return model(service.check_model(name))
 
-    @router.get("/metrics")
+    @router.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

@@ -12,7 +12,7 @@ from offload_triforce.generation.async_stream import AsyncTextStream
 from offload_triforce.generation.request import Request
 from offload_triforce.generation.turn import Answer
 from offload_triforce.server.line import Place
-from offload_triforce.server.reporter import Ended, Event, Pause, Reporter, to_loop
+from offload_triforce.server.reporter import Ended, Event, Reporter, to_loop
 from offload_triforce.server.service import Service
 from offload_triforce.server.spelling import Speller
 from offload_triforce.speculation.stats import INTERRUPTED
@@ -56,19 +56,14 @@ class Answering:
         self._driver.cancel()
 
     async def events(self) -> AsyncIterator[Event]:
-        """What happens, up to ``Ended``; a ``Pause`` whenever nothing does for some time.
+        """What happens, up to ``Ended``.
 
         Raises:
             TriForceError: of the engine.
         """
-        seconds = self._service.options.ping_seconds
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(self._events.get(), seconds)
-                except asyncio.TimeoutError:
-                    yield Pause()
-                    continue
+                event = await self._events.get()
                 if isinstance(event, BaseException):
                     raise event
                 yield event

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from offload_triforce.server.errors import ApiError, invalid, quote, refuse_invalid
@@ -15,6 +15,9 @@ from offload_triforce.server.errors import ApiError, invalid, quote, refuse_inva
 ON_BY_DEFAULT = frozenset(
     {"skip_special_tokens", "add_generation_prompt", "spaces_between_special_tokens", "add_special_tokens"}
 )
+# Lists are given up at their first mistake: a few megabytes of wrong entries would become gigabytes of complaints.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -49,8 +52,12 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """All of a body.
 
     Raises:
-        ApiError: it has more than ``most`` bytes, or takes longer than ``seconds``.
+        ApiError: it has more than ``most`` bytes, takes longer than ``seconds``, or is compressed.
     """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() not in ("", "identity"):
+        message = f"a body with Content-Encoding {quote(coding)} is not read here; send it as it is"
+        raise ApiError(415, message, code="unsupported_encoding", headers={"Connection": "close"})
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > most:
         raise _too_large(int(declared), most)

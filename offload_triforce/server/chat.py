@@ -9,20 +9,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from offload_triforce.server.answering import Answering, Question
 from offload_triforce.server.asking import answer_to
-from offload_triforce.server.bodies import Body
+from offload_triforce.server.bodies import Body, Objects, Texts
 from offload_triforce.server.conversation import Conversation, prepare
-from offload_triforce.server.errors import invalid
+from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.logprobs import chat_logprobs
 from offload_triforce.server.replies import Part, Reasoning, Text, ToolCall, text_of
-from offload_triforce.server.reporter import Ended, Pause, Progress, Said
+from offload_triforce.server.reporter import Ended, Progress, Said
 from offload_triforce.server.sampling import HARMLESS, Sampling
 from offload_triforce.server.service import Service
 from offload_triforce.server.shapes import new_id, progress, usage
-from offload_triforce.server.streaming import ALIVE, DONE, EventStream, event, unless_gone
+from offload_triforce.server.streaming import DONE, EventStream, event, unless_gone
 
 MOST_LOGPROBS = 20
 
@@ -33,22 +33,29 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    for name, value in variables.items():
+        if not isinstance(value, (str, bool, int, type(None))):
+            raise ValueError(f"{quote(name)} must be a text, a whole number, true, false or null, not {quote(value)}")
+    return variables
+
+
 class ChatRequest(Sampling):
     """A request for the next message of a chat."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1, lt=2**40)] = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, str | bool | int | None] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_check_variables)] | None = None
     return_progress: bool | None = None
-    modalities: list[str] | None = None
+    modalities: Texts | None = None
 
     def check(self) -> None:
         """Refuse what this server cannot do.
@@ -117,9 +124,7 @@ class Chat:
         parser = self.conversation.parser(self.service)
         yield self._chunk({"role": "assistant", "content": ""})
         async for happened in self.answering.events():
-            if isinstance(happened, Pause):
-                yield ALIVE
-            elif isinstance(happened, Progress) and self.asked.return_progress:
+            if isinstance(happened, Progress) and self.asked.return_progress:
                 yield self._chunk({}, prompt_progress=progress(happened))
             elif isinstance(happened, Said):
                 deltas = list(self._deltas(parser.feed(happened.text)))
@@ -193,7 +198,7 @@ def chat_routes(service: Service) -> APIRouter:
         asked, model, conversation, answering = await answer_to(service, request, ChatRequest, question)
         chat = Chat(service, asked, model, conversation, answering)
         if asked.stream:
-            return EventStream(chat.stream(), answering.cancel)
+            return EventStream(chat.stream(), answering.cancel, service.options.ping_seconds)
         return JSONResponse(await unless_gone(request, chat.whole()))
 
     return router

@@ -12,15 +12,16 @@ from pydantic import Field
 
 from offload_triforce.server.answering import Answering, Question
 from offload_triforce.server.asking import answer_to
+from offload_triforce.server.bodies import Texts
 from offload_triforce.server.chat import StreamOptions
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.logprobs import completion_logprobs
 from offload_triforce.server.prompting import ask, text_prompt
-from offload_triforce.server.reporter import Ended, Pause, Progress, Said
+from offload_triforce.server.reporter import Ended, Progress, Said
 from offload_triforce.server.sampling import HARMLESS, Sampling
 from offload_triforce.server.service import Service
 from offload_triforce.server.shapes import new_id, progress, usage
-from offload_triforce.server.streaming import ALIVE, DONE, EventStream, event, unless_gone
+from offload_triforce.server.streaming import DONE, EventStream, event, unless_gone
 
 DEFAULT_TOKENS = 16  # OpenAI's, for this path alone
 MOST_LOGPROBS = 5
@@ -29,7 +30,7 @@ MOST_LOGPROBS = 5
 class CompletionRequest(Sampling):
     """A request for what follows a text."""
 
-    prompt: str | list[int] | list[str]
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | Texts
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] = None
     best_of: int | None = None
@@ -76,9 +77,7 @@ class Completion:
         counted = bool(self._asked.stream_options and self._asked.stream_options.include_usage)
         more = {"usage": None} if counted else {}
         async for happened in self._answering.events():
-            if isinstance(happened, Pause):
-                yield ALIVE
-            elif isinstance(happened, Progress) and self._asked.return_progress:
+            if isinstance(happened, Progress) and self._asked.return_progress:
                 told = {"prompt_progress": progress(happened), **more}
                 yield event({**self._about, "choices": [self._choice("", [], None)], **told})
             elif isinstance(happened, Said):
@@ -111,7 +110,7 @@ def completion_routes(service: Service) -> APIRouter:
         asked, model, _, answering = await answer_to(service, request, CompletionRequest, question)
         completion = Completion(service, asked, model, answering)
         if asked.stream:
-            return EventStream(completion.stream(), answering.cancel)
+            return EventStream(completion.stream(), answering.cancel, service.options.ping_seconds)
         return JSONResponse(await unless_gone(request, completion.whole()))
 
     return router

@@ -136,6 +136,8 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if role not in ROLES:
         raise invalid(f"the role of message {number} must be one of {', '.join(ROLES)}, not {quote(role)}", "messages")
     plain = {name: value for name, value in message.items() if value is not None}
+    if role in ("user", "system") and "content" not in plain:
+        raise invalid(f"message {number} has no content: a text, or a list of texts", "messages")
     if not isinstance(plain.get("content", ""), (str, list)):
         raise invalid(f"the content of message {number} must be a text, not {quote(plain['content'])}", "messages")
     plain |= {"role": role, "content": plain.get("content", "")}

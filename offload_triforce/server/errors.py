@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,12 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 
 from offload_triforce.errors import BusyError, MemoryLimitError, TriForceError
 
 SHOWN = 80  # characters of a value that is quoted in an error
 MESSAGES = "/v1/messages"  # where errors have Anthropic's shape
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+# How pydantic names the ways that a field may go: none of the client's words.
+_WAYS = re.compile(r"(function|lax|json|constrained)-.*|str|int|float|bool|(list|dict|nullable)\[.*\]")
 _KINDS |= {429: "rate_limit_error", 500: "api_error", 503: "overloaded_error"}
 
 
@@ -68,13 +72,15 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def refuse_invalid(error: ValidationError) -> ApiError:
-    """What pydantic found first, in one sentence."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax-", "json-")))
-    message = first["msg"].removeprefix("Value error, ")
+    """What pydantic found first, in one sentence. Of a field that may be several things, what came nearest to one."""
+    found = error.errors(include_url=False, include_context=False)
+    first = max((each for each in found if each["loc"][:1] == found[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not _WAYS.fullmatch(str(part)))
+    message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
     if first["type"] == "json_invalid":
         return invalid(f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
-    value = "" if first["type"] in ("missing", "value_error") else f", not {quote(first['input'])}"
+    said = first["type"] in ("missing", "value_error", "too_short")  # all that there is to say
+    value = "" if said else f", not {quote(first['input'])}"
     name = place or "the body"
     return invalid(f"{name}: {message[:1].lower()}{message[1:]}{value}", param=place or None)
 
@@ -98,8 +104,15 @@ def install(app: FastAPI) -> None:
         return JSONResponse(body, told.status, told.headers)
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        wrong = {404: f"there is nothing at {quote(request.url.path)}", 405: f"{request.method} is not possible here"}
-        return await answer(request, ApiError(error.status_code, wrong.get(error.status_code, str(error.detail))))
+        status, methods = error.status_code, allowed_methods(app, request)
+        if status not in (404, 405):
+            return await answer(request, ApiError(status, str(error.detail)))
+        place = quote(request.url.path)
+        if status == 404 and not methods:
+            return await answer(request, ApiError(404, f"there is nothing at {place}"))
+        methods = methods or ["GET", "HEAD"]  # of the page
+        message = f"{request.method} is not possible at {place}; {' and '.join(methods)} would be"
+        return await answer(request, ApiError(405, message, headers={"Allow": ", ".join(methods)}))
 
     async def query(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -111,3 +124,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(TriForceError, answer)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, answer)
+
+
+def allowed_methods(app: FastAPI, request: Request) -> list[str]:
+    """What a path can be asked by. The page's files, which lie at the root, do not know of the other paths."""
+    routes = [route for route in app.router.routes if not isinstance(route, Mount)]
+    return [
+        method
+        for method in ("GET", "HEAD", "POST")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 from offload_triforce.server.answering import Answering
 from offload_triforce.server.conversation import Conversation
 from offload_triforce.server.replies import Part, Reasoning, Text, ToolCall
-from offload_triforce.server.reporter import Ended, Pause, Said
+from offload_triforce.server.reporter import Ended, Said
 from offload_triforce.server.service import Service
 from offload_triforce.server.shapes import new_id
 from offload_triforce.server.streaming import event
@@ -43,9 +43,7 @@ class Message:
         begun = {**self._about, "content": [], "stop_reason": None, "stop_sequence": None}
         yield _event("message_start", message={**begun, "usage": {"input_tokens": self._prompt, "output_tokens": 0}})
         async for happened in self._answering.events():
-            if isinstance(happened, Pause):
-                yield _event("ping")
-            elif isinstance(happened, Said):
+            if isinstance(happened, Said):
                 for part in self._wanted(self._parser.feed(happened.text)):
                     for told in self._tell(part):
                         yield told

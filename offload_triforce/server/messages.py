@@ -12,13 +12,13 @@ from pydantic import Field
 from offload_triforce.server.about import body_of
 from offload_triforce.server.answering import Question
 from offload_triforce.server.asking import answer_to
-from offload_triforce.server.bodies import parse
+from offload_triforce.server.bodies import Objects, Texts, parse
 from offload_triforce.server.conversation import Conversation, prepare
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.message_blocks import as_openai, system_text
 from offload_triforce.server.message_replies import Message
 from offload_triforce.server.prompting import chat_prompt
-from offload_triforce.server.sampling import HARMLESS, Sampling
+from offload_triforce.server.sampling import HARMLESS, Sampling, check_stops
 from offload_triforce.server.service import Service
 from offload_triforce.server.streaming import EventStream, unless_gone
 
@@ -28,10 +28,10 @@ _HARMLESS = HARMLESS | {"container", "betas", "cache_control", "inference_geo"}
 class MessagesRequest(Sampling):
     """A request for the next message of a chat, in Anthropic's shape."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    stop_sequences: list[str] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[Objects, Field(min_length=1)]
+    system: str | Objects | None = None
+    stop_sequences: Texts | None = None
+    tools: Objects | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
@@ -39,8 +39,7 @@ class MessagesRequest(Sampling):
 
     def stops(self) -> list[str]:
         """See ``Sampling``."""
-        self.stop = self.stop_sequences
-        return [stop for stop in super().stops() if stop.strip()]
+        return [*super().stops(), *check_stops("stop_sequences", self.stop_sequences or [])]
 
     def conversation(self) -> Conversation:
         """What the model's template is given.
@@ -55,7 +54,7 @@ class MessagesRequest(Sampling):
         if self.system:
             messages.insert(0, {"role": "system", "content": system_text(self.system)})
         choice, one_call = _choice(self.tool_choice)
-        variables = {} if self.thinking is None else {"enable_thinking": self.thinking.get("type") != "disabled"}
+        variables = {} if self.thinking is None else {"enable_thinking": _thinks(self.thinking)}
         tools = [_tool(number, tool) for number, tool in enumerate(self.tools or [], 1)]
         return Conversation(messages, tools, choice, one_call, variables=variables)
 
@@ -94,7 +93,7 @@ def message_routes(service: Service) -> APIRouter:
         asked, model, conversation, answering = await answer_to(service, request, MessagesRequest, question)
         message = Message(service, model, conversation, answering)
         if asked.stream:
-            return EventStream(message.stream(), answering.cancel, anthropic=True)
+            return EventStream(message.stream(), answering.cancel, service.options.ping_seconds, anthropic=True)
         return JSONResponse(await unless_gone(request, message.whole()))
 
     @router.post("/v1/messages/count_tokens")
@@ -117,11 +116,22 @@ def _choice(choice: dict[str, Any] | None) -> tuple[str | dict[str, Any] | None,
         return None, False
     one_call, kind = choice.get("disable_parallel_tool_use") is True, choice.get("type")
     if kind == "tool":
-        return {"type": "function", "function": {"name": choice.get("name")}}, one_call
+        name = choice.get("name")
+        if not isinstance(name, str):
+            raise invalid(f"tool_choice.name must be the name of a tool, not {quote(name)}", "tool_choice")
+        return {"type": "function", "function": {"name": name}}, one_call
     names = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise invalid(f"tool_choice.type must be auto, any, tool or none, not {quote(kind)}", "tool_choice")
     return names[kind], one_call
+
+
+def _thinks(thinking: dict[str, Any]) -> bool:
+    """Whether the model is to think; for how long is its own affair."""
+    kind = thinking.get("type")
+    if kind not in ("enabled", "adaptive", "disabled"):
+        raise invalid(f"thinking.type must be enabled, adaptive or disabled, not {quote(kind)}", "thinking")
+    return bool(kind != "disabled")
 
 
 def _tool(number: int, tool: dict[str, Any]) -> dict[str, Any]:

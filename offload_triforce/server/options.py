@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload_triforce.errors import InputError
 
@@ -31,7 +31,7 @@ class ServerOptions:
     names: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)  # so that no log of options holds it
     cors: tuple[str, ...] = ()
     queue: int = 64
     new_tokens: int = 4096

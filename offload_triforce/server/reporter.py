@@ -51,12 +51,7 @@ class Ended:
     stats: DecodeStats
 
 
-@dataclass(frozen=True)
-class Pause:
-    """Nothing has happened for some time."""
-
-
-Event = Progress | Said | Ended | Pause
+Event = Progress | Said | Ended
 
 
 class Reporter:

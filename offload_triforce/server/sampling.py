@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from transformers import GenerationConfig
 
-from offload_triforce.server.bodies import Body
+from offload_triforce.server.bodies import Body, Texts
 from offload_triforce.server.errors import invalid, quote
 from offload_triforce.server.penalties import CountPenalty, LogitBias
 
-MOST_STOPS = 16
+MOST_STOPS, MOST_STOP = 16, 1000  # texts, characters of each
+LEAST = 1e-30  # of temperatures and penalties but 0: single precision holds what scores become by them
 DEFAULT_TEMPERATURE = 1.0  # OpenAI's, where neither the request nor the model says anything
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,22 +26,35 @@ HARMLESS = frozenset(
 )
 
 
+def _check_tiny(value: float) -> float:
+    if 0 < value < LEAST:
+        raise ValueError(f"{value:g} is too small; the least that is not 0 is {LEAST:g}")
+    return value
+
+
+def _check_bias(bias: dict[str, Any]) -> dict[str, float]:
+    for name, value in bias.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+            raise ValueError(f"the bias of {quote(name)} must be a number from -100 to 100, not {quote(value)}")
+    return bias
+
+
 class Sampling(Body):
     """Parameters of the draws, the same for all ways to ask."""
 
     model: str | None = None
     stream: bool | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_check_tiny)] | None = None
     top_p: Share | None = None
     top_k: Annotated[int | None, Field(ge=-1, lt=2**31)] = None
     min_p: Share | None = None
     max_tokens: Annotated[int | None, Field(ge=1, lt=2**40)] = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: str | list[str] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100), AfterValidator(_check_tiny)] | None = None
+    logit_bias: Annotated[dict[str, Any], AfterValidator(_check_bias)] | None = None
+    stop: str | Texts | None = None
     n: int | None = None
 
     def stops(self) -> list[str]:
@@ -48,12 +63,7 @@ class Sampling(Body):
         Raises:
             ApiError: an empty one, or too many.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MOST_STOPS:
-            raise invalid(f"stop has {len(stops):,} texts, and at most {MOST_STOPS} are possible", "stop")
-        if "" in stops:
-            raise invalid("stop holds an empty text, after which there would be nothing; leave it out", "stop")
-        return stops
+        return check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
 
     def check_one(self) -> None:
         """Refuse several answers to one request.
@@ -98,8 +108,24 @@ class Sampling(Body):
         return processors
 
 
+def check_stops(name: str, stops: Sequence[str]) -> list[str]:
+    """Texts that end an answer, if they can. ``name``: of the parameter.
+
+    Raises:
+        ApiError: an empty one, a long one, or too many.
+    """
+    if len(stops) > MOST_STOPS:
+        raise invalid(f"{name} has {len(stops):,} texts, and at most {MOST_STOPS} are possible", name)
+    if "" in stops:
+        raise invalid(f"{name} holds an empty text, after which there would be nothing; leave it out", name)
+    if (longest := max(map(len, stops), default=0)) > MOST_STOP:
+        raise invalid(f"{name} holds a text of {longest:,} characters, and {MOST_STOP:,} are the most", name)
+    return list(stops)
+
+
 def _token(name: str, vocabulary: int) -> int:
     token = int(name) if name.isdecimal() and len(name) < 12 else -1
+    token = token if str(token) == name else -1  # no other spelling: two of them would be one token
     if not 0 <= token < vocabulary:
         raise invalid(f"logit_bias: {quote(name)} is no token id; the model has 0 to {vocabulary - 1:,}", "logit_bias")
     return token

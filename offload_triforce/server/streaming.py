@@ -16,6 +16,7 @@ from offload_triforce.server.errors import ApiError, as_api_error
 
 Value = TypeVar("Value")
 ALIVE = b": still here\n\n"  # a comment: proxies see traffic, clients see nothing
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'  # Anthropic's word for it
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -27,11 +28,14 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events. What goes wrong in its middle becomes its last event."""
+    """A stream of events. What goes wrong in its middle becomes its last event; it is never silent for long."""
 
-    def __init__(self, parts: AsyncIterator[bytes], close: Callable[[], None], anthropic: bool = False) -> None:
+    def __init__(
+        self, parts: AsyncIterator[bytes], close: Callable[[], None], ping_seconds: float, anthropic: bool = False
+    ) -> None:
         """``close``: called at the end, also where the client had gone before there was a beginning."""
-        super().__init__(_with_errors(parts, anthropic), media_type="text/event-stream", headers=_HEADERS)
+        alive = kept_alive(parts, ping_seconds, PING if anthropic else ALIVE)
+        super().__init__(_with_errors(alive, anthropic), media_type="text/event-stream", headers=_HEADERS)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,6 +44,33 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
+
+
+async def kept_alive(parts: AsyncIterator[bytes], seconds: float, sign: bytes) -> AsyncIterator[bytes]:
+    """Parts of a stream, and ``sign`` wherever there is nothing else for ``seconds``.
+
+    It goes by what is sent, not by what happens: a long prompt that is read chunk by chunk, and a call of a tool that
+    is told when it is complete, say nothing to the client for minutes.
+    """
+    async with contextlib.aclosing(parts):
+        coming = asyncio.ensure_future(_next(parts))
+        try:
+            while True:
+                await asyncio.wait({coming}, timeout=seconds)
+                if not coming.done():
+                    yield sign
+                    continue
+                if (part := coming.result()) is None:
+                    return
+                yield part
+                coming = asyncio.ensure_future(_next(parts))
+        finally:
+            coming.cancel()  # before the generator that it runs is closed
+            await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _next(parts: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(parts, None)
 
 
 async def _with_errors(parts: AsyncIterator[bytes], anthropic: bool) -> AsyncIterator[bytes]:

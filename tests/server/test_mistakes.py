@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import re
 import socket
+import threading
 import time
 
 import httpx
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload_triforce import InputError
+from offload_triforce.server import auth
 from offload_triforce.server.errors import ApiError
 from offload_triforce.server.line import Line
 from offload_triforce.server.options import ServerOptions
@@ -197,6 +200,94 @@ def test_keys(engine):
         assert http.get("/v1/models", headers={**key, "Origin": "https://bad.example"}).status_code == 403
         good = http.get("/v1/models", headers={**key, "Origin": "https://good.example"})
         assert good.headers["access-control-allow-origin"] == "https://good.example"
+
+
+def test_keys_are_compared_in_constant_time(engine, monkeypatch):
+    """Digests of one length, as a whole, whatever a key begins with; and never by ==."""
+    compared, compare = [], hmac.compare_digest
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+    key = "secret-of-mine"
+    shown = ["s", key[:-1], key + "x", "x" * 5000, "\u00fc"]
+    with serving(engine, api_key=key) as (address, _), httpx.Client(base_url=address) as http:
+        for each in shown:
+            answer = http.get("/v1/models", headers={"Authorization": b"Bearer " + each.encode()})
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert len(each) < 2 or each not in answer.text
+        twice = [("Authorization", "Bearer wrong"), ("Authorization", f"Bearer {key}")]
+        assert http.get("/v1/models", headers=twice).status_code == 401, "the first one counts"
+    assert len(compared) == len(shown) + 1
+    assert {type(part) for pair in compared for part in pair} == {bytes}
+    assert {len(part) for pair in compared for part in pair} == {32}
+    assert not any(key.encode() in part for pair in compared for part in pair)
+
+
+def test_keys_are_in_no_log(engine, caplog, capsys):
+    """Nor in what describes the options, which ends up in tracebacks."""
+    key = "secret-of-mine"
+    assert key not in repr(ServerOptions(("m",), api_key=key))
+    with (
+        caplog.at_level("DEBUG"),
+        serving(engine, api_key=key) as (address, _),
+        httpx.Client(base_url=address) as http,
+    ):
+        caplog.clear()
+        for header in ({"Authorization": f"Bearer {key}"}, {"x-api-key": key}, {"x-api-key": f"{key}-not"}):
+            http.get("/v1/models", headers=header)
+            http.post(CHAT, headers=header, json={"messages": USER, "max_tokens": 1, "temperature": "hot"})
+            http.get("/metrics", headers=header)
+    said = [record.getMessage() + repr(record.args) for record in caplog.records if not record.name.startswith("http")]
+    assert not any(key in each for each in said)
+    assert key not in "".join(capsys.readouterr())
+
+
+def test_pages_of_other_sites_are_let_in_only_where_that_is_asked_for(engine, http):
+    """No answer without --cors has a header that lets a page read it, and no preflight succeeds."""
+    ask = {"Origin": "https://good.example", "Access-Control-Request-Method": "POST"}
+    for answer in (http.options(CHAT, headers=ask), http.get("/v1/models", headers=ask), http.get("/health")):
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+    assert http.options(CHAT, headers=ask).status_code == 405
+    guarded = {"api_key": "secret-of-mine", "cors": ("https://good.example",)}
+    with serving(engine, **guarded) as (address, _), httpx.Client(base_url=address) as other:
+        allowed = other.options(CHAT, headers={**ask, "Access-Control-Request-Headers": "authorization"})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://good.example"
+        assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        assert other.options(CHAT, headers={**ask, "Origin": "https://bad.example"}).status_code == 400
+
+
+def test_requests_are_answered_in_the_order_in_which_they_came(engine):
+    """Whatever they ask for, and whichever way."""
+    with serving(engine) as (address, service), httpx.Client(base_url=address, timeout=60) as http:
+        ended, threads = [], []
+        begun, begin = [], service.begun
+
+        def seen(stats):
+            begun.append(stats)  # which are filled while it goes on
+            begin(stats)
+
+        service.begun = seen
+
+        def one(number, path):
+            text = "x" * (10 + number)
+            body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+            http.post(path, json={"max_tokens": 400 if number == 0 else 20 - number, "temperature": 1.0, **body})
+            ended.append(number)
+
+        for number in range(12):
+            path = (CHAT, "/v1/completions", "/v1/messages")[number % 3]
+            threads.append(threading.Thread(target=one, args=(number, path)))
+            threads[-1].start()
+            deadline = time.monotonic() + 20
+            while len(service.line._places) + len(ended) <= number and time.monotonic() < deadline:
+                time.sleep(0.002)
+        for thread in threads:
+            thread.join()
+    lengths = [stats.prompt_tokens for stats in begun]
+    completions = [number for number in range(12) if number % 3 == 1]
+    overhead = lengths[0] - 10  # tokens of the template
+    expected = [10 + number + (0 if number in completions else overhead) for number in range(12)]
+    assert lengths == expected
 
 
 def test_pages_of_others_stay_out_without_a_key(http, address):

@@ -190,6 +190,11 @@ def _take_stop_strings(
     return config
 
 
+def _count_tokens(positions: Tensor, tokens: int) -> bool:
+    """Whether positions are 0, 1, 2 and so on: [1, n], or [axes, 1, n] where a model with eyes numbered the text."""
+    return positions.shape[-1] == tokens and bool((positions.cpu() == torch.arange(tokens)).all())
+
+
 def _refuse(
     defaults: GenerationConfig,
     config: GenerationConfig,
@@ -222,7 +227,7 @@ def _refuse(
         if not empty and name not in _KNOWN_INPUTS:
             raise InputError(f"{name} is not supported; pass token ids alone")
     positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+    if positions is not None and not _count_tokens(positions, input_ids.shape[1]):
         raise InputError("position_ids other than 0, 1, 2 and so on are not supported; leave them out")
     if config.max_length <= input_ids.shape[1]:
         raise InputError("there is nothing to generate: ask for at least 1 new token")

@@ -9,6 +9,7 @@ by the check of families that nobody tried (``runtime/self_check.py``).
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from typing import Any
 
@@ -96,6 +97,7 @@ def leave_out(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} does not say where its text decoder is")
     kept = {id(part) for top in text if top is not None for part in top.modules()}
     others = {type(getattr(model.config, f"{part}_config")) for part in other_parts(model.config)}
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
     _leave_out(model, model, kept, tuple(others - {type(model.config.get_text_config())}))
 
 
@@ -104,5 +106,7 @@ def _leave_out(model: PreTrainedModel, module: nn.Module, kept: set[int], others
         of_another = isinstance(part, PreTrainedModel) and isinstance(part.config, others)
         if of_another or not any(id(inner) in kept for inner in part.modules()):
             setattr(module, name, LeftOut(model, name))
+            # Else transformers lists all weights that it passes over.
+            model._keys_to_ignore_on_load_unexpected.add(rf"(^|\.){re.escape(name)}\.")
         else:
             _leave_out(model, part, kept, others)

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.family_cases import Case
 from benchmarks.tiny_families import VOCABULARY, tiny_config, tiny_model
 from offload_triforce import Settings, TriForce
 from offload_triforce.errors import InputError, TriForceError
+from offload_triforce.model.multimodal import loaded_config, loading_options
 from offload_triforce.model.refusals import class_name
 from offload_triforce.model.shape import shape_of
+from offload_triforce.model.text_part import maker, other_parts
 
 PROMPT, NEW = 260, 72
 # Tiles, refreshes, trees and windows all come up; what a draft costs is fixed, so that nothing depends on the machine.
@@ -63,6 +66,7 @@ class Finding:
     accepted: int = 0
     judged: int = 0
     drafted: int = 0
+    part: bool = False  # the text decoder of a model that sees or hears as well
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -111,7 +115,11 @@ def _decode(case: Case, name: str, config: Any, model: PreTrainedModel, planned:
         model, expected = liveliest(config, prompt)
     except Exception as error:
         return _finding(case, name, "unbuilt", f"transformers' own generate: {_reason(error)}")
-    with TriForce(model, draft="ngram", settings=SETTINGS) as engine:
+    try:
+        loaded = as_loaded(model)
+    except InputError as error:
+        return _finding(case, name, "unbuilt", str(error))
+    with TriForce(loaded, draft="ngram", settings=SETTINGS) as engine:
         if engine.layout.layers != planned.layers:
             return _finding(case, name, "crash", "planned with another layout than it has")
         result = engine.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
@@ -123,6 +131,7 @@ def _decode(case: Case, name: str, config: Any, model: PreTrainedModel, planned:
         verdict, why = "wrong", f"differs from token {at} of {NEW} on"
     elif counts["distinct"] < LIVELY // 2 or not counts["accepted"] or not counts["drafted"]:
         verdict, why = "dull", "the text says too little, or no draft token was judged"
+    counts["part"] = loaded is not model
     kinds = tuple(kind for kind in ("full", "sliding", "recurrent") if getattr(engine.layout, kind))
     return Finding(case.model_type, case.variant, name, verdict, why, kinds, **counts)
 
@@ -138,6 +147,20 @@ def liveliest(config: Any, prompt: Tensor) -> tuple[PreTrainedModel, list[int]]:
         if len(set(answer)) >= LIVELY and len(set(answer[-NEW // 2 :])) >= LIVELY // 2:
             return model, answer
     return best
+
+
+def as_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """What is loaded of a model's files: of one that sees or hears as well, its text decoder."""
+    if not other_parts(model.config):
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True} | loading_options(config)
+        loaded, found = maker(loaded_config(config)).from_pretrained(folder, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{len(missing)} weights are not found in its files, such as {missing[0]}")
+    return loaded.eval()
 
 
 def greedy(model: PreTrainedModel, prompt: Tensor) -> list[int]:

@@ -11,12 +11,15 @@ _HEAD = """\
 # Which models run
 
 Written by `python -m benchmarks.families --markdown docs/models.md`: every model type of which transformers
-{transformers} makes a causal language model, tried as a tiny random model. *Runs* means: with n-gram draft tokens and
+{transformers} makes a language model, tried as a tiny random model. *Runs* means: with n-gram draft tokens and
 trees, greedy, in fp32, the {new} tokens after a prompt of {prompt} are those of transformers' own `generate` (eager
 attention), one by one. All others are refused with the sentence below, most of them before any weights are read;
 `offload-triforce plan` refuses the same and says the same. A model that is not here may run as well: before its first
 use it is compared with transformers' own attention on 64 tokens with a tree, and refused if they differ by more than
 rounding does (`--no-check` leaves that out).
+
+Of models that see or hear as well (*text*), the text decoder alone is loaded from the files of the whole model, and
+has to say what the whole model says; the other parts' weights are never read, and images or sound are refused.
 
 {running} model types run, {refused} are refused.
 """
@@ -54,7 +57,7 @@ def documented(page: str) -> tuple[set[str], set[str]]:
 
 
 def _layers(found: Finding) -> str:
-    return " and ".join(found.kinds)
+    return " and ".join(found.kinds) + (", *text*" if found.part else "")
 
 
 def _others(found: Finding, findings: Sequence[Finding]) -> str:

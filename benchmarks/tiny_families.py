@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from benchmarks.tiny_sizes import ADJUSTMENTS, EVEN_IF_NONE, NEEDED, SIZES
 
@@ -22,8 +26,15 @@ _INNER = ("text_config", "decoder")  # where a model of several parts keeps its 
 
 
 def model_types() -> list[str]:
-    """All model types that ``AutoModelForCausalLM`` makes a model of, in alphabetical order."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """All model types that transformers makes a language model of, in alphabetical order: with eyes and ears, too."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+
+
+def whole_model(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of a configuration as transformers has it: with all that it sees and hears with, where it does."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]._from_config(config, **options).eval()
+    return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
@@ -46,7 +57,7 @@ def tiny_model(config: PreTrainedConfig, spread: float = 0.15, seed: int = 0) ->
     """
     torch.manual_seed(seed)
     # Eager attention: the other ones of transformers leave out what they do not know, such as soft-capping.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = whole_model(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

@@ -34,6 +34,8 @@ DEFAULT_NEW_TOKENS = 256
 
 # What generate() itself adds to the model's inputs for a plain text.
 _CACHES = ("past_key_values", "cache")  # transformers 5.24 gave it another name
+# What models that see or hear call what they see and hear.
+_SENSES = ("pixel_", "image", "video", "audio", "input_features", "spectrogram", "mm_")
 _KNOWN_INPUTS = {"attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep", "cache_position"}
 
 
@@ -108,6 +110,9 @@ def interpret(
     options = _plain_options(model, generation_config, options)
     if options.get("assistant_model") is not None:
         raise InputError("assistant_model is not supported: give the draft when the engine is made")
+    for name, value in options.items():
+        if value is not None and name.startswith(_SENSES):  # else generate would make embeddings of them first
+            raise InputError(f"{name} is not supported: images, video and sound are not read; pass token ids alone")
     generation_config = _take_stop_strings(model, generation_config, options, tokenizer)
     options.setdefault("attention_mask", torch.ones_like(prompt))  # else generate infers padding from token ids
     asked = copy.copy(model)  # shares all but this with the model, which others may be using right now
@@ -190,6 +195,11 @@ def _take_stop_strings(
     return config
 
 
+def _count_tokens(positions: Tensor, tokens: int) -> bool:
+    """Whether positions are 0, 1, 2 and so on: [1, n], or [axes, 1, n] where a model with eyes numbered the text."""
+    return positions.shape[-1] == tokens and bool((positions.cpu() == torch.arange(tokens)).all())
+
+
 def _refuse(
     defaults: GenerationConfig,
     config: GenerationConfig,
@@ -222,7 +232,7 @@ def _refuse(
         if not empty and name not in _KNOWN_INPUTS:
             raise InputError(f"{name} is not supported; pass token ids alone")
     positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+    if positions is not None and not _count_tokens(positions, input_ids.shape[1]):
         raise InputError("position_ids other than 0, 1, 2 and so on are not supported; leave them out")
     if config.max_length <= input_ids.shape[1]:
         raise InputError("there is nothing to generate: ask for at least 1 new token")

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from offload_triforce.errors import InputError, first_line
+from offload_triforce.errors import InputError, UnsupportedModelError, first_line
 from offload_triforce.model.layout import ModelLayout, WeightsNeededError, probe
 from offload_triforce.model.multimodal import loaded_config
 from offload_triforce.model.refusals import class_name, refuse_unloadable
+from offload_triforce.model.text_part import maker
 
 
 def layout_of(config: PretrainedConfig, dtype: torch.dtype) -> ModelLayout:
@@ -36,8 +37,10 @@ def blank_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     try:
         with torch.device("meta"):
             # Experts chosen by indexing: other ways ask on the host how many tokens each of them has.
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="batched_mm")
+            model = maker(config).from_config(config, dtype=dtype, experts_implementation="batched_mm")
             return model.eval()
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # a file may hold anything, and each family checks it in its own way
         raise InputError(f"the configuration makes no {class_name(config)}: {first_line(error)}") from error
 

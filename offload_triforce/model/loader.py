@@ -26,11 +26,12 @@ from offload_triforce.model.gguf_header import GGUFHeader
 from offload_triforce.model.gguf_skim import skimming
 from offload_triforce.model.hub import access, bounded, is_here
 from offload_triforce.model.local_files import check_files, locate
-from offload_triforce.model.multimodal import loading_options
+from offload_triforce.model.multimodal import loaded_config, loading_options
 from offload_triforce.model.packed_head import kept_in_host_memory, pack_head
 from offload_triforce.model.packing import check_packing
 from offload_triforce.model.prequantized import check_packed, check_unpacked_room
 from offload_triforce.model.quantize import check_room, move, pack
+from offload_triforce.model.text_part import maker
 from offload_triforce.model.to_host import move_embeddings
 from offload_triforce.model.weights import DTYPES, count
 
@@ -123,7 +124,7 @@ def _load(
         options["device_map"] = {"": torch.device("cpu")}
     elif packing is not None:
         options["quantization_config"] = packing
-    part, placing = "configuration", nullcontext(options["device_map"])
+    part, placing, kind = "configuration", nullcontext(options["device_map"]), AutoModelForCausalLM
     try:
         if not gguf:  # a model that is refused is refused before its weights are read
             config = AutoConfig.from_pretrained(folder)
@@ -135,6 +136,7 @@ def _load(
                 check_unpacked_room(packed, source, size, dtype, device)
             check_head_quantization(quantize_head, count(blank).tied)
             options |= loading_options(config)
+            kind = maker(loaded_config(config))
             kept = [blank.get_output_embeddings()] if quantize_head is not None else []
             if host_embeddings and (own := own_embedding(blank)) is not None:
                 kept.append(own)
@@ -143,7 +145,7 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
         part = "weights"
         with placing as options["device_map"], skimming():  # the vocabulary has been read by now
-            model, found = AutoModelForCausalLM.from_pretrained(folder, **_REPORTING, **options)
+            model, found = kind.from_pretrained(folder, **_REPORTING, **options)
         _check_all_found(source, found)
         _pack(model, packing if gguf else None, quantize_head, device, host_embeddings)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -11,7 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.model.recurrent import FAMILIES as RECURRENT_FAMILIES
@@ -76,6 +79,7 @@ def refuse_unloadable(config: PreTrainedConfig) -> None:
         refuse(config, name)
     text = _text_of(config, name)
     known = config.model_type in names or config.model_type not in CONFIG_MAPPING_NAMES or hasattr(config, "auto_map")
+    known = known or config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # made without other parts: text_part
     if not known and text is config:
         raise UnsupportedModelError(f"{name} is not a decoder-only language model that transformers knows")
     # Of some models with eyes, AutoModelForCausalLM makes the text decoder alone.
@@ -95,8 +99,9 @@ def _text_of(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def class_name(config: PreTrainedConfig) -> str:
-    """The class that ``AutoModelForCausalLM`` makes of a configuration; where it makes none, what the file says."""
-    made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    """The class that transformers' auto classes make of a configuration; where they make none, what the file says."""
+    kind = config.model_type
+    made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
     if made is None:
         return (config.architectures or [config.model_type or type(config).__name__])[0]
     return made if isinstance(made, str) else made[0]
@@ -160,14 +165,6 @@ def _dynamic_rope(config: PreTrainedConfig, text: PreTrainedConfig) -> str | Non
     return None
 
 
-def _three_axes(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
-    """M-RoPE of a model with eyes: the model itself numbers the tokens, along time, height and width."""
-    said = any("mrope_section" in parameters for parameters in rope_parameters(text))
-    if text is not config and (said or "mrope_section" in getattr(text, "ignore_keys_at_rope_validation", ())):
-        return "is a multimodal model that numbers tokens along three axes (M-RoPE), which is not supported"
-    return None
-
-
 # In this order: the first that applies is said.
 _REASONS: tuple[Callable[[PreTrainedConfig, PreTrainedConfig], str | None], ...] = (
     _family,
@@ -175,5 +172,4 @@ _REASONS: tuple[Callable[[PreTrainedConfig, PreTrainedConfig], str | None], ...]
     _layers,
     _layer_by_layer,
     _dynamic_rope,
-    _three_axes,
 )

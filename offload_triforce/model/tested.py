@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 TESTED = frozenset(
     [
@@ -116,8 +117,13 @@ _KNOWN_CODE = ("transformers.", "torch.", "bitsandbytes.", "offload_triforce.")
 
 
 def is_tested(model: PreTrainedModel) -> bool:
-    """Whether a model is of a tested family, in the code that was tried: all of its modules are transformers' own."""
-    return model.config.model_type in TESTED and all(map(_is_known, model.modules()))
+    """Whether a model is of a tested family, in the code that was tried: all of its modules are transformers' own.
+
+    A model that sees may hold a text decoder of any family: that one counts as well.
+    """
+    kinds = {model.config.model_type, model.config.get_text_config().model_type}
+    kinds = {kind for kind in kinds if kind == model.config.model_type or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return kinds <= TESTED and all(map(_is_known, model.modules()))
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -195,8 +195,8 @@ def _own_logits(model: PreTrainedModel, tokens: Sequence[int], disturbed: bool =
         for leaf in (node for node in nodes if id(node) not in inner):
             path = leaf.path()
             ids = torch.tensor([[*tokens[:PROMPT], *(node.token for node in path)]], device=model.device)
-            positions = torch.arange(ids.shape[1], device=model.device)[None]
-            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+            # No positions: the model numbers the tokens itself, some along three axes.
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = model(**given, use_cache=False).logits[0, PROMPT:]
             found.update((number[id(node)], row) for node, row in zip(path, logits, strict=True))
 

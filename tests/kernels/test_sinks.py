@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_triforce.kernels import ops, reference
+from offload_triforce.kernels import cpu, ops, reference
 from offload_triforce.kernels.types import AttentionParams, TreeMask
 from tests.usual import sampled
 
@@ -102,6 +102,50 @@ def test_a_sink_counts_once_for_all_splits(device, splits, monkeypatch):
     query, (key, value) = draw(device, 2, 3, 5, 200, 64)
     params = AttentionParams(0.2, sinks=draw_sinks(device, 6, 3.0))
     assert_near(in_parts(query, key, value, params, (100,)).finish(), dense(query, key, value, params))
+
+
+@pytest.mark.parametrize(("keys", "cuts"), [(5, ()), (47, ()), (47, (1, 2, 9))])
+def test_a_sink_counted_per_tile_shows(device, keys, cuts, monkeypatch):
+    """A mistake: it joins with each part of the keys, not at the end. Where they come in one that is the same."""
+    monkeypatch.setenv(ops.CHOICE, "torch")
+    query, (key, value) = draw(device, 2, 3, 5, keys, 80)
+    params = AttentionParams(0.3, sinks=draw_sinks(device, 6, 1.0))
+    update, finish = reference.attention_update, reference.attention_finish
+
+    def per_tile(state, packed, key, value, params, tree_mask=None):
+        maximum, total, weighted = update(state, packed, key, value, params, tree_mask)
+        sink = params.sinks.reshape(2, 3).repeat_interleave(5, dim=1)
+        return reference.PartialAttention(maximum, total + (sink - maximum).exp(), weighted)
+
+    expected = dense(query, key, value, params)
+    monkeypatch.setattr(reference, "attention_update", per_tile)
+    monkeypatch.setattr(cpu, "attention_update", per_tile)
+    monkeypatch.setattr(reference, "attention_finish", lambda state, heads, dtype, sinks: finish(state, heads, dtype))
+    output = in_parts(query, key, value, params, cuts).finish()
+    if keys == 5:
+        assert_near(output, expected)
+    else:
+        assert (output - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_sink_counted_per_split_shows(device, splits, monkeypatch):
+    """A mistake: each split of the kernel's brings the sink along."""
+    states = pytest.importorskip("offload_triforce.kernels.attention_state", reason="needs Triton")
+    monkeypatch.setenv(ops.CHOICE, "triton")
+    monkeypatch.setattr(states, "split_count", lambda *_: splits)
+    monkeypatch.setattr(states, "state_layout", states.state_layout.__wrapped__)
+    launch = states.combine_launch
+    monkeypatch.setattr(
+        states, "combine_launch", lambda *given, sinks, **how: launch(*given, sinks=sinks + math.log(splits), **how)
+    )
+    query, (key, value) = draw(device, 2, 3, 5, 100, 64)
+    params = AttentionParams(0.2, sinks=draw_sinks(device, 6, 1.0))
+    output, expected = in_parts(query, key, value, params, (40,)).finish(), dense(query, key, value, params)
+    if splits == 1:
+        assert_near(output, expected)
+    else:
+        assert (output - expected).abs().max() > 0.01
 
 
 def test_the_log_sum_exp_is_that_of_the_keys(device, way):

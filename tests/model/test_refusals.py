@@ -9,7 +9,6 @@ from benchmarks.tiny_families import model_types, tiny_config
 from offload_triforce.errors import UnsupportedModelError
 from offload_triforce.model import refusals
 from offload_triforce.model.blank import layout_of
-from offload_triforce.model.layout import probe
 from offload_triforce.model.refusals import class_name, refuse, refuse_unloadable
 
 
@@ -86,30 +85,11 @@ def test_nothing_to_say(model_type, changes):
     refuse_unloadable(config_of(model_type, changes))
 
 
-def with_eyes(prefix):
-    """A model that sees as well, without weights."""
-    if not hasattr(transformers, f"{prefix}Config"):
-        pytest.skip(f"transformers {transformers.__version__} has no {prefix}")
-    config = getattr(transformers, f"{prefix}Config")()
-    with torch.device("meta"):
-        return getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
-
-
-@pytest.mark.parametrize("prefix", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v"])
-def test_positions_on_three_axes(prefix):
-    """A model given as it is, and one that is to be loaded by its configuration."""
-    model = with_eyes(prefix)
-    message = sentence(model, probe)
-    assert message.startswith(f"{prefix}ForConditionalGeneration is a multimodal model that numbers tokens along three")
-    model.config.architectures = [type(model).__name__]
-    assert sentence(model.config, refuse_unloadable) == message
-
-
 def test_text_decoders_that_are_not_loaded_by_themselves():
-    config = transformers.VipLlavaConfig(architectures=["VipLlavaForConditionalGeneration"])
+    """Of these transformers makes no model that reads a text."""
+    config = transformers.CLIPConfig(architectures=["CLIPModel"])
     assert sentence(config, refuse_unloadable) == (
-        "VipLlavaForConditionalGeneration is a multimodal model (text with vision), whose text decoder transformers "
-        "does not load by itself"
+        "CLIPModel is a multimodal model (text with vision), whose text decoder transformers does not load by itself"
     )
 
 
@@ -130,6 +110,8 @@ def test_every_other_configuration_of_transformers(part):
         try:
             config = CONFIG_MAPPING[model_type]()
         except Exception:  # some have none that is made of defaults alone
+            continue
+        if config.model_type != model_type:  # known by another name as well
             continue
         assert "NoneType" not in sentence(config, refuse_unloadable)
         said += 1

@@ -142,6 +142,21 @@ def test_a_patched_module_is_no_tested_one():
     assert is_tested(model)
 
 
+def test_a_family_that_numbers_its_tokens_otherwise_is_refused():
+    """As models with eyes may: only where nobody tells them positions does that show."""
+    accept(odd_model())
+    model = odd_model()
+
+    def doubled(*args, position_ids=None, own=model.model.forward, **kwargs):
+        if position_ids is None:
+            position_ids = 2 * torch.arange(kwargs["input_ids"].shape[1])[None]
+        return own(*args, position_ids=position_ids, **kwargs)
+
+    model.model.forward = doubled
+    with pytest.raises(UnsupportedModelError, match="differ"):
+        accept(model)
+
+
 def test_what_cannot_be_compared_is_said():
     model = odd_model()
     own = model.model.rotary_emb.forward

@@ -52,12 +52,12 @@ def test_whoever_settles_what_drafting_costs_gets_level_1(settled):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
 def test_what_level_1_has_not_seen_while_it_rested_it_catches_up_with(monkeypatch, family):
-    """Rounds with it and without it in turns: the same text, and its choice is of all that has been said."""
+    """Rounds with it and without it in turns: the same text."""
     monkeypatch.setattr(runtime, "Trials", lambda: Settled((True, True, False)))
     result, _, _ = answer(family)
     assert result.token_ids == greedy(tiny_model(family, seed=1, calm=True), PROMPT, NEW)
     assert result.stats.steps > 0
-    assert result.stats.retrieval.rate > 0.5
+    assert result.stats.retrieval.accepted > 0
 
 
 def test_a_lost_tile_shows(monkeypatch):

@@ -26,7 +26,7 @@ from offload_triforce.runtime.session_folder import load_manifest
 from offload_triforce.scheduler.states import DeviceStates
 from tests.runtime import test_pipeline_exact as pipeline
 from tests.runtime.saved_texts import check_same, reopen, save
-from tests.scheduler.devices import EagerDevice, chaotic
+from tests.scheduler.devices import EagerDevice, LateDevice, chaotic
 from tests.tiny import prompt_ids, tiny_model
 
 SETTINGS = replace_settings(pipeline.SETTINGS, {"tile": 4})
@@ -156,15 +156,18 @@ def _interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [None, 0, 1])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3.5"])
 @pytest.mark.parametrize(
     "changes", [{"resident": 0.7, "prefill_resident": 0.2}, {"hidden_states": "host"}], ids=["late", "host"]
 )
 def test_under_adversarial_delays(family, changes, seed):
     expected, whole = plain(family, TEXT, **changes)
-    with session_of(family, chaotic(seed, longest_ms=0.3), **changes) as session:
-        for after in range(1 + seed, len(whole), 6):
+    device = LateDevice() if seed is None else chaotic(seed, longest_ms=0.3)
+    with session_of(family, device, **changes) as session:
+        for after in range(5 + (seed or 0), len(whole), 6):
+            session.prepare(prompt_ids(72, seed=8)[0])  # what lies about is not this text's
+            session.forget()
             stop(session, TEXT, after)
             session.prepare(TEXT)
             assert_same(contents(session), expected)
@@ -452,10 +455,11 @@ def test_a_step_that_was_struck_must_not_count(monkeypatch):
             assert_same(contents(session), expected)
 
 
-def test_copies_are_of_memory_of_their_own(monkeypatch):
-    """A part holds nothing of the caches, which go on with other texts."""
-    with session_of("gemma3") as session:
-        stop(session, TEXT, 4 * 3 + 3 * 2 + 1)
+@pytest.mark.parametrize(("family", "tokens", "after"), [("gemma3", 72, 4 * 3 + 3 * 2 + 1), ("llama", 10, 2)])
+def test_copies_are_of_memory_of_their_own(family, tokens, after):
+    """A part holds nothing of the caches, which go on with other texts. A short one lies in the tail alone."""
+    with session_of(family) as session:
+        stop(session, TEXT[:tokens], after)
         part = session.part
         kept = {name: tensor.clone() for name, tensor in part.tensors.items()}
         session.prepare(prompt_ids(100, seed=5)[0])

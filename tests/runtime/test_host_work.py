@@ -22,7 +22,7 @@ from tests.tiny import VOCABULARY, prompt_ids, tiny_model
 
 SMALL = {"chunk": 4, "sink": 4, "recent": 16, "tile": 64, "draft_cache": 64, "budget": 64, "gamma": 6, "gamma1": 2}
 TREE = {**SMALL, "topk": 3, "width": 3, "draft_tokens": 20, "adaptive": False, "overlap": False, "draft": "none"}
-PROMPT, NEW = prompt_ids(200), 28
+PROMPT, NEW = prompt_ids(200), 40
 WAITS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "masked_select"}
 
 

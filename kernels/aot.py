@@ -23,6 +23,9 @@ from offload_triforce.kernels.aot_cases import cases, name_of
 from offload_triforce.kernels.launch import OPTIONS, Launch
 
 SHARED_MEMORY = 101376
+# What is launched for each tile, or each step over all that is held: only of these it matters how many instructions
+# they take, and to disassemble takes longer than to compile most of the others.
+COUNTED = ("chunk_scores._score", "packed_attention._update", "verify_attention._update", "wire_codec._decode")
 
 
 class Compiled(NamedTuple):
@@ -31,8 +34,8 @@ class Compiled(NamedTuple):
     Attributes:
         name: of the kernel. parameters: what it was built for.
         registers, local: per thread, the latter in bytes. shared: bytes per block. warps: of a block.
-        loop: the instructions of its main loop; None where no loop has matrix instructions, or nothing disassembles.
-        longest: instructions of its longest loop; 0 where there is none, or nothing disassembles.
+        loop: the instructions of its main loop; None where no loop has matrix instructions, or it is not disassembled.
+        longest: instructions of its longest loop; 0 where there is none, or it is not disassembled.
     """
 
     name: str
@@ -57,15 +60,17 @@ class Compiled(NamedTuple):
 def compiled(cc: int, extent: str = "usual") -> Iterator[Compiled]:
     """The kernels for compute capability ``cc``: 89 stands for 8.9. ``extent`` as of ``cases``."""
     for case in cases(extent):
-        yield build(case.launch, cc, case.parameters)
+        yield build(case.launch, cc, case.parameters, COUNTED)
 
 
-def build(launch: Launch, cc: int, parameters: dict[str, Any] | None = None) -> Compiled:
-    """Compile one launch, and look at what came out."""
+def build(
+    launch: Launch, cc: int, parameters: dict[str, Any] | None = None, counted: tuple[str, ...] = ("",)
+) -> Compiled:
+    """Compile one launch, and look at what came out. ``counted``: how names begin of those to disassemble."""
     binary = compile_launch(launch, cc)
     code = binary.asm["cubin"]
-    loops = machine_code.loops(code) if machine_code.disassembler() else []
     name = f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
+    loops = machine_code.loops(code) if name.startswith(counted) and machine_code.disassembler() else []
     shared, warps = binary.metadata.shared, binary.metadata.num_warps
     longest = max((loop.total for loop in loops), default=0)
     resources = machine_code.resources(code)

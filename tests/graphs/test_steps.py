@@ -82,7 +82,7 @@ def test_nothing_changes(family, draft, captures):
 def test_logits_and_keys_equal(family, captures, monkeypatch):
     compare_each_step(monkeypatch)
     with TriForce(model_of(family), draft="self", settings=SETTINGS) as engine:
-        answer(engine)
+        answer(engine, new=40)
 
 
 def compare_each_step(monkeypatch):

@@ -38,9 +38,17 @@ def completion_logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": [max(each.logprob, LEAST) for each in told],
-        "top_logprobs": [{_text(tokenizer, token): max(value, LEAST) for token, value in each.top} for each in told],
+        "top_logprobs": [_by_text(tokenizer, each.top) for each in told],
         "text_offset": offsets,
     }
+
+
+def _by_text(tokenizer: PreTrainedTokenizerBase, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Best first. Tokens that are spelled alike, as parts of characters are, share a place: the best one's."""
+    found: dict[str, float] = {}
+    for token, value in top:
+        found.setdefault(_text(tokenizer, token), max(value, LEAST))
+    return found
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -52,10 +52,11 @@ class Caches:
 
 
 class Backend:
-    """What tests set: ``script`` (question -> answer), ``pause`` between pieces, ``key``. What they see: ``asked``."""
+    """What tests set: ``script`` (question -> answer), ``thoughts`` before it, ``pause`` between pieces, ``key``. What
+    they see: ``asked``."""
 
     def __init__(self, key=None):
-        self.key, self.pause, self.script = key, 0.002, {}
+        self.key, self.pause, self.script, self.thoughts = key, 0.002, {}, ""
         self.asked, self.cancelled = [], 0
         self.busy, self.waiting, self.stats = False, 0, None
         model = torch.nn.Linear(1000, 1000)
@@ -96,6 +97,9 @@ async def chunks(backend, body, refused):
         yield event({"delta": {}}, prompt_progress=progress)
         await asyncio.sleep(backend.pause)
     yield event({"delta": {"role": "assistant", "content": ""}})
+    for piece in re.findall(r"(?s).{1,5}", backend.thoughts):
+        yield event({"delta": {"reasoning_content": piece}})
+        await asyncio.sleep(backend.pause)
     for piece in re.findall(r".{1,3}|\n", text) if len(text) < 5000 else re.findall(r"(?s).{1,4000}", text):
         yield event({"delta": {"content": piece}})
         await asyncio.sleep(backend.pause)

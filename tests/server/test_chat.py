@@ -157,6 +157,24 @@ def test_logprobs_are_the_models_own(client, engine):
     assert [entry.logprob for entry in entries] == pytest.approx([entry.logprob for entry in told], abs=1e-3)
 
 
+def test_logprobs_of_completions(client, engine):
+    """In their older shape, whole and streamed."""
+    how = {"model": "tiny", "prompt": "Odds of", "seed": 8, "temperature": 0.7, "max_tokens": TOKENS, "logprobs": 2}
+    expected = engine.generate("Odds of", seed=8, temperature=0.7, max_new_tokens=TOKENS)
+    ids = torch.tensor([expected.prompt_ids + expected.token_ids])
+    with torch.no_grad():
+        rows = torch.log_softmax(engine.model(ids).logits[0, len(expected.prompt_ids) - 1 : -1].float(), dim=-1)
+    own_logprobs = rows.gather(1, ids[0, len(expected.prompt_ids) :, None])[:, 0].tolist()
+    told = client.completions.create(**how).choices[0].logprobs
+    assert told.token_logprobs == pytest.approx(own_logprobs, abs=1e-3)
+    assert [max(top.values()) for top in told.top_logprobs] == pytest.approx(rows.max(dim=1).values.tolist(), abs=1e-3)
+    assert told.text_offset[0] == 0
+    assert told.text_offset == sorted(told.text_offset)
+    assert told.tokens == [engine.tokenizer.decode([token]) for token in expected.token_ids]
+    chunks = [c.choices[0].logprobs for c in client.completions.create(**how, stream=True) if c.choices]
+    assert [each for part in chunks for each in part.token_logprobs] == pytest.approx(own_logprobs, abs=1e-3)
+
+
 def test_the_second_turn_of_a_chat_reads_only_what_is_new(client):
     first = said("A question about something long. " * 6)
     answer = ask(client, first, 9)

@@ -26,6 +26,7 @@ def backend(served):
     backend = served[0]
     backend.script, backend.asked, backend.pause, backend.cancelled = {}, [], 0.002, 0
     backend.key = backend.stats = None
+    backend.thoughts = ""
     return backend
 
 
@@ -88,6 +89,72 @@ def test_an_answer_streams(page, backend):
     assert body["model"] == "fake-model"
     assert page.text_content("#status") == "Answer complete"
     assert answers(page)[0] in page.text_content("#spoken"), "screen readers have got it"
+
+
+def test_what_the_model_thinks_is_shown_apart(page, backend):
+    """Folded, unfolded by the keyboard, as plain text, and not sent back as if it had been said."""
+    backend.pause, backend.thoughts = 0.02, "Hm, <img src=x onerror=alert(1)> **five**?"
+    ask(page, "count to 5", wait=False)
+    wait_until(page, "document.querySelector('article.assistant details')?.hidden === false")
+    assert answers(page) == [""], "nothing has been said yet"
+    page.wait_for_selector("#send:visible")
+    assert answers(page) == ["1 2 3 4 5"]
+    assert not page.is_visible("article.assistant details .text")
+    page.focus("article.assistant summary")
+    page.keyboard.press("Enter")
+    assert page.inner_text("article.assistant details .text") == backend.thoughts
+    assert page.query_selector("article.assistant img") is None
+    assert backend.thoughts not in page.text_content("#spoken")
+    page.reload()
+    assert page.text_content("article.assistant details .text") == backend.thoughts
+    ask(page, "count to 2")
+    assert [message["content"] for message in backend.asked[1]["messages"]] == ["count to 5", "1 2 3 4 5", "count to 2"]
+
+
+def test_a_phone_by_keyboard_alone_in_the_dark(page, backend):
+    """Ask, stop, unfold the runtime, change a setting, and come back to the question; each control is large enough."""
+    page.set_viewport_size(PHONE)
+    page.emulate_media(color_scheme="dark")
+    backend.pause = 0.02
+
+    def tab_to(name, way="Tab"):
+        for _ in range(30):
+            if page.evaluate("document.activeElement.id || document.activeElement.textContent") == name:
+                return
+            page.keyboard.press(way)
+        raise AssertionError(f"{name} is not reached by {way}")
+
+    tab_to("Skip to the question", "Shift+Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.keyboard.type("count to 500")
+    page.keyboard.press("Enter")
+    wait_until(page, "document.querySelector('article.assistant > .text')?.textContent.includes('9')")
+    tab_to("stop")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#send:visible")
+    tab_to("show-live", "Shift+Tab")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#show-live", "aria-expanded") == "true"
+    wait_until(page, "document.querySelectorAll('#live [role=meter]').length === 3")
+    tab_to("show-settings")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('#settings').contains(document.activeElement)")
+    page.fill("[name=seed]", "3")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "show-settings", "the focus comes back"
+    tab_to("question")
+    page.keyboard.type("count to 2")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#send:visible")
+    assert answers(page)[-1] == "1 2"
+    assert backend.asked[-1]["seed"] == 3
+    small = page.eval_on_selector_all(
+        "button",
+        """all => all.filter((each) => each.checkVisibility() && each.getBoundingClientRect().height < 24)
+            .map((each) => each.outerHTML)""",
+    )
+    assert small == [], "a finger has to hit them"
 
 
 def test_the_prefill_has_a_bar_with_the_time_left(page, backend):

@@ -25,6 +25,20 @@ BODIES = {
     "/tokenize": TextBody,
     "/detokenize": TokenBody,
 }
+# Such as get past the first look at them, most of the time.
+MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["user", "assistant", "system", "tool", "developer", "king"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
+        "tool_calls": {"type": "array"},
+        "tool_call_id": {},
+        "reasoning_content": {},
+    },
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+MESSAGES = {"type": "array", "items": MESSAGE, "minItems": 1, "maxItems": 4}
 EXAMPLES = int(os.environ.get("TRIFORCE_FUZZ_EXAMPLES", "100"))  # for each path
 
 
@@ -34,6 +48,9 @@ def described():
     for path, kind in BODIES.items():
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         parts |= schema.pop("$defs", {})
+        schema["additionalProperties"] = False  # names that nobody knows are refused at once, and hide the rest
+        if "messages" in schema["properties"]:
+            schema["properties"]["messages"] = MESSAGES
         parts[kind.__name__] = schema
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
         answers = {"default": {"description": "JSON, or events"}}

@@ -159,6 +159,7 @@ def test_claudes_auto_from_the_question_to_the_answer(claude, engine, stream):
     counted = claude.messages.count_tokens(model="tiny", messages=turns, tools=CLAUDES).input_tokens
     assert after.usage.input_tokens + after.usage.cache_read_input_tokens == counted
     assert counted > len(engine.tokenizer(RAIN).input_ids) + len(engine.tokenizer(USER["content"]).input_ids)
+    assert after.usage.cache_read_input_tokens > len(engine.tokenizer(USER["content"]).input_ids), "read before"
 
 
 @STREAMED

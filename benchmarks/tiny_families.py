@@ -21,6 +21,8 @@ from benchmarks.tiny_sizes import ADJUSTMENTS, EVEN_IF_NONE, NEEDED, SIZES
 
 VOCABULARY = SIZES["vocab_size"]
 LAYERS = SIZES["num_hidden_layers"]
+# Of these no small configuration has been found that transformers takes.
+UNMADE = frozenset(["apertus1p5", "florence2", "glm5_next", "hy_v4_vl", "nemo_speechlm"])
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _INNER = ("text_config", "decoder")  # where a model of several parts keeps its text decoder's settings
 

@@ -67,7 +67,6 @@ NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"model
 
 # What else a family needs, by its model type.
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"audio_config": {"codebook_dim": 48}},
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16},
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
@@ -116,7 +115,7 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"v_head_dim": 8, "num_attention_heads": 12},  # sliding layers double the KV heads
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1], "text_hidden_size": 48}},
     "muse_spark": {"audio_config": {"out_hidden_size": 48}, "vision_config": {"out_hidden_size": 48}},
-    "nemo_speechlm": {"head_config": {"audio_hidden_size": 48, "text_hidden_size": 48}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": _ON_AXES,
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,

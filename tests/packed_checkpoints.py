@@ -55,8 +55,20 @@ def pack_nf4(plain: Path, folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def pack_compressed(plain: Path, folder: Path, group: int = 16, keep: str = "no module") -> None:
-    """A copy in 4 bits, as compressed-tensors packs them, but for the output embedding and the module ``keep``."""
+# How compressed-tensors may pack: the format's name, and what becomes of weights and of what goes into a layer.
+_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+_FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+FORMATS = {
+    "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}, None),
+    "int8": ("pack-quantized", _INT8, None),
+    "W8A8": ("int-quantized", _INT8, {**_INT8, "strategy": "token", "dynamic": True}),
+    "FP8": ("float-quantized", _FLOAT8, {**_FLOAT8, "strategy": "token", "dynamic": True}),
+}
+_LARGEST = {("int", 4): 7, ("int", 8): 127, ("float", 8): 448}
+
+
+def pack_compressed(plain: Path, folder: Path, kind: str = "int4", group: int = 16, keep: str = "no module") -> None:
+    """A copy as compressed-tensors packs it (``FORMATS``), but for the output embedding and the module ``keep``."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -65,19 +77,34 @@ def pack_compressed(plain: Path, folder: Path, group: int = 16, keep: str = "no 
         apply_quantization_config,
     )
 
-    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group, symmetric=True)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    name, of_weights, of_inputs = FORMATS[kind]
+    grouped = {"group_size": group} if of_weights["strategy"] == "group" else {}
+    weights = QuantizationArgs(**of_weights, **grouped)
+    inputs = None if of_inputs is None else QuantizationArgs(**of_inputs)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
     packing = QuantizationConfig(
-        config_groups={"all": scheme}, ignore=["lm_head", keep], quantization_status="frozen", format="pack-quantized"
+        config_groups={"all": scheme}, ignore=["lm_head", keep], quantization_status="frozen", format=name
     )
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     apply_quantization_config(model, packing)
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
-            groups = module.weight.data.reshape(len(module.weight), -1, group)
-            module.weight_scale.data.copy_(groups.abs().amax(-1) / 7)
-    compressor = ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
+            rows, columns = module.weight.shape
+            groups = module.weight.data.reshape(rows, -1, group if grouped else columns)
+            module.weight_scale.data.copy_(groups.abs().amax(-1) / _LARGEST[of_weights["type"], of_weights["num_bits"]])
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=name)
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def pack_torchao(plain: Path, folder: Path, kind: str) -> None:
+    """A copy as torchao packs its weights, by the name of a configuration of its."""
+    import torchao.quantization
+    from transformers import TorchAoConfig
+
+    packing = TorchAoConfig(quant_type=getattr(torchao.quantization, kind)())
+    options = {"quantization_config": packing, "dtype": torch.float32, "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(plain, **options).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

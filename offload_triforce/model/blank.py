@@ -42,7 +42,8 @@ def blank_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     except UnsupportedModelError:
         raise
     except Exception as error:  # a file may hold anything, and each family checks it in its own way
-        raise InputError(f"the configuration makes no {class_name(config)}: {first_line(error)}") from error
+        why = "" if "NoneType" in str(error) else f": {first_line(error)}"  # what Python says of it tells users nothing
+        raise InputError(f"the configuration makes no {class_name(config)}{why}") from error
 
 
 def probe_blank(model: PreTrainedModel) -> ModelLayout:

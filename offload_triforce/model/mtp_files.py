@@ -116,6 +116,12 @@ def load_head(model: PreTrainedModel) -> MtpHead:
     return MtpHead(model, _loaded[model])  # outside: it waits for the model
 
 
+def forget_head(model: PreTrainedModel) -> None:
+    """Let the head of a model go, as soon as nobody uses it any more."""
+    with _loading:
+        _loaded.pop(model, None)
+
+
 def _load(model: PreTrainedModel) -> PreTrainedModel:
     source, kind = model.config.name_or_path, _mtp_model()
     _check_config(model.config, type(model).__name__)

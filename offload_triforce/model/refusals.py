@@ -44,6 +44,7 @@ _FAMILIES = {
     "gemma3n_text": "keeps several hidden states per token (AltUp)",
     "gemma4_assistant": "is a draft head that reads the keys and values of another model",
     "gemma4_unified_assistant": "is a draft head that reads the keys and values of another model",
+    "shieldgemma2": "says whether an image is harmful, and no text",
     "doge": "masks its attention by what the values say (dynamic mask attention)",
 }
 

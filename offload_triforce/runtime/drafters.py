@@ -19,7 +19,7 @@ from offload_triforce.model.fetch import check_source, draft_model, find_source
 from offload_triforce.model.layout import ModelLayout, probe
 from offload_triforce.model.local_files import find_gguf
 from offload_triforce.model.mtp import MtpHead
-from offload_triforce.model.mtp_files import check_head, load_head
+from offload_triforce.model.mtp_files import check_head, forget_head, load_head
 from offload_triforce.model.rotary import KeyTurner
 from offload_triforce.planner.drafting import head_pays
 from offload_triforce.planner.sizes import draft_bytes, hidden_bytes
@@ -60,23 +60,44 @@ class Drafters:
             raise InputError("of drafts, look-up and one model can work together, not more")
         self.lookup = len(parts) > len(models)
         self.head: MtpHead | None = None
-        if models == ["auto"]:
-            self.lookup, self.head, models = True, _head_of(target, layout, settings), []
-        elif models == ["mtp"]:
-            self.head, models = load_head(target), []
-        self.model = models[0] if models else None
+        self._target, self._target_layout, self._open = target, layout, False
         self._small: tuple[StreamingCache, StepGraphs | None] | None = None
-        if self.head is not None:
-            self._layout = head_layout(self.head, layout)
-            check_draft(self._layout, layout, settings)
-            self._turner = KeyTurner(target, self.head)
-        elif self.model is not None:
+        if models == ["auto"]:
+            self.lookup, models = True, []
+            # On a card the head's memory is the retrieval cache's: without a longest text, each size of caches decides.
+            self._open = layout.device.type == "cuda" and settings.context is None
+            if not self._open:
+                self._take(_head_of(target, layout, settings))
+        elif models == ["mtp"]:
+            self._take(load_head(target))
+            models = []
+        self.model = models[0] if models else None
+        if self.model is not None:
             self._layout = layout if self.model is target else probe(self.model)
             check_same_tokens(target, tokenizer, self.model, draft_tokenizer, settings.same_tokens)
             check_draft(self._layout, layout, settings)
             self._turner = KeyTurner(self.model)
             attending = sorted([*self._layout.full, *self._layout.sliding])
             self._places = {layer: place for place, layer in enumerate(attending)}
+
+    def settle(self, context: int) -> None:
+        """Before caches for ``context`` tokens are made: whether the target's head serves, where that is open yet."""
+        if not self._open:
+            return
+        self.close()
+        if self.head is not None:  # what it takes has to count as free
+            self.head = None
+            del self._turner  # it holds the head as well
+            forget_head(self._target)
+            torch.cuda.empty_cache()
+        self._take(_head_of(self._target, self._target_layout, replace(self.settings, context=context)))
+
+    def _take(self, head: MtpHead | None) -> None:
+        self.head = head
+        if head is not None:
+            self._layout = head_layout(head, self._target_layout)
+            check_draft(self._layout, self._target_layout, self.settings)
+            self._turner = KeyTurner(self._target, head)
 
     @property
     def module(self) -> PreTrainedModel | None:
@@ -174,8 +195,7 @@ def check_named(draft: str, model: str) -> str | None:
 def _head_of(target: PreTrainedModel, layout: ModelLayout, settings: Settings) -> MtpHead | None:
     """The target's MTP head, where it has one that can be run here, that would be asked, and that pays.
 
-    It is read before anybody asks anything: on a card whose memory it would take from the retrieval cache of the
-    longest text, it is not.
+    On a card whose memory it would take from the retrieval cache of the longest text, it is not read.
     """
     if settings.gamma == 0 or settings.gamma1 == 0 or settings.draft_cache < least_draft_cache(settings):
         return None

@@ -142,6 +142,7 @@ class Texts:
         return make(self._settings.context or needed)
 
     def _runtime_of(self, context: int, pinning: Progress | None) -> Runtime:
+        self._drafters.settle(context)
         coming = self._drafters.bytes_to_come
         settings = choose_for_loaded(self._model, self._layout, self._settings, context, coming)
         with on(self._layout.device), torch.inference_mode(False):  # else the lanes' threads could not write there

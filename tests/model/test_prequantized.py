@@ -23,7 +23,7 @@ from offload_triforce.planner.models import find_shape, on_card
 from tests.byte_tokenizer import byte_tokenizer, save_tiny_llama
 from tests.model.test_multimodal import KINDS, SMALL, WORDS, answer
 from tests.packed import compute_in_their_dtype
-from tests.packed_checkpoints import describe, pack_compressed, pack_fp8, pack_nf4
+from tests.packed_checkpoints import FORMATS, describe, pack_compressed, pack_fp8, pack_nf4, pack_torchao
 from tests.tiny import greedy, prompt_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -47,26 +47,46 @@ def packed_folder(plain, folder, kind):
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
         pack_nf4(plain, folder)
-    elif kind == "compressed":
+    elif kind in FORMATS:
         pytest.importorskip("compressed_tensors")
-        pack_compressed(plain, folder)
+        pack_compressed(plain, folder, kind)
+    elif kind.endswith("Config"):
+        pytest.importorskip("torchao")
+        pack_torchao(plain, folder, kind)
     else:
         pack_fp8(plain, folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nf4", "compressed"])
+@pytest.mark.parametrize("kind", ["fp8", "nf4", "int4", "int8", "Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 def test_says_what_transformers_says(kind, plain, tmp_path, monkeypatch):
     if kind == "nf4":
         compute_in_their_dtype(monkeypatch)
     folder = packed_folder(plain, tmp_path / kind, kind)
     with TriForce.load(str(folder), draft="self", dtype="float32", device="cpu", **SMALL) as engine:
         found = engine.generate(prompt_ids(100), max_new_tokens=60, do_sample=False).token_ids
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
     assert found == greedy(theirs, prompt_ids(100), 60)
     assert len(set(found)) > 5
     same = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     assert found != greedy(same, prompt_ids(100), 60), "packing changes nothing: this proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["W8A8", "FP8", "Int8DynamicActivationInt8WeightConfig"])
+def test_where_what_goes_into_a_layer_is_rounded_too(kind, plain, tmp_path):
+    """To 8 bits, where the last bit of a sum decides: transformers' own ways with and without a cache part, too. Every
+    token is the best one or as good as that, by what transformers makes of the text before it.
+    """
+    folder = packed_folder(plain, tmp_path / kind, kind)
+    with TriForce.load(str(folder), draft="self", dtype="float32", device="cpu", **SMALL) as engine:
+        result = engine.generate(prompt_ids(100), max_new_tokens=60, do_sample=False)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
+    text = torch.tensor([[*prompt_ids(100)[0].tolist(), *result.token_ids]])
+    with torch.no_grad():
+        logits = theirs(text).logits[0, 99:-1]
+    behind = logits.amax(-1) - logits[range(60), result.token_ids]
+    assert (behind / logits.std(-1)).max() < 0.1
+    assert len(set(result.token_ids)) > 5
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "mistral3"])

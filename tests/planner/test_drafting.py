@@ -1,5 +1,7 @@
 """What `auto` drafts with: the MTP head where a card has room for it beside the retrieval cache, else look-up."""
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from offload_triforce.machine.hardware import of_card
 from offload_triforce.machine.packages import reads_mtp_heads
 from offload_triforce.model.layout import probe
 from offload_triforce.model.loader import load_model
+from offload_triforce.model.mtp_files import forget_head
 from offload_triforce.model.names import find_known
 from offload_triforce.model.outline import shape_of_known
 from offload_triforce.planner import drafting
@@ -121,3 +124,34 @@ def test_the_engine_follows(device, context, pays, head, loaded, monkeypatch):
     monkeypatch.setattr(drafters, "load_head", lambda model: "a head")
     there = replace(layout, device=torch.device(device))
     assert (drafters._head_of(model, there, Settings(context=context)) is not None) == head
+
+
+@needs_heads
+@pytest.mark.skipif(not reads_mtp_heads(), reason="this release of transformers reads no MTP heads")
+def test_without_a_longest_text_each_size_of_caches_decides(loaded, monkeypatch):
+    """Nothing is read before a text comes; what does not pay for a longer one goes before its caches are made."""
+    model, layout = loaded
+    there, asked = replace(layout, device=torch.device("cuda")), []
+
+    def pays(model, layout, settings, context):
+        asked.append(context)
+        return context < 1000
+
+    monkeypatch.setattr(drafters, "head_pays", pays)
+    forget_head(model)
+    made = drafters.Drafters("auto", model, there, None, None, Settings())
+    assert (made.head, made.lookup, made.bytes_to_come, asked) == (None, True, 0, [])
+    made.settle(999)
+    assert made.head is not None
+    assert made.bytes_to_come > 0
+    gone = weakref.ref(made.head.module)
+    made.settle(2000)
+    assert (made.head, made.bytes_to_come, asked) == (None, 0, [999, 2000])
+    gc.collect()
+    assert gone() is None, "its memory is free"
+    made.settle(500)
+    assert made.head is not None
+    told = drafters.Drafters("auto", model, there, None, None, Settings(context=999))
+    assert told.head is not None
+    told.settle(2000)
+    assert told.head is not None, "what is known from the beginning stays"

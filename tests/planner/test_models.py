@@ -83,5 +83,5 @@ def test_what_is_not_decoded_is_refused():
     with pytest.raises(InputError, match="nf4 or int8"):
         shape_of(config, quantize="fp8")
     object.__setattr__(config, "num_attention_heads", None)
-    with pytest.raises(InputError, match="the configuration makes no LlamaForCausalLM: unsupported operand"):
+    with pytest.raises(InputError, match=r"the configuration makes no LlamaForCausalLM$"):
         shape_of(config)

@@ -34,9 +34,19 @@ def own_attention(module, query, key, value, attention_mask, scaling, **_):
     lie = module.config.lie
     if lie == "temperature":
         scores = scores * 1.3
+    elif lie == "soft-capping":
+        scores = 2 * (scores / 2).tanh()
+    elif lie == "temperature by position":  # as Llama 4's, had it no other place for it
+        places = torch.arange(key.shape[2], device=key.device)[-query.shape[2] :, None]
+        scores = scores * (1 + (1 + places / 16).floor().log())
     elif lie == "bias":  # of distance: ALiBi
         places = torch.arange(key.shape[2], device=key.device)
         scores = scores - 0.2 * (places[-query.shape[2] :, None] - places).abs()
+    elif lie in ("chunks", "window"):  # of 24 tokens, which nobody is told of
+        places = torch.arange(key.shape[2], device=key.device)
+        newest = places[-query.shape[2] :, None]
+        seen = newest // 24 == places // 24 if lie == "chunks" else newest - places < 24
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if attention_mask is not None and lie != "first tokens":
         scores = scores + attention_mask
     elif lie == "first tokens":  # a prefix that is seen by all, later tokens too
@@ -78,8 +88,11 @@ def odd_model(lie="none", dtype=torch.float32):
     return model.to(dtype)
 
 
+LIES = ["temperature", "soft-capping", "temperature by position", "bias", "chunks", "window", "first tokens"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lie", ["temperature", "bias", "first tokens"])
+@pytest.mark.parametrize("lie", LIES)
 def test_a_family_that_does_not_say_how_it_attends_is_refused(lie, dtype):
     model = odd_model(lie, dtype)
     probe(model)  # it looks right

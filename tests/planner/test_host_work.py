@@ -24,6 +24,7 @@ TREE = {**SMALL, "topk": 3, "width": 3, "draft_tokens": 20, "adaptive": False, "
 KERNELS = {
     (ops.RunningAttention, "start"): 0,
     (ops.RunningAttention, "update"): 1,
+    (ops.RunningAttention, "update_tile"): 1,
     (ops.RunningAttention, "update_coded"): 1,
     (ops.RunningAttention, "finish"): 1,
     (ops.RunningAttention, "logsumexp"): 1,

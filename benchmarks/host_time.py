@@ -3,7 +3,7 @@
 No GPU is needed, but a C compiler: it builds a ``libcuda.so.1`` whose calls return at once. Everything else is what
 a run has: compiled kernels, their launcher in C, the caches, the store, the ring and the lanes. Streams and events are
 empty objects, and no tile is copied. So what a real driver takes for itself comes on top, and everything that Python
-takes is in. A pass over many tiles and one over few are timed in turns, by the time of the thread; the least of each counts.
+takes is in. A pass over many tiles and one over few are timed in turns, by the thread's own time; the least counts.
 
     python -m benchmarks.host_time [--json FILE] [--repeat 25]
 """
@@ -36,7 +36,7 @@ from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.store import TileStore
 
-# What Triton's launcher asks of a driver; whatever is not answered here is answered with success.
+# What Triton's launcher asks of a driver: a card of 128 multiprocessors, with 99 KB of shared memory for a block.
 STUB = """
 #include <stddef.h>
 typedef unsigned u; typedef void *p; typedef unsigned long long a;
@@ -46,7 +46,7 @@ int cuLaunchKernelEx(p config, p kernel, p *values, p *more) { count++; return 0
 int cuDeviceGetCount(int *n) { *n = 1; return 0; }
 int cuDriverGetVersion(int *n) { *n = 13000; return 0; }
 int cuDeviceGet(int *device, int number) { *device = 0; return 0; }
-int cuDeviceGetAttribute(int *n, int what, int device) { *n = what == 16 ? 128 : what == 97 ? 101376 : 49152; return 0; }
+int cuDeviceGetAttribute(int *n, int what, int of) { *n = what == 16 ? 128 : what == 97 ? 101376 : 49152; return 0; }
 int cuDevicePrimaryCtxRetain(p *context, int device) { *context = (p)1; return 0; }
 int cuCtxGetCurrent(p *context) { *context = (p)1; return 0; }
 int cuCtxGetDevice(int *device) { *device = 0; return 0; }
@@ -57,11 +57,16 @@ int cuModuleGetFunction(p *kernel, p module, const char *name) { *kernel = (p)1;
 int cuOccupancyMaxActiveClusters(int *n, p kernel, p config) { *n = 1; return 0; }
 int cuPointerGetAttribute(p data, int what, a address) { *(a *)data = address; return 0; }
 int cuGetErrorString(int code, const char **text) { *text = "error"; return 0; }
-""" + "\n".join(
-    f"int {name}() {{ return 0; }}"
-    for name in ("cuInit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuFuncSetAttribute", "cuFuncSetCacheConfig")
-    + ("cuModuleUnload", "cuStreamIsCapturing", "cuLaunchKernel", "cuTensorMapEncodeTiled")
-)  # fmt: skip
+int cuInit() { return 0; }
+int cuCtxSetCurrent() { return 0; }
+int cuCtxSetLimit() { return 0; }
+int cuFuncSetAttribute() { return 0; }
+int cuFuncSetCacheConfig() { return 0; }
+int cuModuleUnload() { return 0; }
+int cuStreamIsCapturing(p stream, int *n) { *n = 0; return 0; }
+int cuLaunchKernel() { return 0; }
+int cuTensorMapEncodeTiled() { return 0; }
+"""
 
 LAYERS, HEADS, KV_HEADS, DIM, TILE, NODES = 4, 32, 8, 128, 64, 13
 FEW, MANY = 4, 36  # tiles per layer
@@ -153,8 +158,9 @@ def build(folder: str) -> None:
     """The driver that does nothing, under both names that it is looked for by."""
     source = Path(folder, "stub.c")
     source.write_text(STUB)
-    subprocess.run([os.environ.get("CC", "cc"), "-O2", "-w", "-shared", "-fPIC", source, "-o", f"{folder}/libcuda.so.1"], check=True)  # noqa: E501
-    Path(folder, "libcuda.so").symlink_to("libcuda.so.1")
+    library = Path(folder, "libcuda.so.1")
+    subprocess.run([os.environ.get("CC", "cc"), "-w", "-shared", "-fPIC", source, "-o", library], check=True)
+    Path(folder, "libcuda.so").symlink_to(library)
 
 
 def main() -> None:

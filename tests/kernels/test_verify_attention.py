@@ -277,13 +277,12 @@ def test_the_same_memory_with_other_tiles_in_it(device, monkeypatch, way):
             running.update(*first)
         for number, tile in enumerate(tiles):
             if number == 2:
-                running.update_tile(tile)
+                running.update_tile(tiles[0])
             elif number == 4:
-                running.update(*tile)
+                running.update(*tiles[1])
             running.update_tile(buffer.copy_(tile))
-        twice = [tile for number, tile in enumerate(tiles) for _ in range(2 if number in (2, 4) else 1)]
         twin = reference.attention_start(running.packed)
-        for tile in [first][layer:] + twice:
+        for tile in [*[first][layer:], *tiles, *tiles[:2]]:
             twin = reference.attention_update(twin, running.packed, *tile, params)
         expected = reference.attention_finish(twin, 6, torch.float32)
         torch.testing.assert_close(running.finish(), expected, rtol=1e-4, atol=1e-5)

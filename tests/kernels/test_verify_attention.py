@@ -268,7 +268,7 @@ def test_the_same_memory_with_other_tiles_in_it(device, monkeypatch, way):
     """As decoded tiles come in, of layer after layer, and others between them."""
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", way)
     running, params = ops.RunningAttention(), AttentionParams(0.125)
-    first, *tiles = draw_tiles(device, 2, (40, 64, 64, 64, 64, 64), 64)
+    first, *tiles = (tile.contiguous() for tile in draw_tiles(device, 2, (40, 64, 64, 64, 64, 64), 64))
     buffer = torch.empty_like(tiles[0])
     for layer in range(2):
         query = draw(device, 6, 5, 64, seed=layer)

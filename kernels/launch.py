@@ -69,11 +69,18 @@ class Bound:
         if self._launch is not None:
             for place, value in zip(self._places, values, strict=True):
                 arguments[place] = value
-            run(self._launch._replace(arguments=tuple(arguments)))
+            self.again()
             return
         for place, value in zip(self._places, values, strict=True):  # not by ``_value``: a call costs as much again
             arguments[place] = value.data_ptr() if isinstance(value, Tensor) else value
-        self._run(*self._grid, self._stream(self._device), *self._fixed, *arguments)
+        self._run(*self._grid, self._stream(self._device), *self._fixed, *arguments)  # nor by ``again``
+
+    def again(self) -> None:
+        """Launch it with the values of the last time, on the current stream."""
+        if self._launch is not None:
+            run(self._launch._replace(arguments=tuple(self._arguments)))
+        else:
+            self._run(*self._grid, self._stream(self._device), *self._fixed, *self._arguments)
 
     def _value(self, value: Any) -> Any:
         return value.data_ptr() if self._launch is None and isinstance(value, Tensor) else value

@@ -141,6 +141,13 @@ class RunningAttention:
         functions = verify_attention if self._triton else _torch_functions(key)
         self._state = functions.attention_update(self._state, self.packed, key, value, self._params, tree_mask)
 
+    def update_tile(self, kv: Tensor) -> None:
+        """Take a tile in, [2, K, n, D], which all queries see."""
+        if self._triton and self._state.started:
+            self._tiles.update_tile(kv)
+        else:
+            self.update(kv[0], kv[1])
+
     def update_first(self, key: Tensor, value: Tensor, tokens: Tensor) -> None:
         """Take the first ``tokens`` (int64 [1], on the device) keys and values in, which all queries see."""
         self.update(key, value, TreeMask(_all_see(self.packed.device), length=tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 
 import torch
@@ -38,21 +39,24 @@ class TileChoice:
         self._of_shape = self._bound.setdefault(shape, {})
         self._aligned = aligned(packed)
         self._of_layer: tuple[Bound, Bound, Tensor] | None = None  # what was launched last, with this layer's tensors
+        self._last: weakref.ref[Tensor] | None = None  # the tile that it was launched with
 
     def see(self, first: int, kv: Tensor) -> None:
         """Score the chunks ``first``, first + 1, ... of a tile, [2, K, C*chunk, D], and take the best: two launches."""
-        usual, which = self._aligned and aligned(kv), (kv.shape, kv.stride())
-        bound = self._of_shape.get(which) if usual else None
-        if bound is None:
-            bound = self._bind(first, kv)
-            if usual:
-                self._of_shape[which] = bound
-            return
-        scoring, taking, _ = bound
-        if bound is not self._of_layer:
-            scoring.keep(self._packed, self._baseline, self._selection.held)
-            taking.keep(*self._selection, *self._stores)
-            self._of_layer = bound
+        if self._last is None or self._last() is not kv:  # where it is, as with decoded tiles, nothing has changed
+            usual, which = self._aligned and aligned(kv), (kv.shape, kv.stride())
+            bound = self._of_shape.get(which) if usual else None
+            if bound is None:
+                bound = self._bind(first, kv)
+                if usual:
+                    self._of_shape[which] = bound
+                return
+            if bound is not self._of_layer:
+                bound[0].keep(self._packed, self._baseline, self._selection.held)
+                bound[1].keep(*self._selection, *self._stores)
+                self._of_layer = bound
+            self._last = weakref.ref(kv)  # its memory must not stay for this
+        scoring, taking, _ = self._of_layer
         scoring(kv, first)
         taking(kv, first)
 

@@ -9,6 +9,7 @@ that RTX cards give it. Offsets are int64 throughout: indices are widened before
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Hashable
 
 import triton
@@ -46,29 +47,41 @@ class TileUpdates:
 
     def __init__(self) -> None:
         self._bound: dict[Hashable, dict[Hashable, Bound]] = {}
+        self._last: tuple[weakref.ref[Tensor], Bound] | None = None  # the tile that was taken in last, and how
 
     def start(self, state: SplitAttention, packed: Tensor, params: AttentionParams) -> None:
         """Another block of queries: usually that of the next layer, with the same shapes on the same memory."""
         self._packed, self._params, self._state = packed, params, state._replace(started=True)
+        self._last = None
         # All that such a tile takes from the parameters are the factors; sinks, say, differ between layers.
         factors = score_factors(params)
         shape = (packed.shape, packed.stride(), packed.dtype, packed.device, factors, state.weighted.data_ptr())
         self._of_shape = self._bound.setdefault(shape, {})
         self._aligned = aligned(packed)
 
-    def update(self, key: Tensor, value: Tensor) -> None:
-        """Take one tile in; it is not the first."""
+    def update_tile(self, kv: Tensor) -> None:
+        """``update`` with a tile, [2, K, n, D]. The same tensor again, as decoded tiles come in, is not looked at."""
+        if self._last is not None and self._last[0]() is kv:
+            self._last[1].again()
+            return
+        bound = self.update(kv[0], kv[1])
+        self._last = None if bound is None else (weakref.ref(kv), bound)  # whose memory must not stay for this
+
+    def update(self, key: Tensor, value: Tensor) -> Bound | None:
+        """Take keys and values in, [K, n, D] each; they are not the first. Returns what can be launched again."""
+        self._last = None
         which = (key.shape[1], key.stride(), value.stride(), key.dtype)
         usual = self._aligned and aligned(key, value)
         bound = self._of_shape.get(which) if usual else None
         if bound is not None:
             bound(self._packed, key, value)
-            return
+            return bound
         launch = update_launch(self._state, self._packed, key, value, self._params, None)
-        if usual:
-            self._of_shape[which] = Bound(launch, ("query", "key", "value"))
-        else:
+        if not usual:
             run(launch)
+            return None
+        bound = self._of_shape[which] = Bound(launch, ("query", "key", "value"))
+        return bound
 
 
 def interpreted() -> bool:

@@ -101,7 +101,7 @@ class FullCache:
         return attention.finish()
 
     def _take(self, tile: Tile, observer: TileObserver | None) -> None:
-        self._attention.update(tile.kv[0], tile.kv[1])
+        self._attention.update_tile(tile.kv)
         if observer:
             observer.see(tile.index * self.stream.plan.tile_tokens, tile.kv)
 

@@ -23,9 +23,9 @@ CHOOSING = 13
 SLACK = 3
 
 # Per tile: our kernels' launches; and where it is fetched, a copy, three events that are recorded and two that are
-# waited for.
+# waited for; and one more launch where it is coded.
 LAUNCHES_PLAIN, LAUNCHES_CHOOSING = 1, 3
-COPYING = 6
+COPYING, DECODING = 6, 1
 
 # Seconds: of an operation that the host issues through torch, of one in a captured graph (the device's time between
 # two), and of a bound launch, a copy or an event, which go nearly straight to the driver.
@@ -45,6 +45,6 @@ def step_operations(model: ModelShape) -> int:
     return sum(RECURRENT if isinstance(layer, RecurrentShape) else attending for layer in model.layout.layers)
 
 
-def tile_seconds(choosing: bool) -> tuple[float, float]:
-    """The host's time for one tile of a pass: for its kernels, with chunks chosen anew or not, and for its copy."""
-    return (LAUNCHES_CHOOSING if choosing else LAUNCHES_PLAIN) * CALL, COPYING * CALL
+def tile_seconds(choosing: bool, coded: bool) -> tuple[float, float]:
+    """The host's time for one tile of a pass: for its kernels, with chunks chosen anew or not, and for fetching it."""
+    return (LAUNCHES_CHOOSING if choosing else LAUNCHES_PLAIN) * CALL, (COPYING + coded * DECODING) * CALL

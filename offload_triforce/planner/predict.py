@@ -124,7 +124,7 @@ def pass_work(model: ModelShape, plan: TilePlan, speeds: Speeds, tokens: int, re
     issue = OPERATION * (step_operations(model) / plan.layers + refresh * CHOOSING)
     # Decoding reads the coded tile and writes it out, which the attention reads then: nothing is taken to be fused.
     decode = speeds.seconds(plan.coded_bytes + plan.tile_bytes) if plan.coded_bytes else 0.0
-    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh), decode)
+    return PassWork(tuple(gaps), tile, issue, *tile_seconds(refresh, plan.coded_bytes > 0), decode)
 
 
 def predict_target(

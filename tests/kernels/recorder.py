@@ -7,6 +7,7 @@ in that of the tests they may belong to the interpreter.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 import weakref
@@ -20,7 +21,8 @@ from triton.backends.driver import DriverBase
 
 from offload_triforce.cache.full import FullCache
 from offload_triforce.cache.retrieval import RetrievalCache, RetrievalShape
-from offload_triforce.kernels import launch, ops, tile_choice, verify_attention
+from offload_triforce.kernels import launch, ops, tile_choice, verify_attention, wire_codec
+from offload_triforce.kernels.wire_format import WireFormat
 from offload_triforce.scheduler.pipeline import TileStream
 from offload_triforce.scheduler.plan import TilePlan
 from offload_triforce.scheduler.store import TileStore
@@ -76,9 +78,10 @@ class Recorder(DriverBase):
 class Rig:
     """A full cache and a retrieval cache on the CPU, through which passes go without anything being computed."""
 
-    def __init__(self, recorder, tiles):
+    def __init__(self, recorder, tiles, coded=False):
         device, dtype = EagerDevice(), torch.bfloat16
-        plan = TilePlan(LAYERS, KV_HEADS, DIM, 2, TILE, tiles, ring=4)
+        wire = WireFormat(KV_HEADS, TILE, DIM, dtype).bytes if coded else 0
+        plan = TilePlan(LAYERS, KV_HEADS, DIM, 2, TILE, tiles, ring=4, coded_bytes=wire)
         stream = TileStream(TileStore(plan, dtype, device), device, dtype)
         shape = RetrievalShape(160, CHUNK, CHUNK, CHUNK, 4)
         self.recorder = recorder
@@ -134,11 +137,11 @@ def calls_of(work):
     return count
 
 
-def per_tile(recorder, count):
+def per_tile(recorder, coded, count):
     """What one tile adds to ``count``, a number per rig, in a pass that is not the first."""
     numbers = []
     for tiles in (4, 8):
-        rig = Rig(recorder, tiles)
+        rig = Rig(recorder, tiles, coded)
         for refresh in (True, False, True):
             rig.run(refresh)
         numbers.append(count(rig))
@@ -200,10 +203,27 @@ def unaligned(recorder):
     found = []
     for tile in tiles:
         recorder.aligned.clear()
-        attention.update(tile[0], tile[1])
+        attention.update_tile(tile)
         choice.see(0, tile)
         found.append([any(name in ("key", "kv") for name in names) for names in recorder.aligned])
     return found
+
+
+def let_go():
+    """Whether a tile that attention and choice have taken in again and again is free as soon as nobody else has it."""
+    attention, choice = ops.RunningAttention(), ops.RunningChoice()
+    attention.start(torch.zeros(2, 3, DIM), 1, ops.AttentionParams(0.1))
+    tile = torch.zeros(2, 1, TILE, DIM)
+    attention.update(tile[0], tile[1])
+    empty = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 99, dtype=torch.bool)
+    arguments = torch.zeros(1, 6), 0.1, CHUNK, ops.ChunkSelection(*empty), torch.zeros(2, 1, 4, CHUNK, DIM)
+    choice.start(attention.packed, *arguments)
+    for _ in range(3):
+        attention.update_tile(tile)
+        choice.see(0, tile)
+    seen = weakref.ref(tile)
+    del tile
+    return seen() is None
 
 
 def scratch():
@@ -226,25 +246,31 @@ def scratch():
     return [tensor() is not None for tensor in made]
 
 
+def whole_pass(recorder, coded):
+    """What the second one launches."""
+    rig = Rig(recorder, 4, coded)
+    rig.run(True)
+    return numbered(rig.run(True))
+
+
 def main():
     recorder = Recorder()
     triton.runtime.driver.set_active(recorder)
-    report = {"aligned": unaligned(recorder), "scratch": scratch()}
+    report = {"aligned": unaligned(recorder), "scratch": scratch(), "let go": let_go()}
     report["launches draft"] = per_layer(recorder, lambda rig: len(rig.draft()))
     report["calls draft"] = per_layer(recorder, lambda rig: calls_of(rig.draft))
     report["fetches"], report["calls fetch"] = fetches(recorder)
-    for refresh in (True, False):
-        name = "refresh" if refresh else "plain"
-        report[f"launches {name}"] = per_tile(recorder, lambda rig, refresh=refresh: len(rig.run(refresh)))
-        report[f"calls {name}"] = per_tile(recorder, lambda rig, refresh=refresh: calls_of(lambda: rig.run(refresh)))
-    rig = Rig(recorder, 4)
-    rig.run(True)
-    report["bound"] = numbered(rig.run(True))
-    for module in (tile_choice, verify_attention):
+    for coded, refresh in itertools.product((True, False), repeat=2):
+        name = f"{'coded' if coded else 'raw'} {'refresh' if refresh else 'plain'}"
+        report[f"launches {name}"] = per_tile(recorder, coded, lambda rig, refresh=refresh: len(rig.run(refresh)))
+        report[f"calls {name}"] = per_tile(
+            recorder, coded, lambda rig, refresh=refresh: calls_of(lambda: rig.run(refresh))
+        )
+    report["bound"] = [whole_pass(recorder, coded) for coded in (True, False)]
+    wire_codec._BOUND.clear()
+    for module in (tile_choice, verify_attention, wire_codec):
         module.Bound = TritonsWay
-    rig = Rig(recorder, 4)
-    rig.run(True)
-    report["triton"] = numbered(rig.run(True))
+    report["triton"] = [whole_pass(recorder, coded) for coded in (True, False)]
     print(json.dumps(report))
 
 

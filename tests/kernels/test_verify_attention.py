@@ -264,6 +264,31 @@ def test_running_attention_uses_the_kernels(device, monkeypatch):
         torch.testing.assert_close(running.finish(), expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_the_same_memory_with_other_tiles_in_it(device, monkeypatch, way):
+    """As decoded tiles come in, of layer after layer, and others between them."""
+    monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", way)
+    running, params = ops.RunningAttention(), AttentionParams(0.125)
+    first, *tiles = (tile.contiguous() for tile in draw_tiles(device, 2, (40, 64, 64, 64, 64, 64), 64))
+    buffer = torch.empty_like(tiles[0])
+    for layer in range(2):
+        query = draw(device, 6, 5, 64, seed=layer)
+        running.start(query, 2, params)
+        if layer == 0:  # in the other one, the buffer is what comes first
+            running.update(*first)
+        for number, tile in enumerate(tiles):
+            if number == 2:
+                running.update_tile(tiles[0])
+            elif number == 4:
+                running.update(*tiles[1])
+            running.update_tile(buffer.copy_(tile))
+        twin = reference.attention_start(running.packed)
+        for tile in [*[first][layer:], *tiles, *tiles[:2]]:
+            twin = reference.attention_update(twin, running.packed, *tile, params)
+        expected = reference.attention_finish(twin, 6, torch.float32)
+        torch.testing.assert_close(running.finish(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_head_dimensions_without_a_kernel_go_to_the_twin(device, monkeypatch):
     monkeypatch.setenv("OFFLOAD_TRIFORCE_KERNELS", "triton")
     running, (tile,) = ops.RunningAttention(), draw_tiles(device, 1, (6,), 520)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_triforce import TriForce
 from offload_triforce.kernels import ops
+from offload_triforce.kernels.wire_format import WireFormat
 from offload_triforce.planner import host_work
 from offload_triforce.runtime.levels import RetrievalLevel, TargetLevel
 from offload_triforce.scheduler.pipeline import TileStream
@@ -24,6 +25,7 @@ TREE = {**SMALL, "topk": 3, "width": 3, "draft_tokens": 20, "adaptive": False, "
 KERNELS = {
     (ops.RunningAttention, "start"): 0,
     (ops.RunningAttention, "update"): 1,
+    (ops.RunningAttention, "update_tile"): 1,
     (ops.RunningAttention, "update_coded"): 1,
     (ops.RunningAttention, "finish"): 1,
     (ops.RunningAttention, "logsumexp"): 1,
@@ -132,7 +134,8 @@ def test_what_a_pass_adds_to_each_layer(mode, monkeypatch, choosing):
     assert abs(counted - planned) <= host_work.SLACK, counted
 
 
-def test_calls_of_the_driver_for_each_tile(monkeypatch):
+@pytest.mark.parametrize("coded", [False, True])
+def test_calls_of_the_driver_for_each_tile(monkeypatch, coded):
     """What another tile adds to a pass on a CUDA device, beside the kernels."""
     calls = Counter()
 
@@ -141,19 +144,23 @@ def test_calls_of_the_driver_for_each_tile(monkeypatch):
 
     cuda = FakeCuda(monkeypatch, seed=1)
     monkeypatch.setattr(torch.Tensor, "copy_", note("copy", torch.Tensor.copy_))
+    monkeypatch.setattr(ops, "wire_decode", lambda *_: calls.update(["decode"]))
+    wire = WireFormat(1, 64, 16, torch.bfloat16).bytes if coded else 0
     for name in ("record_event", "wait_event"):
         monkeypatch.setattr(FakeStream, name, note(name, getattr(FakeStream, name)))
     numbers = []
     for tiles in (4, 9):
         device = FakeCudaDevice(cuda)
-        plan = TilePlan(layers=1, kv_heads=1, head_dim=8, itemsize=4, tile_tokens=8, tiles=tiles, ring=2)
-        stream = TileStream(TileStore(plan, torch.float32, device), device, torch.float32)
+        plan = TilePlan(1, 1, head_dim=16, itemsize=2, tile_tokens=64, tiles=tiles, ring=2, coded_bytes=wire)
+        stream = TileStream(TileStore(plan, torch.bfloat16, device), device, torch.bfloat16)
         cuda.drain()
         calls.clear()
         stream.begin(tiles)
         for _ in stream.tiles(0):
             pass
+        device.finish()  # what was issued is done
         numbers.append(calls.copy())
     added = {name: (numbers[1][name] - numbers[0][name]) / 5 for name in numbers[1]}
-    assert added == {"copy": 1, "record_event": 3, "wait_event": 2}
-    assert sum(added.values()) == host_work.COPYING
+    assert added == {"copy": 1, "record_event": 3, "wait_event": 2, **({"decode": 1} if coded else {})}
+    planned = host_work.tile_seconds(choosing=False, coded=coded)[1]
+    assert planned == pytest.approx(sum(added.values()) * host_work.CALL)

@@ -26,7 +26,7 @@ SETTINGS = (
 
 @cache
 def model_of(family, calm):
-    return tiny_model(family, seed=1 if family in ("llama", "qwen3-moe", "gemma3") else 0, calm=calm)
+    return tiny_model(family, seed=1 if family in ("llama", "qwen3-moe", "gemma3", "qwen3-next") else 0, calm=calm)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class KeyTurner:
         self.model, self._head = model, head
         self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
         self.types: list[str | None] = []  # of the layers that attend
+        self._once = False  # GPT-OSS tells each angle once, others once for either half of a key
         if self.rotary is None or not self._turns():
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be a draft: it gives its keys positions in a way that a streaming "
@@ -53,7 +55,8 @@ class KeyTurner:
             position = position.expand(3, 1, 1)
         cos, sin = self.rotary(key[None], position, *([] if kind is None else [kind]))
         length = torch.sqrt(cos**2 + sin**2)  # YaRN and longrope scale the keys here, which must not happen twice
-        return cos / length, sin / length
+        cos, sin = cos / length, sin / length
+        return (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)) if self._once else (cos, sin)
 
     def _turn(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]  # some models turn a part only
@@ -74,11 +77,17 @@ class KeyTurner:
             attachment.call(partial(run_at, [0], [position], view=view))
             self.types = [config.layer_types[i] if typed else None for i in sorted(view.keys)]
             keys.append(torch.stack([view.keys[i] for i in sorted(view.keys)]).float())
+        errors = {once: self._error(once, keys) for once in (False, True)}
+        self._once = errors[True] < errors[False]
+        return errors[self._once] <= 0.05 * float(keys[0].abs().max())
+
+    def _error(self, once: bool, keys: list[Tensor]) -> float:
+        """By how much the keys at position 7, turned back, miss those at 0."""
+        self._once = once
         try:
-            error = (self.turn(keys[1], 7) - keys[0]).abs().max()
+            return float((self.turn(keys[1], 7) - keys[0]).abs().max())
         except (RuntimeError, TypeError, ValueError):
-            return False
-        return bool(error <= 0.05 * keys[0].abs().max())
+            return math.inf
 
 
 class _KeyRecorder:

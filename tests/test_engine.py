@@ -199,7 +199,7 @@ def test_memory_that_runs_out_on_the_way(model, monkeypatch):
 
     with TriForce(model, **SMALL) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr("offload_triforce.runtime.session.prefill", fails)
+            patch.setattr("offload_triforce.runtime.group_reading.Prefill.run", fails)
             with pytest.raises(MemoryLimitError, match="Tried to allocate 2 GiB; take a shorter context") as error:
                 engine.generate(PROMPT, **GREEDY)
         assert "\n" not in str(error.value)

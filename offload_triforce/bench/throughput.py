@@ -92,6 +92,7 @@ def bench_throughput(
         run_context(stage, context, case, asked.ways, report, say, keep, task)
         if asked.bare:
             report["against_transformers"] = against_transformers(report["rows"])
+            keep(report)
     return report
 
 

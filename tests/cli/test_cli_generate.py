@@ -197,9 +197,9 @@ READING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from offload_triforce import cli
-from offload_triforce.runtime import session
-prefill = session.prefill
-session.prefill = lambda *args: (print("reading", flush=True), prefill(*args))
+from offload_triforce.runtime.group_reading import Prefill
+run = Prefill.run
+Prefill.run = lambda *args: (print("reading", flush=True), run(*args))
 cli.main()
 """
 

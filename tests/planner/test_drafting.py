@@ -50,7 +50,7 @@ def test_little_room_for_a_head_beside_the_retrieval_cache():
 
 
 def test_room_for_a_head():
-    chosen = choose_draft(ask("RTX 3090", 262144, None))
+    chosen = choose_draft(ask("RTX 4090", 262144, None))
     assert chosen.draft_kind == "mtp"
     assert chosen.auto.with_head < chosen.auto.with_lookup
     report = make_report(chosen)

@@ -37,6 +37,11 @@ class HiddenWindow:
         """Bytes on the device."""
         return self._rows.nbytes
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of what ``snapshot`` calls rows."""
+        return self._rows.shape
+
     def reset(self) -> None:
         """Forget everything."""
         self.length = self.start = self.opening = self.pending = 0

@@ -93,11 +93,12 @@ class Drafters:
         self._take(_head_of(self._target, self._target_layout, replace(self.settings, context=context)))
 
     def _take(self, head: MtpHead | None) -> None:
-        self.head = head
         if head is not None:
-            self._layout = head_layout(head, self._target_layout)
-            check_draft(self._layout, self._target_layout, self.settings)
+            layout = head_layout(head, self._target_layout)
+            check_draft(layout, self._target_layout, self.settings)
             self._turner = KeyTurner(self._target, head)
+            self._layout = layout
+        self.head = head  # last: what was refused is not there
 
     @property
     def module(self) -> PreTrainedModel | None:

@@ -41,7 +41,7 @@ class GroupReading:
         hidden, told, halt = self._runtime.caches.hidden, None, None
         if self._part is not None:
             halt, rows = self._part.halt(self._runtime.layout), self._part.hidden
-            if hidden is not None and rows and rows["rows"].nbytes == hidden.nbytes:
+            if hidden is not None and rows and rows["rows"].shape == hidden.shape:
                 hidden.restore(rows)
         if hidden is not None:
             told = partial(self._keep_hidden, self._whole)
@@ -53,13 +53,15 @@ class GroupReading:
         """Give back what it takes on the device."""
         self._prefill.end()
 
-    def stopped(self, error: BaseException, room: Callable[[int], bool]) -> PartRead | None:
-        """What is kept of it, before the caches are rolled back; None where ``error`` is a fault, or nothing can be.
+    def was_stopped(self, error: BaseException) -> bool:
+        """Whether it ended with ``error`` because it was to, and not by a fault."""
+        return self._prefill.was_stopped(error)
+
+    def stopped(self, room: Callable[[int], bool]) -> PartRead | None:
+        """What is kept of it, before the caches are rolled back, if anything can be.
 
         ``room``: whether so many bytes may be kept.
         """
-        if not self._prefill.was_stopped(error):
-            return None
         runtime, caches = self._runtime, self._runtime.caches
         if not room(part_bytes(runtime, len(self._tokens), self._prefill.layer + 1)):
             return None

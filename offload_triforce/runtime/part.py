@@ -8,7 +8,8 @@ so with the whole chunks that both begin with, where all layers attend to everyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from offload_triforce.runtime.ids import common_prefix
 from offload_triforce.runtime.runtime import PREFILL_QUERIES
 
 HIDDEN = "hidden."  # before the names of what a drafter reads
+# What layers have handed on to later ones, of a chunk: keys (0) and values (1) by a name.
+_HANDED = re.compile(r"handed\.(\d{1,9})\.(.+)\.([01])")
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,32 @@ class PartRead:
         """Of the newest hidden states, where a drafter reads such and there are any."""
         return {n.removeprefix(HIDDEN): tensor for n, tensor in self.tensors.items() if n.startswith(HIDDEN)}
 
-    def check(self, layout: ModelLayout, width: int) -> None:
-        """Whether it is of a model. ``width``: of its hidden states.
+    def check(self, layout: ModelLayout, width: int, shares: bool) -> None:
+        """Whether it is of a model. ``width``: of its hidden states. ``shares``: whether layers use others' keys.
 
         Raises:
             InputError: it is not, whatever it says.
         """
         expected = dict(_expected(self, layout, width))
         found = {n: t for n, t in self.tensors.items() if not n.startswith((HIDDEN, "handed."))}
-        wrong = sorted(expected.keys() ^ found.keys())
+        others = self.tensors.keys() - found.keys()
+        wrong = sorted(expected.keys() ^ found.keys()) + sorted(self._misplaced(others, shares))
         wrong += [name for name in expected.keys() & found.keys() if not _fits(found[name], expected[name])]
         if wrong or not self.layer + self.done:
             raise InputError(
                 f"what was read in part of {len(self.tokens):,} tokens is not of this model ({', '.join(wrong[:3])}); "
                 "remove that session, and read its text again"
             )
+
+    def _misplaced(self, names: Set[str], shares: bool) -> Iterator[str]:
+        """Those that are neither the hidden states for a drafter nor what layers have handed on."""
+        hidden = {name for name in names if name.startswith(HIDDEN)}
+        yield from hidden ^ {HIDDEN + name for name in ("rows", "numbers")} if hidden else ()
+        for name in names - hidden:
+            match = _HANDED.fullmatch(name)
+            usual = shares and match and int(match[1]) < -(-len(self.tokens) // self.chunk)
+            if not usual or f"handed.{match[1]}.{match[2]}.{1 - int(match[3])}" not in names:
+                yield name
 
 
 def taken_apart(halt: Halt, hidden: Snapshot) -> dict[str, Tensor]:

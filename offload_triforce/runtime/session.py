@@ -37,7 +37,6 @@ class Session:
     Attributes:
         checkpoints: of what cannot be cut, ascending.
         long: see ``TextSource``.
-        part: of the tokens behind those that are held, what a stopped prefill has read; or None.
         fork: after so many tokens a text is marked as it is read, beside where that is done anyway; 0: nowhere.
     """
 
@@ -49,9 +48,18 @@ class Session:
         self.runtime, self.keep, self.room = runtime, keep, room
         self.checkpoints: list[Checkpoint] = []
         self.long, self.fork = False, 0
-        self.part: PartRead | None = None
+        self._part: PartRead | None = None
         self._ids = torch.empty(0, dtype=torch.long)  # of the text; the caches may be behind
         self._chosen = False  # whether the retrieval cache's choice was made over all that is held
+
+    @property
+    def part(self) -> PartRead | None:
+        """Of the tokens behind those that are held, what a stopped prefill has read, if it has.
+
+        None where a change of the caches was interrupted: what it follows is not there.
+        """
+        part = self._part
+        return part if part is not None and part.held == len(self.ids) else None
 
     @property
     def ids(self) -> Tensor:
@@ -63,7 +71,7 @@ class Session:
         """Empty the caches."""
         self.runtime.caches.reset()
         self.checkpoints.clear()
-        self._ids, self._chosen, self.part = self._ids[:0], False, None
+        self._ids, self._chosen, self._part = self._ids[:0], False, None
 
     def begin(self, tokens: Tensor, progress: Progress | None = None) -> None:
         """Read ``tokens`` (n,) into empty caches. They are ready to continue from when it ends.
@@ -84,7 +92,7 @@ class Session:
             self.begin(wanted, progress)
         else:
             usable = self.usable(self.part, start.tokens, prompt) if start.part else 0
-            self.part = self.part.cut(usable) if usable else None
+            self._part = self.part.cut(usable) if usable else None
             if start.tokens < caches.length:
                 self._go_back(start)
             caches.drop_pending()
@@ -152,12 +160,13 @@ class Session:
         part = source.part if start.part else None
         if part is not None:
             part = part.in_memory()
-            part.check(self.runtime.layout, self.runtime.model.config.get_text_config().hidden_size)
+            config = self.runtime.model.config.get_text_config()
+            part.check(self.runtime.layout, config.hidden_size, bool(getattr(config, "num_kv_shared_layers", 0)))
         parts = start.checkpoint.parts if start.checkpoint else {}
         if start.tokens:
             self.runtime.caches.adopt(start.tokens, source.read, parts)
         self._ids, self.long = source.tokens, source.long
-        self.part = part
+        self._part = part
         points = [point for point in source.checkpoints if point.tokens <= start.tokens]
         self.checkpoints = [Checkpoint(point.tokens, dict(point.parts)) for point in points]  # which may lie on disk
 
@@ -205,16 +214,20 @@ class Session:
                 if self.keep:
                     self._keep_part(reading, error)
             finally:
+                reading.end()  # late tiles come up into the room that it took
                 back()
             raise
         finally:
             reading.end()
-        self.part = None
+        self._part = None
 
     def _keep_part(self, reading: GroupReading, error: BaseException) -> None:
-        """What was read of a group, if it was stopped. What an earlier one had come to is there still, else."""
+        """What was read of a group, if it was stopped; else what an earlier one had come to. After a fault, nothing."""
         with contextlib.suppress(TriForceError, MemoryError, RuntimeError):  # memory is short: it is read again
-            self.part = reading.stopped(error, self.room) or self.part
+            if not reading.was_stopped(error):
+                self._part = None
+            elif (part := reading.stopped(self.room)) is not None:
+                self._part = part
 
     def _read_in_passes(self, tokens: Sequence[int]) -> None:
         """Read on by passes of the target, which see all that is held."""

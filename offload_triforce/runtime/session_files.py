@@ -40,6 +40,7 @@ from offload_triforce.runtime.session_folder import (
     remove_text,
 )
 from offload_triforce.runtime.session_manifest import (
+    MOST_PARTS,
     FileEntry,
     Manifest,
     PartEntry,
@@ -151,6 +152,10 @@ class _Save:
     def __init__(self, folder: Path, source: TextSource, identity: ModelIdentity, block: int) -> None:
         self.folder, self.source, self.stamp = folder, source, secrets.token_hex(8)
         self.ids, self.part = source.tokens, source.part
+        if self.part is not None and self.part.held != len(source.tokens):
+            raise ValueError(f"a part behind {self.part.held} tokens, of a text of {len(source.tokens)}")
+        if self.part is not None and len(source.tokens) and len(self.part.tensors) > MOST_PARTS:
+            self.part = None  # what is read whole counts for more
         if self.part is not None:
             self.ids = torch.cat([self.ids, self.part.tokens])
         if int(self.ids.min()) < 0 or int(self.ids.max()) >= 2**31:

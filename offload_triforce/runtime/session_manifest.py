@@ -31,7 +31,8 @@ from offload_triforce.runtime.shard_header import ITEMSIZE, TensorEntry, size_of
 # The second version has a text whose end was read in part only; all others are written as the first, which is older.
 FORMAT, VERSION, WITH_PART = "offload-triforce session", 1, 2
 MOST_BYTES = 32 * 2**20  # of a manifest: that of a million tokens has two MB
-_MOST = {"layers": 4096, "kv_heads": 65536, "head_dim": 65536, "block": 2**24, "parts": 1024, "dimension": 2**40}
+MOST_PARTS = 65536  # tensors of a checkpoint, or of what was read in part
+_MOST = {"layers": 4096, "kv_heads": 65536, "head_dim": 65536, "block": 2**24, "parts": MOST_PARTS, "dimension": 2**40}
 _HASH = re.compile(r"[0-9a-f]{32}")
 _STAMP = re.compile(r"[0-9a-f]{16}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")

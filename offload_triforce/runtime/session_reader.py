@@ -85,10 +85,7 @@ class TextOnDisk:
         """See ``open_text``. ``tokens``: ids, those of what was read in part too."""
         self.folder, self.manifest, self.shape = folder, manifest, shape
         self.tokens, self.long = tokens[: manifest.length], manifest.long
-        self.part: PartRead | None = None
-        if (part := manifest.part) is not None:
-            parts = PartsOnDisk(folder, part)
-            self.part = PartRead(manifest.length, tokens[manifest.length :], part.chunk, part.layer, part.done, parts)
+        self._in_part = tokens[manifest.length :]
         self.checkpoints: Sequence[Checkpoint] = [CheckpointOnDisk.of(folder, point) for point in manifest.points]
         self._progress = progress
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="session")  # ends with this object
@@ -97,6 +94,14 @@ class TextOnDisk:
         self._last = -1
         self._seen: set[int] = set()
         self._done, self._total = 0, sum(shard.size for layer in manifest.shards for shard in layer)
+
+    @property
+    def part(self) -> PartRead | None:
+        """See ``TextSource``: each time anew, so that what was read of it does not outlast who has asked for it."""
+        if (part := self.manifest.part) is None:
+            return None
+        tensors = PartsOnDisk(self.folder, part)
+        return PartRead(self.manifest.length, self._in_part, part.chunk, part.layer, part.done, tensors)
 
     def read(self, layer: int, start: int, stop: int) -> Tensor:
         """See ``TextSource``.

@@ -30,6 +30,7 @@ class Trials:
         self._bare: deque[tuple[int, float]] = deque(maxlen=ROUNDS)  # rounds without level 1: tokens and cost
         self._tree: deque[tuple[int, float]] = deque(maxlen=ROUNDS)
         self._rest, self._rested, self._spent = REST, 0, 0.0
+        self._broken = False  # whether this round's trial was given up after a step
 
     def begin(self) -> None:
         """A round begins: after a rest, level 1 is tried."""
@@ -45,19 +46,22 @@ class Trials:
         if self._tree or step < SHARE * _pace(self._bare):
             return False
         self._rest_again()
+        self._broken = True
         return True
 
     def round(self, new_tokens: int, cost: float) -> None:
         """A round brought so many tokens at that cost."""
-        if self.resting:
+        if self._broken:
+            self._broken = False  # neither with level 1 nor without
+        elif self.resting:
             self._bare.append((new_tokens, cost))
             self._rested += new_tokens
             self._spent += cost
-            return
-        self._tree.append((new_tokens, cost))
-        tokens, costs = zip(*self._tree, strict=True)
-        if sum(costs) - sum(tokens) * _pace(self._bare) > LOSS * self._spent:
-            self._rest_again()
+        else:
+            self._tree.append((new_tokens, cost))
+            tokens, costs = zip(*self._tree, strict=True)
+            if sum(costs) - sum(tokens) * _pace(self._bare) > LOSS * self._spent:
+                self._rest_again()
 
     def _rest_again(self) -> None:
         self.resting, self._rested, self._spent = True, 0, 0.0

@@ -356,6 +356,48 @@ def test_a_fault_is_no_stop(monkeypatch):
         assert session.part is None
 
 
+def test_a_part_that_cannot_be_gone_on_with_is_tried_once():
+    """Whatever it is that is wrong with it, the prompt is read anew the next time."""
+    expected, _ = plain("llama", TEXT)
+    with session_of("llama") as session:
+        stop(session, TEXT, 7)
+        assert session.part is not None
+        with pytest.MonkeyPatch.context() as patch:
+            _before_or_after(patch, DeviceStates, "take", _fault(), after=True)
+            with pytest.raises(RuntimeError, match="a fault"):
+                session.prepare(TEXT)
+        assert session.part is None
+        session.prepare(TEXT)
+        assert_same(contents(session), expected)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("name", ["begin_fill", "restore"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_no_part_follows_a_text_that_is_gone(family, name, again):
+    """Struck as the caches change: before a group, or as they are rolled back after it was stopped."""
+    with session_of(family) as session:
+        session.prepare(TEXT[:26])
+        if again:
+            stop(session, TEXT, 7)
+            assert session.part.held == 25
+
+        def where(session, patch, strike):
+            _before_or_after(patch, session.runtime.caches.full, name, strike, after=True)
+            if name == "restore":
+                patch.setattr(LayerView, "settle", _interrupted)
+
+        assert struck(session, TEXT, 1, where)
+        assert session.part is None or session.part.held == len(session.ids)
+        assert session.worth >= len(session.ids)
+        if not session.runtime.caches.whole:
+            assert (session.worth, session.part) == (0, None)
+        expected, _ = plain(family, TEXT)
+        session.prepare(TEXT)
+        found = contents(session)
+        assert_same({key: found[key] for key in expected}, expected)
+
+
 def _fault():
     calls = iter([None] * 5)
 
@@ -427,7 +469,7 @@ def test_a_wrong_place_shows(mutation):
     expected, _ = plain("llama", TEXT)
     with session_of("llama") as session:
         stop(session, TEXT, 4 * 3 + 3 + 2)  # two of three chunks are through the second layer
-        session.part = mutation(session.part)
+        session._part = mutation(session.part)
         try:
             session.prepare(TEXT)
         except (RuntimeError, IndexError):
@@ -507,6 +549,8 @@ WRONG = {
     "of another width": lambda tensors: {**tensors, "states": tensors["states"][:, 1:]},
     "of fewer tokens": lambda tensors: {**tensors, "kv.0": tensors["kv.0"][:, :, 1:]},
     "a layer too many": lambda tensors: {**tensors, "kv.9": tensors["kv.0"]},
+    "handed on, where no layer asks": lambda tensors: {**tensors, "handed.99999999.a.0": torch.zeros(0)},
+    "a drafter's without its numbers": lambda tensors: {**tensors, "hidden.rows": torch.zeros(2, 2)},
     "whole numbers": lambda tensors: {**tensors, "kv.0": tensors["kv.0"].int()},
 }
 

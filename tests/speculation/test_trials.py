@@ -71,6 +71,24 @@ def test_where_it_pays_level_1_drafts():
     assert rounds > 80
 
 
+def test_a_trial_that_is_given_up_is_no_round_without_level_1():
+    trials = Trials()
+    for _ in range(REST):
+        trials.begin()
+        trials.round(1, 1.0)
+    trials.begin()
+    assert not trials.resting
+    assert trials.too_dear(40.0)
+    trials.round(1, 41.0)
+    for _ in range(4 * REST):
+        trials.begin()
+        assert trials.resting
+        trials.round(1, 1.0)
+    trials.begin()
+    assert not trials.resting
+    assert trials.too_dear(0.6)
+
+
 def test_costs_that_are_settled_are_nothing_to_try():
     settled = DraftController(MeasuredCosts())
     assert not settled.rests

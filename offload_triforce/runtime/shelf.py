@@ -13,6 +13,7 @@ from offload_triforce.errors import InputError, TriForceError
 from offload_triforce.model.identity import ModelIdentity
 from offload_triforce.runtime.held import KVShape, TextSource
 from offload_triforce.runtime.session_files import TextOnDisk, open_text, remove_text, save_text
+from offload_triforce.runtime.session_folder import load_manifest
 
 _NAME = re.compile(r"text-[0-9a-f]{12}")
 
@@ -32,15 +33,25 @@ class Shelf:
     def put(self, source: TextSource, home: TextSource | None = None) -> TextSource | None:
         """Save a text; returns where it lies from now on, or None if it could not be saved.
 
-        ``home``: where an older state of it lies here, if one does: only what is new is written.
+        ``home``: where an older state of it lies here, if one does: only what is new is written. Unless another process
+        has gone on with it meanwhile: then either's is kept.
         """
-        folder = home.folder if self.holds(home) else self._folder / f"text-{secrets.token_hex(6)}"
+        folder = home.folder if self._is_as_it_was(home) else self._folder / f"text-{secrets.token_hex(6)}"
         try:
             save_text(folder, source, self._identity)
             return self._open(folder)
         except TriForceError as error:
             _warn(f"a text was not kept: {error}")
             return None
+
+    def _is_as_it_was(self, source: TextSource | None) -> bool:
+        """Whether a text lies here, and nobody else has changed it since it was opened."""
+        if not self.holds(source):
+            return False
+        try:
+            return load_manifest(source.folder) == source.manifest
+        except TriForceError:
+            return False
 
     def drop(self, source: TextSource | None) -> None:
         """Remove a text of this shelf; others are left alone."""

@@ -94,12 +94,13 @@ class LayerView:
         if isinstance(part, RecurrentPart):
             self.state, self.tail = part.state.to(device), part.tail.to(device)
             return
-        kv = part.kv.to(device)
-        self._begin_layer(kv[0], part.params)
+        kv = part.kv
+        self._begin_layer(torch.empty(kv.shape[1], 0, kv.shape[3], dtype=kv.dtype, device=device), part.params)
         end = self.length + kv.shape[2]
         if self.leaving is not None:
             self.leaving.wait(end)
-        self._room[:, :, self.length : end] = kv
+        for room, held in zip(self._room.flatten(0, 1), kv.flatten(0, 1), strict=True):
+            room[self.length : end].copy_(held)  # each in one piece, so that the device needs no room beside
         self.length, self.queries, self.params = end, part.queries.to(device), part.params
 
     def convolve(self, convolution: ops.Convolution, own: OwnConvolution) -> Tensor:

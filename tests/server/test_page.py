@@ -243,7 +243,9 @@ def test_pdf_goes_by_the_server(page, backend):
     pytest.importorskip("pypdf")
     page.expected = ["422"]
     page.set_input_files("#file", [{"name": "x.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.4 nonsense"}])
-    wait_until(page, "document.querySelector('#notices').textContent.includes('x.pdf: The PDF could not be read')")
+    wait_until(
+        page, "document.querySelector('#notices').textContent.includes('x.pdf: The PDF could not be read')", seconds=40
+    )
 
 
 def test_a_reload_goes_on(page, backend):

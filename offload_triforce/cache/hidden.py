@@ -33,11 +33,6 @@ class HiddenWindow:
         self.reset()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self._rows.nbytes
-
-    @property
     def shape(self) -> torch.Size:
         """Of what ``snapshot`` calls rows."""
         return self._rows.shape

@@ -19,6 +19,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from offload_triforce.speculation.growth import LEAST_PROBABILITY
+
 # Places by the lead of level 1's first choice, in steps of a quarter nat, the last class all beyond: how many there
 # were, where the target took the first choice, and where the second. SmolLM2 over 6,000 tokens of source with 408 in
 # the retrieval cache, T = 0.6 and 1, coupled (``taken`` in benchmarks/results/retrieval_cpu.json).
@@ -31,8 +33,6 @@ LATER = (43, 18, 19)
 UNSEEN = 0.5
 # Drawn candidates, one after the other: shares of the four (``RESAMPLING_PRIOR`` in ``speculation.acceptance``).
 DRAWN = (0.9, 0.04, 0.02, 0.01)
-# A candidate with a lower path probability is not drafted, beside the best one of a place: the tree drafter's own.
-LEAST_PROBABILITY = 1 / 512
 MOST_ODDS = 1e12  # of a miss, against those that were measured
 SEED = 20240419
 TREES = 64  # that a mean is taken over

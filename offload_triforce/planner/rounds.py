@@ -17,12 +17,11 @@ from dataclasses import astuple, dataclass, fields
 from offload_triforce.config import Settings
 from offload_triforce.planner.acceptance_length import AcceptanceByRank, Draws, Growth, Place, expected_length
 from offload_triforce.scheduler.simulate import PassTime, RoundTime
+from offload_triforce.speculation.growth import step_size
 
 # The controller's own (``speculation.adaptive``): rounds that it remembers, steps before it knows anything, and by how
 # much a step may be late.
 ROUNDS, FIRST_STEPS, LATE = 16, 4, 1.25
-# The tree drafter's own (``speculation.tree_drafter``): steps of more than SMALL tokens read multiples of SIZES.
-SMALL, SIZES = 8, 4
 # Rounds that are walked through: of a prediction, and of one that settings are compared by. The first ones, in which
 # the controller finds its way, do not count.
 WALKED, COMPARED, FINDING = 200, 40, 8
@@ -206,8 +205,7 @@ class _Walk:
         count = max(0, min(settings.gamma1, min(deepest, settings.gamma) - 1 - place.depth, room))
         if not self.level0.accepted or not self.draws.accepted(self.level0.offers, 1):
             count = 0
-        size = len(leaves) + count
-        kept = max(1, (size if size <= SMALL else size // SIZES * SIZES) - count)
+        kept = max(1, step_size(len(leaves) + count) - count)
         self.growth.put_back(leaves[kept:])
         leaves = leaves[:kept]
         for leaf in leaves:

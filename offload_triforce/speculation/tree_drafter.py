@@ -14,6 +14,7 @@ from offload_triforce.scheduler.pipeline import Slack
 from offload_triforce.speculation.acceptance import AcceptanceRule, DraftToken, place_after
 from offload_triforce.speculation.adaptive import AcceptanceModel, DraftController
 from offload_triforce.speculation.draft_selector import DraftSelector
+from offload_triforce.speculation.growth import LEAST_PROBABILITY, step_size
 from offload_triforce.speculation.stats import DecodeStats
 from offload_triforce.speculation.text import TokenText
 from offload_triforce.speculation.tree import Node, TokenTree, tokens_of
@@ -56,17 +57,6 @@ class _Step(NamedTuple):
     asked: Mark
     ended: Mark
     hidden: bool
-
-
-# A candidate with a lower path probability than this is not drafted, beside the best one of a place.
-LEAST_PROBABILITY = 1 / 512
-# Steps of more than SMALL tokens read multiples of SIZES: so few sizes that each can be captured as a CUDA graph.
-SMALL, SIZES = 8, 4
-
-
-def step_size(tokens: int) -> int:
-    """The largest size of a step that is no more than so many tokens."""
-    return tokens if tokens <= SMALL else tokens // SIZES * SIZES
 
 
 class TreeDrafter:

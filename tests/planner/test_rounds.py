@@ -151,7 +151,7 @@ def test_rounds_are_those_of_the_real_tree_drafter(first, drafted, given, chosen
 
 def test_what_is_known_of_the_controller_is_so():
     assert (walked.ROUNDS, walked.LATE) == (adaptive.ROUNDS, adaptive.LATE)
-    assert (walked.SMALL, walked.SIZES) == (tree_drafter.SMALL, tree_drafter.SIZES)
+    assert walked.step_size is tree_drafter.step_size
 
 
 @pytest.mark.parametrize(("rate", "drafted"), [(0.8, 0.35), (0.93, 0.0), (0.7, 0.8)])

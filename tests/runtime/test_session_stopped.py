@@ -226,13 +226,18 @@ def test_a_part_is_parked_with_its_text(family, held):
         before = stop(session, TEXT, 7)
         parked = HeldText.copy(session.source())
         session.prepare(prompt_ids(90, seed=3)[0])
-        checkpoint = parked.checkpoints[-1] if parked.checkpoints else None
-        session.take(parked, Start(len(parked.tokens), checkpoint, session.part_worth(parked.part)))
-        rest = Steps()
-        session.prepare(TEXT, rest)
-        assert missing(before + rest.seen) == missing(whole)
-        found = contents(session)
-        assert_same({name: found[name] for name in expected}, expected)
+        assert_taken_up(session, parked, before, whole, expected)
+
+
+def assert_taken_up(session, parked, before, whole, expected):
+    """A text that was stopped after the steps ``before`` is taken into the caches, and read to its end as if never."""
+    checkpoint = parked.checkpoints[-1] if parked.checkpoints else None
+    session.take(parked, Start(len(parked.tokens), checkpoint, session.part_worth(parked.part)))
+    rest = Steps()
+    session.prepare(TEXT, rest)
+    assert missing(before + rest.seen) == missing(whole)
+    found = contents(session)
+    assert_same({name: found[name] for name in expected}, expected)
 
 
 def struck(session, prompt, calls, where):
@@ -526,13 +531,7 @@ def test_a_part_lies_on_disk_with_its_text(family, held, tmp_path):
     found = reopen(tmp_path / "s", parked)
     check_same(found, parked)
     with session_of(family) as session:
-        checkpoint = found.checkpoints[-1] if found.checkpoints else None
-        session.take(found, Start(len(found.tokens), checkpoint, session.part_worth(found.part)))
-        rest = Steps()
-        session.prepare(TEXT, rest)
-        assert missing(before + rest.seen) == missing(whole)
-        here = contents(session)
-        assert_same({name: here[name] for name in expected}, expected)
+        assert_taken_up(session, found, before, whole, expected)
         save(tmp_path / "s", session.source())
     assert load_manifest(tmp_path / "s").part is None
     assert not list((tmp_path / "s").glob("part-*"))

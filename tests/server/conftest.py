@@ -40,6 +40,22 @@ def serving(engine, **options):
         yield address, app.state.service
 
 
+@contextlib.contextmanager
+def openai_client(address):
+    """OpenAI's own client of a server."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def anthropic_client(address):
+    """Anthropic's own client of a server."""
+    anthropic = pytest.importorskip("anthropic")
+    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def engine():
     with tiny_engine() as engine:
@@ -64,6 +80,5 @@ def service(served):
 
 @pytest.fixture(scope="session")
 def client(address):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai_client(address) as client:
         yield client

@@ -5,6 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from tests.server.conftest import anthropic_client
+
 anthropic = pytest.importorskip("anthropic")
 
 TOKENS = 24
@@ -24,7 +26,7 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def claude(address):
-    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0, timeout=60) as client:
+    with anthropic_client(address) as client:
         yield client
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import openai
 import pytest
 
-from tests.server.conftest import serving
+from tests.server.conftest import anthropic_client, openai_client, serving
 from tests.server.scripted import ALONE, CALL, FOUND, INTRODUCTION, THOUGHT, scripted_engine
 
-anthropic = pytest.importorskip("anthropic")
+pytest.importorskip("anthropic")
 pytest.importorskip("llguidance")
 
 USER = {"role": "user", "content": "What is the weather in Oslo?"}
@@ -42,13 +41,13 @@ def address(engine):
 
 @pytest.fixture(scope="module")
 def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai_client(address) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def claude(address):
-    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0, timeout=60) as client:
+    with anthropic_client(address) as client:
         yield client
 
 
